@@ -1,0 +1,49 @@
+# Everything sets itself up: only `make` and a `python3` (3.11 or newer) are needed. Caches and
+# temporary files stay in the checkout. Each recipe is one plain command, so that make runs it
+# without a shell in between, and it sees when make is killed.
+
+PYTHON ?= python3
+ROOM := $(PYTHON) -B dev/bootstrap.py
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test soak bench docs lint types floors corners matrix clean
+
+help:
+	@echo "make …"
+	@sed -n 's/^\([a-z]*\):  *## /  \1	/p' Makefile
+
+demo:  ## the shop: 2,000 orders on a SQLite file, or on DATABASE_URL
+	@$(ROOM) demo -- python -m examples.shop $(ARGS)
+
+test:  ## all tests but the long ones, on SQLite and throwaway PostgreSQL 16 and 18 (ARGS="-k name")
+	@$(ROOM) tests -- python -m pytest --numprocesses 4 --dist loadfile $(ARGS)
+
+soak:  ## the long runs
+	@$(ROOM) tests -- python -m pytest -m soak tests $(ARGS)
+
+bench:  ## round trips and CPU beside hand-tuned SQLAlchemy
+	@$(ROOM) tests -- python bench/run.py $(ARGS)
+
+docs:  ## the docs, into docs/_build
+	@$(ROOM) docs -- python -m sphinx --fail-on-warning --keep-going --quiet --doctree-dir .cache/doctrees docs docs/_build
+
+lint:  ## ruff: format and rules
+	@$(ROOM) lint -- ruff format --check .
+	@$(ROOM) lint -- ruff check .
+
+types:  ## mypy strict, and pyright's completeness at 100 %
+	@$(ROOM) lint -- mypy
+	@$(ROOM) lint -- pyright --verifytypes engineroom --ignoreexternal
+
+floors:  ## the import contracts
+	@$(ROOM) lint -- lint-imports --no-cache --no-logo
+
+corners:  ## the built wheel: oldest Python with the oldest dependencies, newest with the newest
+	@$(ROOM) nox -- nox --tags corners -- $(ARGS)
+
+matrix:  ## the built wheel: every Python of the machine × SQLAlchemy 2.0 and 2.1
+	@$(ROOM) nox -- nox --session tests
+
+clean:  ## remove all that was set up or built
+	rm -rf .venv .cache .tmp .nox dist docs/_build

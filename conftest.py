@@ -1,0 +1,80 @@
+"""Examples in the docs and the README run as tests, and a skip that nobody expected fails CI."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+from sqlalchemy import MetaData
+from sqlalchemy.orm import registry
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
+
+from engineroom import Base
+
+ROOT = Path(__file__).parent
+
+# What may be skipped, by the start of the test's id, and why.
+EXPECTED_SKIPS: dict[str, str] = {}
+
+_unexpected: list[str] = []
+
+
+def _own_folder(namespace: dict[str, Any]) -> None:
+    """Run a document in an empty folder, with no URL around and none of the tests' tables."""
+    folder = namespace["_folder"] = TemporaryDirectory()
+    patch = namespace["_patch"] = pytest.MonkeyPatch()
+    patch.chdir(folder.name)
+    for name in ("DATABASE_URL", "DB_URL"):
+        patch.delenv(name, raising=False)
+    metadata = MetaData(naming_convention=Base.metadata.naming_convention)
+    patch.setattr(Base, "metadata", metadata)
+    models = registry(metadata=metadata)
+    for name in (
+        "registry",
+        "_sa_registry",
+    ):  # two names of one; declaring a model reads the latter
+        patch.setattr(Base, name, models)
+
+
+def _leave_folder(namespace: dict[str, Any]) -> None:
+    namespace["_patch"].undo()
+    namespace["_folder"].cleanup()
+
+
+pytest_collect_file = Sybil(
+    parsers=[PythonCodeBlockParser(), SkipParser()],
+    patterns=["docs/*.md", "README.md"],
+    setup=_own_folder,
+    teardown=_leave_folder,
+    path=str(ROOT),
+).pytest()
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    _note_skip(report)
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    _note_skip(report)
+
+
+def _note_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    expected = any(report.nodeid.startswith(start) for start in EXPECTED_SKIPS)
+    if report.skipped and not hasattr(report, "wasxfail") and not expected:
+        _unexpected.append(f"{report.nodeid}: {report.longrepr}")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if _unexpected and os.environ.get("CI"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _unexpected:
+        terminalreporter.section("unexpected skips (an error where CI is set)", red=True)
+        for line in _unexpected:
+            terminalreporter.write_line(line)
