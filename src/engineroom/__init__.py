@@ -1,0 +1,33 @@
+"""engineroom: the database session manager for SQLAlchemy."""
+
+from .database import Database
+from .engines import PoolInfo, Stats
+from .errors import (
+    ConfigurationError,
+    EngineroomError,
+    PoolExhausted,
+    SessionClosed,
+    SyncInAsyncWarning,
+    UsageError,
+)
+from .ledger import ScopeInfo
+from .manager import DatabaseSessionManager, session_manager
+from .models import Base
+from .settings import DatabaseSettings
+
+__all__ = [
+    "Base",
+    "ConfigurationError",
+    "Database",
+    "DatabaseSessionManager",
+    "DatabaseSettings",
+    "EngineroomError",
+    "PoolExhausted",
+    "PoolInfo",
+    "ScopeInfo",
+    "SessionClosed",
+    "Stats",
+    "SyncInAsyncWarning",
+    "UsageError",
+    "session_manager",
+]

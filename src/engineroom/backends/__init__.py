@@ -1,0 +1,138 @@
+"""What differs from database to database and driver to driver: one file each, one Protocol."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from enum import Enum
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Protocol
+
+from sqlalchemy.engine import URL, Connection, Engine
+from sqlalchemy.pool import PoolProxiedConnection
+
+from ..errors import DriverNotInstalled, InvalidURL
+from ..urls import masked
+
+if TYPE_CHECKING:
+    from ..settings import DatabaseSettings
+
+
+class Side(Enum):
+    """Which of the twins an engine serves."""
+
+    SYNC = "sync"
+    ASYNC = "async"
+
+
+class Role(Enum):
+    """What an engine's connections are for."""
+
+    PRIMARY = "primary"
+    READER = "reader"
+
+
+class Backend(Protocol):
+    """One database, as this process meets it through one URL."""
+
+    def engine_url(self, side: Side) -> URL:
+        """Return the URL with the driver of a side.
+
+        Raises:
+            DriverNotInstalled: no driver of that side is installed.
+        """
+
+    def engine_options(
+        self, side: Side, role: Role, connect_args: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Return what `create_engine` needs for a side and role.
+
+        Args:
+            connect_args: The user's, which are part of it.
+        """
+
+    def read_only_options(self) -> dict[str, Any]:
+        """Return the execution options of a transaction that only reads."""
+
+    def attach(
+        self, engine: Engine, role: Role, before_write: Callable[[Connection], None]
+    ) -> None:
+        """Attach the events that make this database behave to a new engine.
+
+        Args:
+            before_write: asked before a transaction that excludes every other writer.
+        """
+
+    def descriptor(self, driver: Any) -> int | None:
+        """Return the file descriptor of a driver's connection; None where it has no socket."""
+
+    def ping(self, connection: PoolProxiedConnection, engine: Engine) -> None:
+        """Ask the server, in one round trip, whether the connection lives; raise if not."""
+
+    def holds_write_lock(self, connection: PoolProxiedConnection) -> bool:
+        """Whether the connection keeps every other writer out, from what the client knows."""
+
+    def end(
+        self, connections: Sequence[PoolProxiedConnection], execute: Callable[[str], None]
+    ) -> None:
+        """End, from outside, whatever these connections do, and roll it back.
+
+        Args:
+            execute: runs a statement on a new connection of its own.
+        """
+
+    async def break_off(self, driver: Any) -> None:
+        """Stop what a cancelled call left running on the server, and close the connection."""
+
+    def cut(self, driver: Any, loop: asyncio.AbstractEventLoop) -> None:
+        """Close a driver's connection of a loop that does not run: nothing can be awaited there."""
+
+    def disown(self, drivers: Iterable[Any]) -> None:
+        """Part with the parent's connections in a forked child, without a word to its server."""
+
+    def dispose(self) -> None:
+        """Remove what the backend itself has made (a private file)."""
+
+
+def find_backend(url: URL, settings: DatabaseSettings) -> Backend:
+    """Find the backend of a URL.
+
+    Raises:
+        InvalidURL: no backend supports this database.
+    """
+    name = url.get_backend_name()
+    if name == "postgresql":
+        from .postgresql import PostgreSQL
+
+        return PostgreSQL(url)
+    if name == "sqlite":
+        from .sqlite import SQLite
+
+        return SQLite(url, settings.busy_timeout)
+    raise InvalidURL(
+        f"{masked(url)}: engineroom does not support {name!r}. Supported are postgresql:// and "
+        "sqlite://."
+    )
+
+
+def choose_driver(url: URL, drivers: dict[str, str], extra: str) -> URL:
+    """Return the URL with the first driver that is installed.
+
+    Args:
+        url: Where a driver is named that is among `drivers`, no other is considered.
+        drivers: SQLAlchemy's name of each driver, best first, and the module that it needs.
+        extra: The extra of engineroom that brings them.
+
+    Raises:
+        DriverNotInstalled: none is installed.
+    """
+    named = url.drivername.partition("+")[2]
+    names = [named] if named in drivers else list(drivers)
+    for name in names:
+        if find_spec(drivers[name]) is not None:
+            return url.set(drivername=f"{url.get_backend_name()}+{name}")
+    raise DriverNotInstalled(
+        f"{masked(url)} needs {' or '.join(drivers[name] for name in names)} here, and "
+        f"{'it is not' if len(names) == 1 else 'neither is'} installed. "
+        f'Install it: pip install "engineroom[{extra}]".'
+    )

@@ -1,0 +1,188 @@
+"""PostgreSQL: asyncpg on the asynchronous side, psycopg (or psycopg2) on the synchronous one."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from functools import cache
+from typing import Any
+
+from sqlalchemy.engine import URL, Connection, Engine
+from sqlalchemy.pool import PoolProxiedConnection
+
+from ..cancellation import settle
+from . import Role, Side, choose_driver
+
+DRIVERS = {
+    Side.ASYNC: {"asyncpg": "asyncpg", "psycopg": "psycopg"},
+    Side.SYNC: {"psycopg": "psycopg", "psycopg2": "psycopg2"},
+}
+READ_ONLY = "default_transaction_read_only"
+
+BREAK_OFF_LIMIT = 1.0  # seconds for the server to take a cancel request
+
+
+class PostgreSQL:
+    """PostgreSQL, spoken to directly."""
+
+    def __init__(self, url: URL) -> None:
+        self._url = url
+
+    def engine_url(self, side: Side) -> URL:
+        """Return the URL with the driver of a side."""
+        return choose_driver(self._url, DRIVERS[side], "postgresql")
+
+    def engine_options(
+        self, side: Side, role: Role, connect_args: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Return the options of a role: a reader's statements stand alone, and write nothing."""
+        arguments: dict[str, Any] = dict(connect_args)
+        driver = self.engine_url(side).get_driver_name()
+        if side is Side.ASYNC and driver == "psycopg":
+            arguments.setdefault("async_creator_fn", _settling_connection().connect)
+        if role is Role.PRIMARY:
+            return {"connect_args": arguments}
+        if driver == "asyncpg":
+            given = arguments.get("server_settings", {})
+            arguments["server_settings"] = given | {READ_ONLY: "on"}
+        else:
+            texts = (self._url.query.get("options"), arguments.get("options"))
+            arguments["options"] = " ".join(
+                [*(str(text) for text in texts if text), f"-c {READ_ONLY}=on"]
+            )
+        return {"isolation_level": "AUTOCOMMIT", "connect_args": arguments}
+
+    def read_only_options(self) -> dict[str, Any]:
+        """Return what makes SQLAlchemy's drivers say BEGIN READ ONLY."""
+        return {"postgresql_readonly": True}
+
+    def attach(
+        self, engine: Engine, role: Role, before_write: Callable[[Connection], None]
+    ) -> None:
+        """PostgreSQL behaves as it is."""
+
+    def descriptor(self, driver: Any) -> int | None:
+        """Return the file descriptor of the connection's socket; None once it is closed."""
+        if driver.closed if hasattr(driver, "closed") else driver.is_closed():
+            return None
+        if hasattr(driver, "fileno"):  # psycopg, psycopg2
+            return int(driver.fileno())
+        transport = _asyncpg_transport(driver)
+        known = transport.get_extra_info("socket")
+        return None if known is None or transport.is_closing() else int(known.fileno())
+
+    def ping(self, connection: PoolProxiedConnection, engine: Engine) -> None:
+        """Ask the server in one round trip."""
+        if engine.dialect.driver == "asyncpg":
+            # The dialect's own ping costs three: BEGIN, a statement, ROLLBACK.
+            adapted: Any = connection.dbapi_connection
+            adapted.run_async(lambda driver: driver.execute("SELECT 1"))
+        else:
+            engine.dialect.do_ping(connection.dbapi_connection)  # type: ignore[arg-type]
+
+    def holds_write_lock(self, connection: PoolProxiedConnection) -> bool:
+        """Writers of PostgreSQL do not keep each other out."""
+        return False
+
+    def end(
+        self, connections: Sequence[PoolProxiedConnection], execute: Callable[[str], None]
+    ) -> None:
+        """End the backends: every role may do that with its own."""
+        pids = [_backend_pid(connection.driver_connection) for connection in connections]
+        if pids:
+            array = ", ".join(map(str, pids))  # numbers, so there is nothing to escape
+            execute(f"SELECT pg_terminate_backend(pid) FROM unnest(ARRAY[{array}]) AS pid")  # noqa: S608
+
+    async def break_off(self, driver: Any) -> None:
+        """Close asyncpg's connection, which waits for the cancel request that is on its way.
+
+        psycopg's is closed already: `_settling_connection` did that where it was interrupted.
+        """
+        if hasattr(driver, "get_server_pid"):
+            await driver.close(timeout=BREAK_OFF_LIMIT)
+
+    def cut(self, driver: Any, loop: asyncio.AbstractEventLoop) -> None:
+        """Close the socket; the server ends the backend when it sees that."""
+        if hasattr(driver, "pgconn"):
+            driver.pgconn.finish()
+            return
+        descriptor = self.descriptor(driver)
+        if descriptor is not None and descriptor >= 0:
+            with socket.socket(fileno=os.dup(descriptor)) as duplicate:
+                duplicate.shutdown(socket.SHUT_RDWR)
+        if isinstance(loop, asyncio.BaseEventLoop):
+            # asyncio closes its socket in a callback that this loop will never run: run it here.
+            loop.call_soon = lambda callback, *args, context=None: callback(*args)  # type: ignore[method-assign]
+            try:
+                driver.terminate()
+            finally:
+                del loop.call_soon
+        else:  # uvloop's have closed their sockets themselves
+            with suppress(RuntimeError):
+                driver.terminate()
+
+    def disown(self, drivers: Iterable[Any]) -> None:
+        """Put the null device in the place of each socket."""
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for driver in drivers:
+            descriptor = self.descriptor(driver)
+            if descriptor is not None:
+                os.dup2(nothing, descriptor, inheritable=False)
+                if not hasattr(driver, "fileno"):
+                    # The inherited loop, if it runs, would miss asyncpg's transport at its end.
+                    _asyncpg_transport(driver).abort()
+        os.close(nothing)
+
+    def dispose(self) -> None:
+        """There is nothing to remove."""
+
+
+@cache
+def _settling_connection() -> Any:
+    """Make psycopg's connection a class that stops its statement however often it is cancelled.
+
+    psycopg asks the server to cancel when its task is; but a second cancellation interrupts that
+    request, and the statement runs on with its locks.
+    """
+    from psycopg import AsyncConnection, waiting
+    from psycopg.pq import TransactionStatus
+
+    class SettlingConnection(AsyncConnection[Any]):
+        async def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
+            options = {} if timeout is None else {"timeout": timeout}  # psycopg 3.2 has none
+            try:
+                return await waiting.wait_async(
+                    gen, self.pgconn.socket, interval=interval, **options
+                )
+            except asyncio.CancelledError:
+                await settle(self._break_off())
+                raise
+
+        async def _break_off(self) -> None:
+            try:
+                if self.pgconn.transaction_status == TransactionStatus.ACTIVE:
+                    await self.cancel_safe(timeout=BREAK_OFF_LIMIT)
+            finally:
+                self.pgconn.finish()
+
+    return SettlingConnection
+
+
+def _asyncpg_transport(driver: Any) -> Any:
+    """Return asyncpg's transport, whose socket no public name leads to.
+
+    Without it there is no liveness without a round trip, and a forked child could not let go of
+    its parent's socket. `tests/test_private_names.py` fails when the name goes.
+    """
+    return driver._transport
+
+
+def _backend_pid(driver: Any) -> int:
+    if hasattr(driver, "get_server_pid"):  # asyncpg
+        return int(driver.get_server_pid())
+    if hasattr(driver, "get_backend_pid"):  # psycopg2
+        return int(driver.get_backend_pid())
+    return int(driver.info.backend_pid)

@@ -1,0 +1,34 @@
+"""Clean-ups that run to their end, however often they are cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+SETTLE_LIMIT = 5.0  # seconds; on a server that answers, every clean-up takes milliseconds
+
+
+async def settle(coroutine: Coroutine[Any, Any, T], limit: float = SETTLE_LIMIT) -> T:
+    """Run a clean-up to its end in a task of its own; then let the last cancellation go on.
+
+    After `limit` seconds the clean-up itself is cancelled, and its own clean-up waited for: no task
+    is left behind.
+    """
+    task = asyncio.ensure_future(coroutine)
+    loop = asyncio.get_running_loop()
+    giving_up = loop.call_later(limit, task.cancel)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait((task,))
+        except asyncio.CancelledError as error:
+            cancelled = error
+    giving_up.cancel()
+    if cancelled is not None:
+        if not task.cancelled():
+            task.exception()  # seen, or asyncio would report it: the cancellation says more
+        raise cancelled
+    return task.result()

@@ -1,0 +1,172 @@
+"""Database: the synchronous front door."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import ClassVar, Self, Unpack
+
+from sqlalchemy import MetaData, text
+from sqlalchemy.engine import URL, Engine
+from sqlalchemy.orm import DeclarativeBase, Session
+
+from . import drain, models
+from .backends import Role, Side
+from .engines import EngineRoom, Stats
+from .scopes import ConnectScope, SessionScope
+from .settings import Options
+
+
+class Database:
+    """One database, synchronous: for scripts, Flask, Celery and Alembic.
+
+    It resolves its settings when it is made and is open from then on, without having connected.
+
+    >>> with Database("sqlite://") as db:
+    ...     with db.session() as session:
+    ...         session.scalar(text("SELECT 40 + 2"))
+    42
+    """
+
+    Base: ClassVar[type[DeclarativeBase]] = models.Base
+
+    def __init__(
+        self,
+        database_url: str | URL | None = None,
+        *,
+        url: str | URL | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        """Resolve the settings and open.
+
+        Args:
+            database_url: Where the database is; without it, `DATABASE_URL` or `DB_URL` says so.
+            url: The same, by its shorter name.
+            options: Any field of `DatabaseSettings`, and `session_class`, `async_session_class`,
+                `metadata` and `engine_options` (passed on to SQLAlchemy's `create_engine`).
+
+        Raises:
+            ConfigurationError: a setting, an option or the URL cannot work.
+        """
+        self._room = EngineRoom(type(self).__name__)
+        self._room.open(url if database_url is None else database_url, options)
+
+    def init(
+        self,
+        database_url: str | URL | None = None,
+        *,
+        url: str | URL | None = None,
+        **options: Unpack[Options],
+    ) -> Self:
+        """Open; nothing is connected yet.
+
+        Args:
+            database_url: Where the database is; without it, `DATABASE_URL` or `DB_URL` says so.
+            url: The same, by its shorter name.
+            options: Any field of `DatabaseSettings`, and `session_class`, `async_session_class`,
+                `metadata` and `engine_options` (passed on to SQLAlchemy's `create_engine`).
+
+        Raises:
+            AlreadyInitialized: it is open.
+            ConfigurationError: a setting, an option or the URL cannot work.
+        """
+        self._room.open(url if database_url is None else database_url, options)
+        return self
+
+    def session(
+        self, *, read_only: bool = False, isolation_level: str | None = None
+    ) -> SessionScope:
+        """Open a session in a transaction: it commits at the end, or rolls back on any exception.
+
+        Args:
+            read_only: Begin a transaction in which the server refuses writes.
+            isolation_level: Of this transaction, as SQLAlchemy names it ("SERIALIZABLE").
+        """
+        return SessionScope(self._room, "session", Role.PRIMARY, read_only, isolation_level)
+
+    def reader(self) -> SessionScope:
+        """Open a session without a transaction: each statement stands alone, in one round trip.
+
+        The server refuses writes.
+        """
+        return SessionScope(self._room, "reader", Role.READER)
+
+    def connect(self, *, isolation_level: str | None = None) -> ConnectScope:
+        """Take a connection in a transaction, for Core.
+
+        Args:
+            isolation_level: Of this transaction; "AUTOCOMMIT" for VACUUM and the like.
+        """
+        return ConnectScope(self._room, "connect", Role.PRIMARY, False, isolation_level)
+
+    def check(self) -> float:
+        """Ask the database for one row, and return how many seconds it took to answer.
+
+        Raises:
+            sqlalchemy.exc.SQLAlchemyError, OSError: whatever the driver says when it did not.
+        """
+        started = time.perf_counter()
+        with ConnectScope(self._room, "check", Role.READER) as connection:
+            connection.execute(text("SELECT 1"))
+        return time.perf_counter() - started
+
+    def create_all(self, metadata: MetaData | None = None) -> None:
+        """Create the tables that are not there yet.
+
+        Args:
+            metadata: Whose tables; those of the option `metadata` (by default `Base`'s) without it.
+        """
+        with ConnectScope(self._room, "create_all") as connection:
+            (metadata or self._room.metadata).create_all(connection)
+
+    def stats(self) -> Stats:
+        """Take a snapshot: the open scopes with their lines, and the pools. Nothing is asked."""
+        return self._room.stats()
+
+    def close(self, timeout: float | None = None) -> None:
+        """Take no new scopes, let the running ones end, and leave no connection behind.
+
+        Those that do not end in time are rolled back, their lines are logged, and their next use
+        raises. Closing twice, or before `init`, does nothing.
+
+        Args:
+            timeout: Seconds for running scopes to end; the setting `close_timeout` without it.
+
+        Raises:
+            CloseInsideScope: it was called inside a scope that it would wait for.
+        """
+        drain.close(self._room, timeout)
+
+    @property
+    def engine(self) -> Engine:
+        """The engine; made at first use, from `init` to `close`."""
+        return self._room.engine(Side.SYNC)
+
+    def get_engine(self) -> Engine:
+        """Return the engine."""
+        return self.engine
+
+    def get_session(self) -> Session:
+        """Return a new session, which the caller commits and closes."""
+        place = SessionScope(self._room, "get_session")  # never entered: it knows the caller's line
+        return place.loose()
+
+    @classmethod
+    def get_base(cls) -> type[DeclarativeBase]:
+        """Return the declarative base."""
+        return cls.Base
+
+    def __enter__(self) -> Self:
+        """Open, if it is not open already."""
+        if self._room.life.allows("init"):
+            self.init()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close."""
+        self.close()

@@ -1,0 +1,147 @@
+"""What `close()` does: let scopes end, roll back those that do not, and leave no connection."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from functools import partial
+
+from sqlalchemy.util import greenlet_spawn
+
+from .backends import Role, Side
+from .cancellation import settle
+from .engines import EngineRoom
+from .errors import CloseInsideScope, SyncInAsync
+from .lifecycle import State
+from .pool import Lender
+
+logger: logging.Logger = logging.getLogger("engineroom")
+
+LOOK_EVERY = 0.01  # seconds between two looks at the ledger
+POOL_LIMIT = 5.0  # seconds for the end of one pool, before `close()` goes on without it
+
+
+def close(room: EngineRoom, timeout: float | None) -> None:
+    """Drain and close, from a thread."""
+    running = asyncio._get_running_loop()
+    if running is not None and any(loop is running for _, _, loop, _ in room.lenders()):
+        raise SyncInAsync(
+            "close() of the synchronous side was called inside the event loop whose connections it "
+            "would close, and would wait for itself. Close the manager: await manager.close()."
+        )
+    if not start(room):
+        return
+    deadline = deadline_of(room, timeout)
+    try:
+        while room.ledger and time.monotonic() < deadline:
+            time.sleep(LOOK_EVERY)
+    finally:
+        retire_overdue(room)
+        for side, role, loop, lender in list(room.lenders()):
+            work = partial(end_pool, room, side, role, lender)
+            with log_failure():
+                if loop is None:
+                    work()
+                elif loop.is_running():
+                    run_in(loop, work).result(POOL_LIMIT)
+                else:
+                    lender.reap(loop)
+        room.clear()
+
+
+async def aclose(room: EngineRoom, timeout: float | None) -> None:
+    """Drain and close, from an event loop; a cancellation ends the waiting, not the closing."""
+    if not start(room):
+        return
+    deadline = deadline_of(room, timeout)
+    try:
+        while room.ledger and time.monotonic() < deadline:  # noqa: ASYNC110  # it has many writers
+            await asyncio.sleep(LOOK_EVERY)
+    finally:
+        retire_overdue(room)
+        await settle(end_pools(room))
+
+
+async def end_pools(room: EngineRoom) -> None:
+    """End every pool, each in the loop that its connections belong to."""
+    for side, role, loop, lender in list(room.lenders()):
+        work = partial(end_pool, room, side, role, lender)
+        with log_failure():
+            async with asyncio.timeout(POOL_LIMIT):
+                if loop is None:
+                    work()
+                elif loop is asyncio.get_running_loop():
+                    await greenlet_spawn(work)
+                elif loop.is_running():
+                    await asyncio.wrap_future(run_in(loop, work))
+                else:
+                    lender.reap(loop)
+    room.clear()
+
+
+def run_in(loop: asyncio.AbstractEventLoop, work: Callable[[], None]) -> Future[None]:
+    """Run a pool's work in its loop, which runs in another thread."""
+    return asyncio.run_coroutine_threadsafe(greenlet_spawn(work), loop)
+
+
+def end_pool(room: EngineRoom, side: Side, role: Role, lender: Lender) -> None:
+    """End what runs on a pool's connections, and close them."""
+    overdue = lender.lent()
+    if overdue:
+        with log_failure():
+            room.backend.end(overdue, partial(room.run_apart, side, role))
+    lender.end()
+
+
+def start(room: EngineRoom) -> bool:
+    """Refuse new scopes from now on; False if there is nothing to close.
+
+    Raises:
+        CloseInsideScope: the caller is inside a scope, and would wait for itself.
+    """
+    if not room.life.allows("close"):
+        return False
+    for entry in room.ledger:
+        if entry.belongs_here():
+            raise CloseInsideScope(
+                f"close() was called inside the {entry.kind} opened at {entry.where}, and would "
+                "wait for it to end. Close after it."
+            )
+    room.life.state = State.CLOSING
+    return True
+
+
+def deadline_of(room: EngineRoom, timeout: float | None) -> float:
+    """Return when running scopes must have ended."""
+    return time.monotonic() + (room.settings.close_timeout if timeout is None else timeout)
+
+
+def retire_overdue(room: EngineRoom) -> None:
+    """Say which scopes did not end in time; from here on they are dead, and say so at any use."""
+    room.retire_loose(f"{room.life.name} was closed before this session. Close the session first.")
+    for entry in room.ledger:
+        seconds = time.monotonic() - entry.since
+        logger.warning(
+            "close() rolls back the %s of %s, opened at %s %.1f s ago: it did not end in time",
+            entry.kind,
+            entry.owner,
+            entry.where,
+            seconds,
+        )
+        entry.retire(
+            f"{room.life.name} was closed {seconds:.1f} s after this {entry.kind} was opened at "
+            f"{entry.where}, and rolled it back. End it sooner, or give close(timeout=…) more time."
+        )
+
+
+@contextmanager
+def log_failure() -> Generator[None]:
+    """Log what a clean-up could not do, and go on with the next."""
+    try:
+        yield
+    except Exception:
+        logger.exception("A part of close() failed; connections may be open still")

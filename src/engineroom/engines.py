@@ -1,0 +1,301 @@
+"""One engine per role and side, made at first use, in the room that watches and closes them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import weakref
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import MetaData, NullPool, create_engine, event
+from sqlalchemy.engine import URL, Connection, Engine, ExceptionContext
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.orm import Session
+from sqlalchemy.util import await_only
+
+from .backends import Backend, Role, Side, find_backend
+from .cancellation import settle
+from .errors import SelfDeadlock
+from .ledger import Ledger, ScopeInfo
+from .lifecycle import Life, State
+from .models import Base
+from .pool import Lender, LoopPool, Shelf, ThreadPool, make_immortal, part_event_loops
+from .retiring import retire
+from .sessions import Guarded, guarded
+from .settings import DatabaseSettings, Options, read_settings
+
+
+@dataclass(frozen=True, slots=True)
+class PoolInfo:
+    """One pool as it is right now."""
+
+    side: str
+    """`sync` or `async`."""
+    role: str
+    """`primary` or `reader`."""
+    loop: str | None
+    """The event loop whose connections these are; None on the sync side, which threads share."""
+    limit: int
+    """The most connections that it lends: `pool_size` + `max_overflow`."""
+    lent: int
+    """Connections in use, and those being opened."""
+    idle: int
+    """Connections that are open and wait to be lent."""
+    waiting: int
+    """Callers that wait for a connection."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """What a manager holds right now."""
+
+    state: str
+    """`new`, `open`, `closing` or `closed`."""
+    scopes: tuple[ScopeInfo, ...]
+    """The open scopes, oldest first."""
+    pools: tuple[PoolInfo, ...]
+    """One per role on the sync side, one per role and event loop on the async side."""
+
+
+class EngineRoom:
+    """What both front doors of one database share: its state, its ledger and its engines."""
+
+    backend: Backend
+    settings: DatabaseSettings
+    metadata: MetaData
+
+    def __init__(self, name: str) -> None:
+        self.life: Life = Life(name)
+        self.ledger: Ledger = Ledger()
+        self.loose: weakref.WeakSet[Session] = weakref.WeakSet()  # sessions that no scope ends
+        self._engines: dict[tuple[Side, Role], Engine] = {}
+        self._binds: dict[tuple[Side, Role, bool, str | None], Any] = {}
+        ROOMS.add(self)
+
+    # -- opening ------------------------------------------------------------------------------
+
+    def open(self, database_url: str | URL | None, options: Options) -> None:
+        """Read the settings and find the backend; no connection is made.
+
+        Raises:
+            AlreadyInitialized: it is open.
+            ConfigurationError: a setting, an option or the URL cannot work.
+        """
+        if not self.life.allows("init"):
+            raise self.life.refusal("init()")
+        self.settings = read_settings(database_url, **options)
+        self.backend = find_backend(self.settings.url, self.settings)
+        self.metadata = options.get("metadata", Base.metadata)
+        self._engine_options = options.get("engine_options", {})
+        self._async_session_class = options.get("async_session_class", AsyncSession)
+        session_class: Any = options.get(
+            "session_class", self._async_session_class.sync_session_class
+        )
+        self._session_class = guarded(session_class)
+        self._session_options: dict[str, Any] = {
+            "expire_on_commit": self.settings.expire_on_commit,
+            "autoflush": self.settings.autoflush,
+        }
+        self.life.state = State.OPEN
+
+    def engine(self, side: Side, role: Role = Role.PRIMARY) -> Engine:
+        """Return the engine of a side and role; it is made at first use.
+
+        Raises:
+            NotInitialized: before `init()`.
+            ManagerClosed: while `close()` drains, or after it.
+            DriverNotInstalled: the driver of that side is not there.
+        """
+        try:
+            return self._engines[side, role]
+        except KeyError:
+            if not self.life.allows("use"):
+                raise self.life.refusal("engine") from None
+        # Two threads may both come here: one engine is kept, the other has no connection yet.
+        return self._engines.setdefault((side, role), self._make_engine(side, role))
+
+    def bind(
+        self, side: Side, role: Role, read_only: bool = False, isolation_level: str | None = None
+    ) -> Any:
+        """Return what a session binds to: the engine, or it with options; the pool is the same."""
+        key = (side, role, read_only, isolation_level)
+        bind = self._binds.get(key)
+        if bind is None:
+            engine = self.engine(side, role)
+            options = self.backend.read_only_options() if read_only else {}
+            if isolation_level is not None:
+                options["isolation_level"] = isolation_level
+            if options:
+                engine = engine.execution_options(**options)
+            bind = self._binds[key] = AsyncEngine(engine) if side is Side.ASYNC else engine
+        return bind
+
+    def new_session(self, bind: Engine) -> Guarded:
+        """Create a synchronous session."""
+        return self._session_class(bind, **self._session_options)
+
+    def new_async_session(self, bind: AsyncEngine) -> AsyncSession:
+        """Create an asynchronous session around a synchronous one of the same class as above."""
+        return self._async_session_class(
+            bind, sync_session_class=self._session_class, **self._session_options
+        )
+
+    def _make_engine(self, side: Side, role: Role, *, pooled: bool = True) -> Engine:
+        settings = self.settings
+        options: dict[str, Any] = {
+            "echo": settings.shows_statements,
+            "hide_parameters": not settings.shows_statements,
+            "pool_recycle": settings.pool_recycle,
+        }
+        theirs = dict(self._engine_options)
+        arguments = theirs.pop("connect_args", {})
+        options |= theirs | self.backend.engine_options(side, role, arguments)
+        url = self.backend.engine_url(side)
+        if not pooled:
+            del options["pool_recycle"]
+            return create(side, url, poolclass=NullPool, **options)
+        knows: dict[str, Any] = {
+            "backend": self.backend,
+            "ledger": self.ledger,
+            "ping_after": 0.0 if settings.pool_pre_ping else settings.pool_ping_after,
+        }
+        # What a pool must know and `recreate()` does not pass on stands on a class of its own.
+        if side is Side.ASYNC:
+            lender: type[Lender] = type("Shelf", (Shelf,), knows)
+            poolclass: Any = type("LoopPool", (LoopPool,), {"shelf_class": lender})
+        else:
+            lender = poolclass = type("ThreadPool", (ThreadPool,), knows)
+        engine = create(
+            side,
+            url,
+            poolclass=poolclass,
+            pool_size=settings.pool_size,
+            max_overflow=settings.max_overflow,
+            pool_timeout=settings.pool_timeout,
+            pool_use_lifo=True,  # the connection used last is the surest to live
+            **options,
+        )
+        lender.engine = engine
+        self.backend.attach(engine, role, self._refuse_self_deadlock)
+        if side is Side.ASYNC:
+            event.listen(engine, "handle_error", self._break_off_cancelled)
+        return engine
+
+    def _break_off_cancelled(self, context: ExceptionContext) -> None:
+        """End on the server what a cancelled call began there; its connection is lost anyway."""
+        connection = context.connection
+        if (
+            isinstance(context.original_exception, asyncio.CancelledError)
+            and connection is not None
+            and not connection.invalidated
+        ):
+            driver = connection.connection.driver_connection
+            with suppress(asyncio.CancelledError, Exception):
+                await_only(settle(self.backend.break_off(driver)))
+
+    def _refuse_self_deadlock(self, connection: Connection) -> None:
+        """Refuse to wait for a writer that waits for us."""
+        for entry in self.ledger:
+            held = entry.connection() if entry.connection is not None else None
+            if (
+                held is not None
+                and entry.belongs_here()
+                and held is not connection.connection
+                and self.backend.holds_write_lock(held)
+            ):
+                raise SelfDeadlock(
+                    f"{entry.owner} opens a second writer while its first, opened at "
+                    f"{entry.where}, holds the lock of the SQLite file: it would wait for itself. "
+                    "Use the first session, end it before, or open the second with "
+                    "session(read_only=True)."
+                )
+
+    # -- watching -----------------------------------------------------------------------------
+
+    def lenders(self) -> Iterator[tuple[Side, Role, asyncio.AbstractEventLoop | None, Lender]]:
+        """Yield every pool, with the event loop that its connections belong to."""
+        for (side, role), engine in list(self._engines.items()):
+            pool = engine.pool
+            if isinstance(pool, LoopPool):
+                for loop, shelf in list(pool.shelves.items()):
+                    yield side, role, loop, shelf
+            elif isinstance(pool, Lender):
+                yield side, role, None, pool
+
+    def stats(self) -> Stats:
+        """Take a snapshot of the ledger and the pools."""
+        return Stats(
+            state=self.life.state.value,
+            scopes=self.ledger.scopes(),
+            pools=tuple(
+                PoolInfo(
+                    side=side.value,
+                    role=role.value,
+                    loop=None if loop is None else repr(loop),
+                    limit=len(lender.slots.permits),
+                    lent=len(lender.slots.held),
+                    idle=lender.checkedin(),
+                    waiting=lender.slots.waiting,
+                )
+                for side, role, loop, lender in self.lenders()
+            ),
+        )
+
+    def retire_loose(self, why: str) -> None:
+        """Have the sessions that no scope ends refuse use from now on."""
+        for session in list(self.loose):
+            retire(session, why)
+
+    def run_apart(self, side: Side, role: Role, statement: str) -> None:
+        """Run a statement on a connection of its own, which no pool lends."""
+        with self._make_engine(side, role, pooled=False).connect() as connection:
+            connection.exec_driver_sql(statement)
+
+    def clear(self) -> None:
+        """Forget the engines, whose pools have been ended, and what the backend made."""
+        self._engines.clear()
+        self._binds.clear()
+        self.backend.dispose()
+        self.life.state = State.CLOSED
+
+    def disown(self) -> None:
+        """Start afresh in a forked child: what was inherited is the parent's, and dead here."""
+        for entry in self.ledger:
+            entry.retire(
+                f"The {entry.kind} opened at {entry.where} belongs to the parent of this forked "
+                "process. Open one of your own here."
+            )
+            make_immortal(entry)
+        for session in list(self.loose):
+            retire(session, "The session belongs to the parent of this forked process.")
+            make_immortal(session)
+        self.ledger.clear()
+        for _, _, _, lender in self.lenders():
+            lender.disown()
+        for engine in self._engines.values():
+            engine.dispose(close=False)
+
+
+ROOMS: weakref.WeakSet[EngineRoom] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    rooms = list(ROOMS)
+    if any(loop is not None for room in rooms for _, _, loop, _ in room.lenders()):
+        part_event_loops()
+    for room in rooms:
+        room.disown()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def create(side: Side, url: URL, **options: Any) -> Engine:
+    """Create the engine of a side; an asynchronous one is known here by its synchronous core."""
+    if side is Side.ASYNC:
+        return create_async_engine(url, **options).sync_engine
+    return create_engine(url, **options)

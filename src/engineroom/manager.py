@@ -1,0 +1,167 @@
+"""DatabaseSessionManager: the asynchronous front door, with the synchronous one beside it."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Self, Unpack
+
+from sqlalchemy import MetaData, text
+from sqlalchemy.engine import URL, Engine
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from . import drain
+from .backends import Role, Side
+from .database import Database
+from .engines import EngineRoom, Stats
+from .scopes import AsyncConnectScope, AsyncSessionScope, SessionScope
+from .settings import Options
+
+
+class DatabaseSessionManager:
+    """One database, asynchronous; `.sync` is its synchronous twin, a `Database`.
+
+    >>> import asyncio
+    >>> async def main():
+    ...     async with DatabaseSessionManager().init("sqlite://") as manager:
+    ...         async with manager.session() as db:
+    ...             return await db.scalar(text("SELECT 40 + 2"))
+    >>> asyncio.run(main())
+    42
+    """
+
+    sync: Database
+    """The synchronous side of the same database: opened, closed and drained with this one."""
+
+    def __init__(self) -> None:
+        """Make a manager that is not open: `init` opens it."""
+        self._room = EngineRoom(type(self).__name__)
+        self.sync = Database.__new__(Database)
+        self.sync._room = self._room
+
+    def init(
+        self,
+        database_url: str | URL | None = None,
+        *,
+        url: str | URL | None = None,
+        **options: Unpack[Options],
+    ) -> Self:
+        """Open; nothing is connected yet.
+
+        Args:
+            database_url: Where the database is; without it, `DATABASE_URL` or `DB_URL` says so.
+            url: The same, by its shorter name.
+            options: Any field of `DatabaseSettings`, and `session_class`, `async_session_class`,
+                `metadata` and `engine_options` (passed on to SQLAlchemy's `create_engine`).
+
+        Raises:
+            AlreadyInitialized: it is open.
+            ConfigurationError: a setting, an option or the URL cannot work.
+        """
+        self._room.open(url if database_url is None else database_url, options)
+        return self
+
+    def session(
+        self, *, read_only: bool = False, isolation_level: str | None = None
+    ) -> AsyncSessionScope:
+        """Open a session in a transaction: it commits at the end, or rolls back on any exception.
+
+        Args:
+            read_only: Begin a transaction in which the server refuses writes.
+            isolation_level: Of this transaction, as SQLAlchemy names it ("SERIALIZABLE").
+        """
+        return AsyncSessionScope(self._room, "session", Role.PRIMARY, read_only, isolation_level)
+
+    def reader(self) -> AsyncSessionScope:
+        """Open a session without a transaction: each statement stands alone, in one round trip.
+
+        The server refuses writes.
+        """
+        return AsyncSessionScope(self._room, "reader", Role.READER)
+
+    def connect(self, *, isolation_level: str | None = None) -> AsyncConnectScope:
+        """Take a connection in a transaction, for Core.
+
+        Args:
+            isolation_level: Of this transaction; "AUTOCOMMIT" for VACUUM and the like.
+        """
+        return AsyncConnectScope(self._room, "connect", Role.PRIMARY, False, isolation_level)
+
+    async def check(self) -> float:
+        """Ask the database for one row, and return how many seconds it took to answer.
+
+        Raises:
+            sqlalchemy.exc.SQLAlchemyError, OSError: whatever the driver says when it did not.
+        """
+        started = time.perf_counter()
+        async with AsyncConnectScope(self._room, "check", Role.READER) as connection:
+            await connection.execute(text("SELECT 1"))
+        return time.perf_counter() - started
+
+    async def create_all(self, metadata: MetaData | None = None) -> None:
+        """Create the tables that are not there yet.
+
+        Args:
+            metadata: Whose tables; those of the option `metadata` (by default `Base`'s) without it.
+        """
+        async with AsyncConnectScope(self._room, "create_all") as connection:
+            await connection.run_sync((metadata or self._room.metadata).create_all)
+
+    def stats(self) -> Stats:
+        """Take a snapshot: the open scopes with their lines, and the pools. Nothing is asked."""
+        return self._room.stats()
+
+    async def close(self, timeout: float | None = None) -> None:
+        """Take no new scopes, let the running ones end, and leave no connection behind.
+
+        Those that do not end in time are rolled back, their lines are logged, and their next use
+        raises. Closing twice, or before `init`, does nothing.
+
+        Args:
+            timeout: Seconds for running scopes to end; the setting `close_timeout` without it.
+
+        Raises:
+            CloseInsideScope: it was called inside a scope that it would wait for.
+        """
+        await drain.aclose(self._room, timeout)
+
+    @property
+    def engine(self) -> AsyncEngine:
+        """The engine; made at first use, from `init` to `close`."""
+        bind: AsyncEngine = self._room.bind(Side.ASYNC, Role.PRIMARY)
+        return bind
+
+    @property
+    def sync_engine(self) -> Engine:
+        """The engine of the synchronous side, short for `.sync.engine` (Alembic takes it)."""
+        return self.sync.engine
+
+    def sync_session(
+        self, *, read_only: bool = False, isolation_level: str | None = None
+    ) -> SessionScope:
+        """Open a session on the synchronous side, short for `.sync.session()`.
+
+        Args:
+            read_only: Begin a transaction in which the server refuses writes.
+            isolation_level: Of this transaction, as SQLAlchemy names it ("SERIALIZABLE").
+        """
+        return SessionScope(self._room, "session", Role.PRIMARY, read_only, isolation_level)
+
+    async def __aenter__(self) -> Self:
+        """Open, if it is not open already."""
+        if self._room.life.allows("init"):
+            self.init()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close."""
+        await self.close()
+
+
+session_manager: DatabaseSessionManager = DatabaseSessionManager()
+"""The application's own manager: importing it connects to nothing, `init()` opens it."""

@@ -1,0 +1,302 @@
+"""Scopes: one `session()`, `reader()` or `connect()` from enter to exit, and who commits there."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import warnings
+import weakref
+from collections.abc import Generator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NoReturn, TypeVar
+
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
+from sqlalchemy.orm import Session
+
+from .backends import Role, Side
+from .cancellation import settle
+from .engines import EngineRoom
+from .errors import NotEntered, SessionClosed, SyncInAsync, SyncInAsyncWarning, WrongWith
+from .ledger import Entry
+from .retiring import retire
+from .sessions import Guarded, recall
+
+logger: logging.Logger = logging.getLogger("engineroom")
+
+R = TypeVar("R")  # what a scope gives: a session or a connection
+
+
+class Scope(Entry):
+    """What both twins' scopes are: an entry in the ledger that owns a session or a connection.
+
+    A class and not a generator: an event loop that shuts down closes all its generators at once, in
+    any order.
+    """
+
+    __slots__ = ("_options", "_resource", "_room", "obituary")
+
+    side: ClassVar[Side]
+    keyword: ClassVar[str]  # what it is entered with
+
+    def __init__(
+        self,
+        room: EngineRoom,
+        kind: str,
+        role: Role = Role.PRIMARY,
+        read_only: bool = False,
+        isolation_level: str | None = None,
+    ) -> None:
+        super().__init__(kind, sys._getframe(2))  # whoever called the verb that makes this scope
+        self._resource: Any = None  # while it is open
+        self.obituary: str = ""  # why it was ended from outside, once it was
+        self._room = room
+        self._options = (role, read_only, isolation_level)
+
+    def retire(self, why: str) -> None:
+        """End the scope from outside: from now on, using its session raises."""
+        self.obituary = why
+        opened = self._resource
+        if isinstance(opened, AsyncSession):
+            retire(opened.sync_session, why)
+        elif isinstance(opened, AsyncConnection):
+            retire(opened.sync_connection, why)
+        elif opened is not None:
+            retire(opened, why)
+
+    def _bind(self) -> Any:
+        """Return what the session or connection binds to, if the manager is open."""
+        room = self._room
+        if not room.life.allows("use"):
+            raise room.life.refusal(f"{self.kind}()")
+        return room.bind(self.side, *self._options)
+
+    def _enter(self) -> Any:
+        """Note the scope in the ledger, and return what it binds to."""
+        bind = self._bind()
+        self._room.ledger.enter(self)
+        return bind
+
+    def _leave(self, failed: bool = True) -> None:
+        """Forget the scope; one that was ended from outside must not pass for a success."""
+        self._room.ledger.leave(self)
+        self._resource = None
+        if self.obituary and not failed:
+            raise SessionClosed(self.obituary)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise NotEntered(
+            f"{self.kind}() was not entered, so there is no {name!r} yet. Enter it first: "
+            f"{self.keyword} ….{self.kind}() as db: … db.{name} …"
+        )
+
+    def _wrong_with(self) -> WrongWith:
+        other = "with" if self.keyword == "async with" else "async with"
+        return WrongWith(
+            f"{self.kind}() of the {self.side.value} side was entered with {other!r}. Write "
+            f"{self.keyword!r}, or take {self.kind}() of the other side."
+        )
+
+
+class SyncScope(Scope, Generic[R]):
+    """A scope of the synchronous side: `with`."""
+
+    __slots__ = ()
+    side = Side.SYNC
+    keyword = "with"
+
+    def _open(self, engine: Engine) -> R:
+        raise NotImplementedError
+
+    def __enter__(self) -> R:
+        """Open what the scope gives."""
+        engine = self._enter()
+        try:
+            mind_the_loop(self._room, self)
+            self._resource = opened = self._open(engine)
+        except BaseException:
+            self._leave()
+            raise
+        return opened
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Commit, or roll back on any exception; then close for good."""
+        if self in self._room.ledger:
+            failed = error is not None
+            try:
+                finish(self._resource, failed)
+            finally:
+                self._leave(failed)
+
+    if not TYPE_CHECKING:  # a type checker finds this mistake by itself
+
+        async def __aenter__(self) -> NoReturn:
+            raise self._wrong_with()
+
+        async def __aexit__(self, *args: object) -> None: ...
+
+
+class AsyncScope(Scope, Generic[R]):
+    """A scope of the asynchronous side: `async with`."""
+
+    __slots__ = ()
+    side = Side.ASYNC
+    keyword = "async with"
+
+    async def _open(self, engine: AsyncEngine) -> R:
+        raise NotImplementedError
+
+    async def __aenter__(self) -> R:
+        """Open what the scope gives."""
+        engine = self._enter()
+        try:
+            self._resource = opened = await self._open(engine)
+        except BaseException:
+            self._leave()
+            raise
+        return opened
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Commit, or roll back on any exception, cancellation included; then close for good."""
+        if self in self._room.ledger:
+            failed = error is not None
+            try:
+                finishing = self._resource.run_sync(finish, failed)
+                await (settle(finishing) if failed else finishing)
+            finally:
+                self._leave(failed)
+
+    if not TYPE_CHECKING:
+
+        def __enter__(self) -> NoReturn:
+            raise self._wrong_with()
+
+        def __exit__(self, *args: object) -> None: ...
+
+
+class SessionScope(SyncScope[Session]):
+    """A session and its transaction. Nothing is sent before its first statement."""
+
+    __slots__ = ()
+
+    def _open(self, engine: Engine) -> Session:
+        session = self._room.new_session(engine)
+        session.scope = self
+        return session
+
+    def loose(self) -> Session:
+        """Return a session that no scope ends: its caller does."""
+        engine = self._bind()
+        mind_the_loop(self._room, self)
+        session = self._room.new_session(engine)
+        self._room.loose.add(session)
+        return session
+
+
+class AsyncSessionScope(AsyncScope[AsyncSession]):
+    """A session and its transaction. Nothing is sent before its first statement."""
+
+    __slots__ = ()
+
+    async def _open(self, engine: AsyncEngine) -> AsyncSession:
+        session = self._room.new_async_session(engine)
+        session.sync_session.scope = self  # type: ignore[attr-defined]  # Guarded
+        return session
+
+
+class ConnectScope(SyncScope[Connection]):
+    """A connection in a transaction, without the ORM."""
+
+    __slots__ = ()
+
+    def _open(self, engine: Engine) -> Connection:
+        return begin(engine.connect(), self)
+
+
+class AsyncConnectScope(AsyncScope[AsyncConnection]):
+    """A connection in a transaction, without the ORM."""
+
+    __slots__ = ()
+
+    async def _open(self, engine: AsyncEngine) -> AsyncConnection:
+        connection = await engine.connect()
+        await connection.run_sync(begin, self)
+        return connection
+
+
+def begin(connection: Connection, scope: Scope) -> Connection:
+    """Begin on a new connection, and tell the scope which one it is."""
+    try:
+        connection.begin()
+        scope.connection = weakref.ref(connection.connection)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def finish(resource: Guarded | Connection, failed: bool) -> None:
+    """Commit, or roll back, and close: the end of every scope, in one call for both twins.
+
+    A session that its user closed is not in a transaction any more: nothing is left to do.
+    """
+    session = resource if isinstance(resource, Guarded) else None
+    if session is not None:
+        session.ending = True
+    try:
+        if not failed:
+            if resource.in_transaction():
+                resource.commit()
+        else:
+            with suppress_failure():
+                if resource.in_transaction():
+                    resource.rollback()
+    finally:
+        resource.close()
+        if session is not None and session.last_seen is not None:
+            recall(session)
+
+
+@contextmanager
+def suppress_failure() -> Generator[None]:
+    """Log what a clean-up could not do: the body's exception is on its way, and says more."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001
+        logger.debug("The rollback of a failed scope failed as well: %r", error)
+
+
+_warned: set[tuple[str, int]] = set()
+
+
+def mind_the_loop(room: EngineRoom, place: Entry) -> None:
+    """Say that a synchronous session is about to stop the event loop it is opened in.
+
+    Raises:
+        SyncInAsync: if the setting `sync_in_async` says so; by default it warns, once per line.
+    """
+    if asyncio._get_running_loop() is None or room.settings.sync_in_async == "allow":
+        return
+    message = (
+        f"The synchronous {place.kind}() at {place.where} runs inside an event loop, and stops "
+        "every other task until each of its statements has returned. Use the asynchronous side, or "
+        "move it to a thread: await asyncio.to_thread(…)."
+    )
+    if room.settings.sync_in_async == "error":
+        raise SyncInAsync(f"{message} (DB_SYNC_IN_ASYNC=warn or allow would let it pass.)")
+    line = (place.code.co_filename, place.line)
+    if line not in _warned:
+        _warned.add(line)
+        warnings.warn_explicit(message, SyncInAsyncWarning, *line)

@@ -1,0 +1,174 @@
+"""DatabaseSettings: what can be set, its environment name, its default."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, ClassVar, Literal, TypedDict, Unpack
+
+from pydantic import AliasChoices, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+from sqlalchemy import MetaData
+from sqlalchemy.engine import URL
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+
+from .errors import InvalidOption, NoDatabaseURL, UnknownOption
+from .urls import read_url
+
+TRUE = {"1", "true", "t", "yes", "y", "on"}
+
+
+class DatabaseSettings(BaseSettings):
+    """Everything that can be set; each field is read from `DB_<FIELD>` unless it says otherwise.
+
+    Times are in seconds. An argument of `init` comes before the environment, the environment before
+    the default.
+    """
+
+    model_config: ClassVar[SettingsConfigDict] = SettingsConfigDict(
+        env_prefix="DB_", env_ignore_empty=True, extra="ignore", frozen=True, populate_by_name=True
+    )
+
+    # Essential
+    database_url: SecretStr | None = Field(
+        default=None, validation_alias=AliasChoices("DATABASE_URL", "DB_URL")
+    )
+    """Where the database is: from `DATABASE_URL` or `DB_URL`."""
+    pool_size: int = Field(default=5, ge=1)
+    """Connections kept open, per pool: one pool for the sync side, one for each running loop."""
+    max_overflow: int = Field(default=10, ge=0)
+    """Connections opened beyond `pool_size` under load, and closed when they come back."""
+
+    # Frequent
+    pool_timeout: float = Field(default=30.0, gt=0)
+    """How long a caller waits for a connection before `PoolExhausted`."""
+    pool_recycle: int = Field(default=3600, ge=-1)
+    """The age at which a connection is replaced; -1: never."""
+    pool_pre_ping: bool = False
+    """Ask the server at every checkout; otherwise only when the socket speaks or was idle."""
+    echo: bool = False
+    """Log every statement with its parameters; `DEBUG=true` does so too."""
+    debug: str = Field(default="", validation_alias=AliasChoices("DEBUG"))
+    """Other programs' `DEBUG`: echo when it is plainly true, ignored when it is anything else."""
+    expire_on_commit: bool = False
+    """Forget what was loaded at each commit."""
+    autoflush: bool = False
+    """Send pending changes before each query."""
+
+    # Infrequent
+    pool_ping_after: float = Field(default=0.5, ge=0)
+    """A connection idle for longer than this is asked whether it lives, in one round trip."""
+    close_timeout: float = Field(default=10.0, ge=0)
+    """How long `close()` lets running scopes end before it rolls them back."""
+    sync_in_async: Literal["warn", "error", "allow"] = "warn"
+    """What a synchronous session inside a running event loop does."""
+    busy_timeout: float = Field(default=30.0, gt=0)
+    """SQLite: how long a writer waits for another."""
+
+    @property
+    def url(self) -> URL:
+        """The URL, read.
+
+        Raises:
+            NoDatabaseURL: there is none.
+            InvalidURL: it is none.
+        """
+        if self.database_url is None:
+            raise NoDatabaseURL(
+                "There is no database URL: none was passed, and neither DATABASE_URL nor DB_URL is "
+                'set. Pass one, init("postgresql://user:password@host/database"), or set '
+                'DATABASE_URL; for a local file, init("sqlite:///app.db").'
+            )
+        return read_url(self.database_url.get_secret_value())
+
+    @property
+    def shows_statements(self) -> bool:
+        """Whether statements and their parameters are logged."""
+        if "echo" in self.model_fields_set:
+            return self.echo
+        return self.debug.strip().lower() in TRUE
+
+
+class Options(TypedDict, total=False):
+    """What `init` and `Database` take beside the URL: settings, and what no variable can say."""
+
+    pool_size: int
+    max_overflow: int
+    pool_timeout: float
+    pool_recycle: int
+    pool_pre_ping: bool
+    echo: bool
+    expire_on_commit: bool
+    autoflush: bool
+    pool_ping_after: float
+    close_timeout: float
+    sync_in_async: Literal["warn", "error", "allow"]
+    busy_timeout: float
+
+    session_class: type[Session]
+    async_session_class: type[AsyncSession]
+    metadata: MetaData
+    engine_options: dict[str, Any]
+
+
+# The options that are objects, which no environment variable can name.
+OBJECTS = frozenset({"session_class", "async_session_class", "metadata", "engine_options"})
+# What engineroom itself decides about an engine, and how it is said instead.
+RESERVED = {
+    "poolclass": "the pool is engineroom's own",
+    "pool": "the pool is engineroom's own",
+    "creator": "use connect_args",
+    "async_creator": "use connect_args",
+    "pool_size": "init(pool_size=…)",
+    "max_overflow": "init(max_overflow=…)",
+    "pool_timeout": "init(pool_timeout=…)",
+    "pool_recycle": "init(pool_recycle=…)",
+    "pool_pre_ping": "init(pool_pre_ping=…)",
+    "echo": "init(echo=…)",
+}
+
+
+def read_settings(
+    database_url: str | URL | None = None, **options: Unpack[Options]
+) -> DatabaseSettings:
+    """Read the settings: arguments first, then the environment, then the defaults.
+
+    Raises:
+        UnknownOption: an option does not exist; the nearest one that does is named.
+        InvalidOption: an option or a variable has a value that it cannot have.
+    """
+    for name in options:
+        if name not in Options.__annotations__:
+            nearest = difflib.get_close_matches(name, Options.__annotations__, 1)
+            hint = f"Did you mean {nearest[0]}?" if nearest else _known()
+            raise UnknownOption(f"There is no option {name}. {hint}")
+    for name in options.get("engine_options", {}):
+        if name in RESERVED:
+            raise InvalidOption(
+                f"engine_options cannot carry {name!r}, which engineroom sets: {RESERVED[name]}."
+            )
+    given: dict[str, Any] = {name: value for name, value in options.items() if name not in OBJECTS}
+    if database_url is not None:
+        # By its variable's name: older versions of pydantic-settings would prefer the variable.
+        given["DATABASE_URL"] = read_url(database_url).render_as_string(hide_password=False)
+    try:
+        return DatabaseSettings(**given)
+    except ValidationError as error:
+        raise _invalid(error, given) from None  # pydantic's own text would show the value
+
+
+def _known() -> str:
+    return "The options are: " + ", ".join(Options.__annotations__) + "."
+
+
+def _invalid(error: ValidationError, given: dict[str, Any]) -> InvalidOption:
+    problem = error.errors(include_url=False)[0]
+    field = str(problem["loc"][0])
+    name = f"{field}=" if field in given else field if field.isupper() else f"DB_{field.upper()}"
+    return InvalidOption(
+        f"{name}{'' if name.endswith('=') else '='}{problem['input']!r} cannot be used: "
+        f"{problem['msg'][0].lower()}{problem['msg'][1:]}. The default is "
+        f"{DatabaseSettings.model_fields[field].default!r}."
+        if field in DatabaseSettings.model_fields
+        else f"{name} cannot be used: {problem['msg']}."
+    )
