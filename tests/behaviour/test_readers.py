@@ -1,0 +1,107 @@
+"""A reader has no transaction: each statement stands alone, and the server refuses writes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from behaviour_tables import Item
+from sqlalchemy import select, text
+from sqlalchemy.exc import DBAPIError
+
+from engineroom import SessionClosed
+
+
+def test_a_reader_sees_committed_rows(shop: Any) -> None:
+    with shop.session() as db:
+        db.add(Item(sku="a"))
+    with shop.reader() as db:
+        assert [item.sku for item in db.scalars(select(Item))] == ["a"]
+
+
+def test_each_statement_of_a_reader_stands_alone(shop: Any) -> None:
+    """What was committed in between is seen by the next statement: no snapshot is held."""
+    with shop.reader() as reader:
+        assert reader.scalars(select(Item)).all() == []
+        with shop.session() as db:
+            db.add(Item(sku="a"))
+        assert [item.sku for item in reader.scalars(select(Item))] == ["a"]
+
+
+def test_a_reader_does_not_see_what_is_not_committed(shop: Any) -> None:
+    with shop.session() as db:
+        db.add(Item(sku="a"))
+        db.flush()
+        with shop.reader() as reader:
+            assert reader.scalars(select(Item)).all() == []
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        "INSERT INTO behaviour_item (sku, stock) VALUES ('x', 1)",
+        "UPDATE behaviour_item SET stock = 7",
+        "DELETE FROM behaviour_item",
+        "CREATE TABLE sneaked (n int)",
+    ],
+)
+def test_the_server_refuses_a_readers_writes_in_text_too(shop: Any, write: str) -> None:
+    with shop.session() as db:
+        db.add(Item(sku="a", stock=1))
+    with pytest.raises(DBAPIError, match="read.?only"), shop.reader() as db:
+        db.execute(text(write))
+    with shop.reader() as db:
+        assert [(item.sku, item.stock) for item in db.scalars(select(Item))] == [("a", 1)]
+
+
+def test_the_server_refuses_what_a_reader_would_flush(shop: Any) -> None:
+    with pytest.raises(DBAPIError, match="read.?only"), shop.reader() as db:
+        db.add(Item(sku="a"))
+        db.flush()
+    with shop.reader() as db:
+        assert db.scalars(select(Item)).all() == []
+
+
+def test_pending_changes_of_a_reader_do_not_vanish_silently(shop: Any) -> None:
+    """A reader never writes; and it says so, rather than to drop what was added."""
+    with pytest.raises(Exception, match="(?i)read.?only|reader"), shop.reader() as db:
+        db.scalars(select(Item)).all()
+        db.add(Item(sku="a"))
+
+
+def test_what_a_reader_loaded_stays_readable(shop: Any) -> None:
+    with shop.session() as db:
+        db.add(Item(sku="a"))
+    with shop.reader() as db:
+        item = db.scalars(select(Item)).one()
+    assert item.sku == "a"
+    with pytest.raises(SessionClosed):
+        db.scalars(select(Item))
+
+
+def test_a_refused_write_leaves_the_reader_and_its_pool_usable(shop: Any) -> None:
+    with shop.reader() as db:
+        with pytest.raises(DBAPIError):
+            db.execute(text("DELETE FROM behaviour_item"))
+        assert db.scalar(text("SELECT 1")) == 1
+    with shop.reader() as db:
+        assert db.scalar(text("SELECT 2")) == 2
+
+
+def test_check_asks_the_database_and_says_how_long_it_took(door: Any) -> None:
+    seconds = door.check()
+    assert isinstance(seconds, float)
+    assert seconds > 0
+    assert door.stats().scopes == ()
+    assert sum(pool.idle for pool in door.stats().pools) == 1
+
+
+def test_check_raises_what_the_driver_says(open_door: Any, url: str, tmp_path: Any) -> None:
+    if url.startswith("sqlite"):
+        broken = tmp_path / "no-database.sqlite"
+        broken.write_bytes(b"This is not a database, and long enough to tell." * 100)
+        nowhere = open_door(f"sqlite:///{broken}")
+    else:
+        nowhere = open_door("postgresql://nobody@127.0.0.1:1/nothing")
+    with pytest.raises((DBAPIError, OSError)):
+        nowhere.check()

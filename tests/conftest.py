@@ -1,0 +1,136 @@
+"""What the tests share: real servers, a fresh database for a test, and waits without sleeps."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from engineroom.testing import PostgresServer, WireProxy, postgres
+
+DEADLINE = 20.0  # seconds; for what takes milliseconds on a machine that is not busy
+
+
+class Backend(NamedTuple):
+    """One connection, as the server sees it."""
+
+    pid: int
+    state: str
+    query: str
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "both_loops: run the test on asyncio's loop and on uvloop")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.definition.get_closest_marker("both_loops"):
+        loops = [("asyncio", {"use_uvloop": False}), ("asyncio", {"use_uvloop": True})]
+        metafunc.fixturenames.append("anyio_backend")
+        metafunc.parametrize("anyio_backend", loops, ids=["asyncio", "uvloop"], scope="session")
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> tuple[str, dict[str, Any]]:
+    """Run `@pytest.mark.anyio` tests on asyncio; `@pytest.mark.both_loops` adds uvloop."""
+    return "asyncio", {"use_uvloop": False}
+
+
+@pytest.fixture(scope="session")
+def pg18() -> Iterator[PostgresServer]:
+    """PostgreSQL 18, one for the run."""
+    with postgres(18) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def pg16() -> Iterator[PostgresServer]:
+    """PostgreSQL 16, one for the run."""
+    with postgres(16) as server:
+        yield server
+
+
+@pytest.fixture
+def database(pg18: PostgresServer) -> Iterator[str]:
+    """The name of a fresh database on PostgreSQL 18."""
+    name = pg18.create_database()
+    yield name
+    pg18.drop_database(name)
+
+
+@pytest.fixture
+def postgres_url(pg18: PostgresServer, database: str) -> str:
+    """The URL of a fresh database, `postgresql://…`, without a driver."""
+    return pg18.url(database)
+
+
+@pytest.fixture(params=["asyncpg", "psycopg"])
+def driver_url(request: pytest.FixtureRequest, pg18: PostgresServer, database: str) -> str:
+    """The URL of a fresh database, once for each driver that has an asynchronous side."""
+    return pg18.url(database, request.param)
+
+
+@pytest.fixture
+def sqlite_url(tmp_path: Path) -> str:
+    """The URL of a SQLite file that does not exist yet."""
+    return f"sqlite:///{tmp_path / 'test.sqlite'}"
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest) -> str:
+    """The URL of a fresh database, once on SQLite and once on PostgreSQL."""
+    name = "sqlite_url" if request.param == "sqlite" else "postgres_url"
+    value: str = request.getfixturevalue(name)
+    return value
+
+
+@pytest.fixture
+def proxy(pg18: PostgresServer) -> Iterator[WireProxy]:
+    """A counting proxy in front of PostgreSQL 18; `proxy.url(postgres_url)` goes through it."""
+    with WireProxy(pg18.host, pg18.port) as wire:
+        yield wire
+
+
+@pytest.fixture
+def backends(pg18: PostgresServer) -> Callable[[str], list[Backend]]:
+    """Ask who is connected to a database of PostgreSQL 18, given its name or URL."""
+
+    def ask(database: str) -> list[Backend]:
+        name = database.rpartition("/")[2].partition("?")[0]
+        rows = pg18.execute(
+            "SELECT pid, state, query FROM pg_stat_activity"
+            f" WHERE datname = '{name}' AND backend_type = 'client backend' ORDER BY pid"
+        )
+        return [Backend(int(pid), state, query) for pid, state, query in rows]
+
+    return ask
+
+
+@pytest.fixture
+def eventually() -> Callable[[Callable[[], object]], None]:
+    """Wait until something holds, and fail if it does not within the deadline."""
+
+    def wait(predicate: Callable[[], object], deadline: float = DEADLINE) -> None:
+        end = time.monotonic() + deadline
+        while not (seen := predicate()):
+            assert time.monotonic() < end, f"still {seen!r} after {deadline} s"
+            time.sleep(0.01)
+
+    return wait
+
+
+@pytest.fixture
+def eventually_async() -> Callable[[Callable[[], object]], Awaitable[None]]:
+    """Wait likewise in a coroutine: the predicate runs in a thread, the loop goes on."""
+
+    async def wait(predicate: Callable[[], object], deadline: float = DEADLINE) -> None:
+        end = time.monotonic() + deadline
+        while not (seen := await asyncio.to_thread(predicate)):
+            assert time.monotonic() < end, f"still {seen!r} after {deadline} s"
+            await asyncio.sleep(0.01)
+
+    return wait

@@ -1,0 +1,287 @@
+"""A connection that comes out of the pool lives, and finding that out costs no round trip."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scenario import in_threads, run, run_on, server, until
+from sqlalchemy import text
+from sqlalchemy.engine import make_url
+
+from engineroom import Database, DatabaseSessionManager
+from engineroom.testing import PostgresServer, WireProxy
+
+ROUNDS = 8  # of 50 units each
+ASYNC = [
+    ("asyncpg", "asyncio"),
+    ("asyncpg", "uvloop"),
+    ("psycopg", "asyncio"),
+    ("psycopg", "uvloop"),
+]
+SYNC = ["psycopg", "psycopg2"]
+
+every_driver = pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+every_sync_driver = pytest.mark.parametrize("driver", SYNC)
+
+
+def kill(url: str) -> int:
+    """End every backend of the database, and come back 10 ms after the last process has ended."""
+    with server(url) as raw:
+        rows = raw.execute(
+            "SELECT pid, pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE datname = %s AND backend_type = 'client backend'",
+            [make_url(url).database],
+        ).fetchall()
+    for pid, _ in rows:  # until then its socket may be open
+        until(Path(f"/proc/{pid}").exists, lambda there: not there)
+    time.sleep(0.01)
+    return len(rows)
+
+
+# -- killed backends ---------------------------------------------------------------------------
+
+
+def killed_async(url: str, loop: str) -> None:
+    manager = DatabaseSessionManager().init(url, pool_size=5, max_overflow=0)
+
+    async def warm() -> None:
+        together = asyncio.Barrier(5)
+
+        async def one() -> None:
+            async with manager.session() as db:
+                await db.execute(text("SELECT 1"))
+                await together.wait()
+
+        await asyncio.gather(*(one() for _ in range(5)))
+
+    async def unit(number: int) -> None:
+        async with manager.session() as db:
+            assert await db.scalar(text(f"SELECT {number}")) == number
+
+    async def main() -> None:
+        for number in range(ROUNDS):
+            await warm()
+            # In the loop's own thread: the loop has seen nothing of it when the units begin.
+            assert kill(url) == 5
+            if number % 2:
+                await asyncio.gather(*(unit(number) for number in range(50)))
+            else:
+                for unit_number in range(50):
+                    await unit(unit_number)
+        await manager.close()
+
+    run_on(loop, main())
+
+
+@pytest.mark.parametrize(("driver", "loop"), ASYNC)
+def test_killed_backends_cost_no_unit_an_error(
+    pg18: PostgresServer, database: str, driver: str, loop: str
+) -> None:
+    run(killed_async, pg18.url(database, driver), loop)
+
+
+def reused(url: str, loop: str) -> None:
+    """Let the loop close the dead sockets, and others take their descriptors' numbers."""
+    manager = DatabaseSessionManager().init(url, pool_size=5, max_overflow=0, pool_ping_after=60)
+
+    async def unit(together: asyncio.Barrier | None = None) -> None:
+        async with manager.session() as db:
+            assert await db.scalar(text("SELECT 1")) == 1
+            if together is not None:
+                await together.wait()
+
+    async def main() -> None:
+        for _ in range(3):
+            together = asyncio.Barrier(5)
+            await asyncio.gather(*(unit(together) for _ in range(5)))
+            assert kill(url) == 5
+            await asyncio.sleep(0.1)
+            pairs = [socket.socketpair() for _ in range(20)]
+            for _ in range(10):
+                await unit()
+            for pair in pairs:
+                pair[0].close()
+                pair[1].close()
+        await manager.close()
+
+    run_on(loop, main())
+
+
+@pytest.mark.parametrize(("driver", "loop"), ASYNC)
+def test_a_dead_connection_is_known_by_more_than_its_descriptor(
+    pg18: PostgresServer, database: str, driver: str, loop: str
+) -> None:
+    run(reused, pg18.url(database, driver), loop)
+
+
+def killed_sync(url: str) -> None:
+    database = Database(url, pool_size=5, max_overflow=0)
+
+    def warm() -> None:
+        together = threading.Barrier(5)
+
+        def one(_: int) -> None:
+            with database.session() as db:
+                db.execute(text("SELECT 1"))
+                together.wait()
+
+        in_threads(5, one)
+
+    def unit(number: int) -> None:
+        with database.session() as db:
+            assert db.scalar(text(f"SELECT {number}")) == number
+
+    for number in range(ROUNDS):
+        warm()
+        assert kill(url) == 5
+        if number % 2:
+            in_threads(10, lambda number: [unit(number * 5 + n) for n in range(5)])
+        else:
+            for n in range(50):
+                unit(n)
+    database.close()
+
+
+@every_sync_driver
+def test_killed_backends_cost_no_synchronous_unit_an_error(
+    pg18: PostgresServer, database: str, driver: str
+) -> None:
+    run(killed_sync, pg18.url(database, driver))
+
+
+# -- a server that starts again ----------------------------------------------------------------
+
+
+def test_a_restarted_server_costs_no_unit_an_error(pg16: PostgresServer) -> None:
+    name = pg16.create_database()
+
+    async def unit(manager: DatabaseSessionManager) -> None:
+        async with manager.session() as db:
+            assert await db.scalar(text("SELECT 1")) == 1
+
+    async def main(driver: str) -> None:
+        manager = DatabaseSessionManager().init(pg16.url(name, driver))
+        await asyncio.gather(*(unit(manager) for _ in range(5)))
+        with Database(pg16.url(name, "psycopg2")) as other:
+            for database in (manager.sync, other):
+                await asyncio.to_thread(database.check)
+            await asyncio.to_thread(pg16.restart)
+            await asyncio.gather(*(unit(manager) for _ in range(20)))
+            for database in (manager.sync, other):
+                for _ in range(5):
+                    await asyncio.to_thread(database.check)
+            await manager.close()
+
+    try:
+        asyncio.run(main("asyncpg"))
+        asyncio.run(main("psycopg"))
+    finally:
+        pg16.drop_database(name)
+
+
+# -- what the question costs -------------------------------------------------------------------
+
+UNIT = 3  # round trips: BEGIN, SELECT, COMMIT
+
+
+class Units:
+    """Count the round trips of units of work, on either side."""
+
+    def __init__(self, proxy: WireProxy, url: str, side: str, **options: Any) -> None:
+        self.proxy = proxy
+        self.manager = DatabaseSessionManager().init(proxy.url(url), **options)
+        self.runner = asyncio.Runner()
+        self.side = side
+        for _ in range(8):  # psycopg prepares at the sixth
+            self.unit()
+
+    def unit(self, statement: str = "SELECT 1") -> None:
+        if self.side == "async":
+            self.runner.run(self._unit(statement))
+            return
+        with self.manager.sync_session() as db:
+            db.execute(text(statement))
+
+    async def _unit(self, statement: str) -> None:
+        async with self.manager.session() as db:
+            await db.execute(text(statement))
+
+    def __call__(self, count: int = 1, before: Callable[[], object] = lambda: None) -> float:
+        """Return the round trips of each unit; no connection was opened for any."""
+        self.proxy.reset()
+        for _ in range(count):
+            before()
+            self.unit()
+        assert (self.proxy.connections, self.proxy.startup_round_trips) == (0, 0)
+        return self.proxy.round_trips / count
+
+    def close(self) -> None:
+        self.runner.run(self.manager.close())
+        self.runner.close()
+
+
+SIDES = [("async", "asyncpg"), ("async", "psycopg"), ("sync", "psycopg"), ("sync", "psycopg2")]
+every_side = pytest.mark.parametrize(("side", "driver"), SIDES)
+
+
+@every_side
+def test_a_hot_loop_asks_nothing(
+    pg18: PostgresServer, database: str, proxy: WireProxy, side: str, driver: str
+) -> None:
+    units = Units(proxy, pg18.url(database, driver), side, pool_ping_after=60)
+    assert units(100) == UNIT
+    units.close()
+
+
+@every_side
+def test_a_connection_that_was_idle_for_long_is_asked(
+    pg18: PostgresServer, database: str, proxy: WireProxy, side: str, driver: str
+) -> None:
+    units = Units(proxy, pg18.url(database, driver), side, pool_ping_after=0.2)
+    assert units(3, lambda: time.sleep(0.25)) == UNIT + 1
+    units.close()
+
+
+@every_side
+def test_pool_pre_ping_asks_always(
+    pg18: PostgresServer, database: str, proxy: WireProxy, side: str, driver: str
+) -> None:
+    units = Units(proxy, pg18.url(database, driver), side, pool_pre_ping=True)
+    assert units(100) == UNIT + 1
+    units.close()
+
+
+@every_side
+def test_a_notification_costs_a_ping_and_not_the_connection(
+    pg18: PostgresServer, database: str, proxy: WireProxy, side: str, driver: str
+) -> None:
+    url = pg18.url(database, driver)
+    units = Units(proxy, url, side, pool_ping_after=60)
+    units.unit("LISTEN somebody")
+
+    def notify() -> None:
+        pg18.execute("NOTIFY somebody", database)
+        time.sleep(0.05)  # until it has come through the proxy
+
+    assert units(5, notify) == UNIT + 1
+    assert units(5) == UNIT  # and it was read: the socket is silent again
+    units.close()
+
+
+@every_side
+def test_pool_recycle_replaces_what_is_old(
+    pg18: PostgresServer, database: str, proxy: WireProxy, side: str, driver: str
+) -> None:
+    units = Units(proxy, pg18.url(database, driver), side, pool_recycle=1)
+    time.sleep(1.1)
+    proxy.reset()
+    units.unit()
+    assert proxy.connections == 1
+    units.close()

@@ -1,0 +1,326 @@
+"""Guarantee 3: one manager serves any number of event loops, and each leaves nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+import anyio.from_thread
+import pytest
+from scenario import (
+    LOOPS,
+    Item,
+    Model,
+    every_driver_and_loop,
+    held,
+    in_threads,
+    is_postgres,
+    loop_factory,
+    run,
+    run_on,
+    settled,
+    until,
+)
+from sqlalchemy import event, func, select, update
+
+from engineroom import DatabaseSessionManager
+from engineroom.testing import PostgresServer
+
+every_loop = pytest.mark.parametrize("loop", LOOPS)
+
+
+@pytest.fixture
+def url(request: pytest.FixtureRequest) -> str:
+    """The URL of a fresh database for a driver."""
+    if request.param == "aiosqlite":
+        value: str = request.getfixturevalue("sqlite_url")
+        return value
+    server: PostgresServer = request.getfixturevalue("pg18")
+    return server.url(request.getfixturevalue("database"), request.param)
+
+
+def opened(url: str, **options: Any) -> DatabaseSessionManager:
+    """Return a manager whose table has one row, made in a loop that is gone."""
+    manager = DatabaseSessionManager().init(url, metadata=Model.metadata, **options)
+
+    async def make() -> None:
+        await manager.create_all()
+        async with manager.session() as db:
+            db.add(Item(id=0))
+
+    asyncio.run(make())
+    return manager
+
+
+async def increment(manager: DatabaseSessionManager) -> int:
+    """Count one up, and return what is then stored."""
+    async with manager.session() as db:
+        await db.execute(update(Item).values(value=Item.value + 1))
+    async with manager.reader() as db:
+        return (await db.scalars(select(Item.value))).one()
+
+
+def nothing_left(manager: DatabaseSessionManager, url: str) -> None:
+    """Find no connection, no pool, no thread and, at the garbage's collection, no warning."""
+    assert settled(url) == []
+    assert manager.stats().pools == ()
+    gc.collect()
+    until(threading.active_count, lambda count: count == 1)  # aiosqlite's end a moment later
+
+
+# -- loops that end as they should -------------------------------------------------------------
+
+
+def one_after_another(url: str, loop: str, count: int) -> None:
+    manager = opened(url)
+    for number in range(1, count + 1):
+        assert run_on(loop, increment(manager)) == number
+    nothing_left(manager, url)
+    asyncio.run(manager.close())
+
+
+@every_driver_and_loop
+def test_a_hundred_loops_in_a_row_get_right_answers_and_leave_nothing(url: str, loop: str) -> None:
+    run(one_after_another, url, loop, 100)
+
+
+def at_once(url: str, loop: str, threads: int, units: int) -> None:
+    manager = opened(url)
+    sys.setswitchinterval(1e-5)  # what can go wrong between threads should
+    together = threading.Barrier(threads)
+
+    async def work() -> None:
+        await asyncio.gather(*(increment(manager) for _ in range(units)))
+
+    def serve(number: int) -> None:
+        together.wait()
+        for _ in range(3):
+            run_on(loop, work())
+
+    in_threads(threads, serve)
+    assert run_on(loop, increment(manager)) == threads * units * 3 + 1
+    nothing_left(manager, url)
+    asyncio.run(manager.close())
+
+
+@every_driver_and_loop
+def test_eight_threads_with_a_loop_each_at_once(url: str, loop: str) -> None:
+    run(at_once, url, loop, 8, 8)
+
+
+def openings(url: str, loop: str) -> None:
+    """Open and end loops in many threads: the list of loops changes under whoever reads it."""
+    manager = opened(url)
+    sys.setswitchinterval(1e-6)
+
+    async def use() -> None:
+        async with manager.reader() as db:
+            assert (await db.scalars(select(Item.id))).all() == [0]
+        manager.stats()
+
+    in_threads(8, lambda number: [run_on(loop, use()) for _ in range(25)])
+    nothing_left(manager, url)
+
+
+@every_loop
+def test_loops_may_begin_and_end_in_many_threads_at_once(sqlite_url: str, loop: str) -> None:
+    run(openings, sqlite_url, loop)
+
+
+def under_anyio(url: str, uvloop: bool) -> None:
+    manager = opened(url)
+    options = {"use_uvloop": uvloop}
+    for number in range(1, 6):
+        assert anyio.run(increment, manager, backend_options=options) == number
+    for number in range(6, 9):
+        with anyio.from_thread.start_blocking_portal(backend_options=options) as portal:
+            assert portal.call(increment, manager) == number
+    nothing_left(manager, url)
+
+
+@every_driver_and_loop
+def test_anyio_and_its_blocking_portal(url: str, loop: str) -> None:
+    run(under_anyio, url, loop == "uvloop")
+
+
+def cancelled(url: str, loop: str) -> None:
+    """End loops by an exception and with tasks that still run inside their scopes."""
+    manager = opened(url)
+
+    async def stay(inside: asyncio.Event) -> None:
+        async with manager.session() as db:
+            await db.execute(update(Item).values(value=-1))
+            inside.set()
+            await asyncio.sleep(60)
+
+    async def leave_a_task_behind() -> None:
+        inside = asyncio.Event()
+        task = asyncio.create_task(stay(inside))
+        await inside.wait()
+        assert not task.done()
+        raise KeyError("the main task fails, and the loop ends")
+
+    for _ in range(5):
+        with pytest.raises(KeyError):
+            run_on(loop, leave_a_task_behind())
+    assert run_on(loop, increment(manager)) == 1
+    nothing_left(manager, url)
+
+
+@every_driver_and_loop
+def test_a_loop_that_ends_with_open_scopes_rolls_them_back(url: str, loop: str) -> None:
+    run(cancelled, url, loop)
+
+
+# -- loops that were closed by hand, or only stand still ---------------------------------------
+
+
+def closed_by_hand(url: str, loop: str) -> None:
+    manager = opened(url)
+    for number in range(1, 6):
+        by_hand = loop_factory(loop)()
+        by_hand.run_until_complete(together(manager, 3))
+        assert len(held(url)) >= 3
+        close_by_hand(by_hand)
+        del by_hand
+        assert run_on(loop, increment(manager)) == 3 * number + number
+        nothing_left(manager, url)
+
+
+def close_by_hand(loop: asyncio.AbstractEventLoop) -> None:
+    """Close a loop without its `shutdown_asyncgens()`, so that nobody is told."""
+    with warnings.catch_warnings():
+        # uvloop says, inside this very call, that sockets are open; only the caller could help it.
+        warnings.simplefilter("ignore", ResourceWarning)
+        loop.close()
+
+
+async def together(manager: DatabaseSessionManager, count: int) -> None:
+    """Count up so many times, on as many connections."""
+    inside = asyncio.Barrier(count)
+
+    async def one() -> None:
+        async with manager.reader() as db:
+            await db.scalars(select(func.count()).select_from(Item))
+            await inside.wait()
+        await increment(manager)
+
+    await asyncio.gather(*(one() for _ in range(count)))
+
+
+@every_driver_and_loop
+def test_a_loop_closed_by_hand_is_reaped_at_the_next_use(url: str, loop: str) -> None:
+    run(closed_by_hand, url, loop)
+
+
+def closed_by_hand_then_close(url: str, loop: str, sync: bool) -> None:
+    manager = opened(url)
+    by_hand = loop_factory(loop)()
+    by_hand.run_until_complete(together(manager, 3))
+    close_by_hand(by_hand)
+    if sync:
+        manager.sync.close()
+    else:
+        run_on(loop, manager.close())
+    nothing_left(manager, url)
+
+
+@pytest.mark.parametrize("sync", [False, True], ids=["close", "sync.close"])
+@every_driver_and_loop
+def test_a_loop_closed_by_hand_is_reaped_by_close(url: str, loop: str, sync: bool) -> None:
+    run(closed_by_hand_then_close, url, loop, sync)
+
+
+def idle_loop(url: str, loop: str) -> None:
+    manager = opened(url)
+    idle = loop_factory(loop)()
+    assert idle.run_until_complete(increment(manager)) == 1
+    kept = held(url)
+    for number in range(2, 5):
+        assert run_on(loop, increment(manager)) == number
+    if is_postgres(url):  # its connections wait for it
+        assert settled(url, len(kept)) == kept
+    assert idle.run_until_complete(increment(manager)) == 5
+    run_on(loop, manager.close())  # from another loop
+    nothing_left(manager, url)
+
+    manager.init(url)
+    assert idle.run_until_complete(increment(manager)) == 6
+    idle.run_until_complete(idle.shutdown_asyncgens())
+    idle.close()
+    nothing_left(manager, url)
+
+
+@every_driver_and_loop
+def test_a_loop_that_stands_still_keeps_its_connections_until_close(url: str, loop: str) -> None:
+    run(idle_loop, url, loop)
+
+
+# -- what all loops share ----------------------------------------------------------------------
+
+
+def listeners(url: str, loop: str) -> None:
+    manager = opened(url)
+    heard: list[tuple[str, int]] = []
+    here = 0
+    engine = manager.engine.sync_engine
+    for name in ("connect", "checkout", "checkin", "close"):
+        event.listen(engine, name, lambda *_, name=name: heard.append((name, here)))
+    event.listen(engine, "before_cursor_execute", lambda *_: heard.append(("statement", here)))
+    for here in range(1, 6):  # noqa: B007
+
+        async def use() -> None:
+            async with manager.session() as db:
+                assert (await db.scalars(select(Item.id))).all() == [0]
+
+        run_on(loop, use())
+    for name in ("connect", "checkout", "checkin", "statement", "close"):
+        assert {number for what, number in heard if what == name} == {1, 2, 3, 4, 5}, name
+        assert manager.engine.sync_engine is engine
+
+
+@every_driver_and_loop
+def test_a_listener_of_the_engine_hears_every_loop(url: str, loop: str) -> None:
+    run(listeners, url, loop)
+
+
+def close_beside(url: str, loop: str, sync: bool) -> None:
+    """Close while the loops of other threads run and have pools."""
+    manager = opened(url)
+    ready, go_on = threading.Barrier(4), threading.Event()
+    closers: list[Callable[[], None]] = [
+        manager.sync.close if sync else lambda: run_on(loop, manager.close())
+    ]
+
+    async def serve() -> None:
+        await together(manager, 2)
+        await asyncio.to_thread(ready.wait)
+        await asyncio.to_thread(go_on.wait)
+        await increment(manager)
+
+    def work(number: int) -> None:
+        if number < 3:
+            run_on(loop, serve())
+            return
+        ready.wait()
+        assert len(manager.stats().pools) >= 3
+        closers[0]()
+        assert settled(url) == []
+        manager.init(url)
+        go_on.set()
+
+    in_threads(4, work)
+    assert run_on(loop, increment(manager)) == 3 * 2 + 3 + 1
+    nothing_left(manager, url)
+
+
+@pytest.mark.parametrize("sync", [False, True], ids=["close", "sync.close"])
+@every_driver_and_loop
+def test_close_ends_the_pools_of_other_threads_loops(url: str, loop: str, sync: bool) -> None:
+    run(close_beside, url, loop, sync)

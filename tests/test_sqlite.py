@@ -1,0 +1,404 @@
+"""Guarantee 10: SQLite keeps its word: foreign keys, real BEGIN, WAL, one shared `:memory:`."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scenario import Item, Model, fork, in_threads, run
+from sqlalchemy import ForeignKey, delete, func, insert, select, text, update
+from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.orm import Mapped, mapped_column
+
+from engineroom import Database, DatabaseSessionManager
+
+EACH = [100, pytest.param(500, marks=pytest.mark.soak)]
+
+
+class Part(Model):
+    """A row that belongs to another."""
+
+    __tablename__ = "part"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    item_id: Mapped[int] = mapped_column(ForeignKey(Item.id))
+
+
+def opened(url: str, **options: Any) -> DatabaseSessionManager:
+    manager = DatabaseSessionManager().init(url, metadata=Model.metadata, **options)
+    manager.sync.create_all()
+    return manager
+
+
+@pytest.fixture(params=["file", "memory"])
+def url(request: pytest.FixtureRequest, sqlite_url: str) -> str:
+    return sqlite_url if request.param == "file" else "sqlite://"
+
+
+INCREMENT = update(Item).where(Item.id == 0).values(value=Item.value + 1)
+
+
+def read_and_write(database: Database) -> None:
+    """Count up as people do: read, then write what was read and one more."""
+    with database.session() as db:
+        item = db.get(Item, 0)
+        assert item is not None
+        item.value += 1
+
+
+async def read_and_write_async(manager: DatabaseSessionManager) -> None:
+    async with manager.session() as db:
+        item = await db.get(Item, 0)
+        assert item is not None
+        item.value += 1
+
+
+def count(manager: DatabaseSessionManager) -> int:
+    with manager.sync.reader() as db:
+        return db.scalars(select(Item.value).where(Item.id == 0)).one()
+
+
+# -- foreign keys ------------------------------------------------------------------------------
+
+
+def test_foreign_keys_are_enforced(url: str) -> None:
+    async def main(manager: DatabaseSessionManager) -> None:
+        for verb in (manager.session, manager.connect):
+            with pytest.raises(IntegrityError, match="FOREIGN KEY"):
+                async with verb() as db:
+                    await db.execute(insert(Part).values(id=1, item_id=404))
+        with pytest.raises(IntegrityError, match="FOREIGN KEY"):
+            async with manager.session() as db:
+                await db.execute(delete(Item))
+        async with manager.reader() as db:
+            assert (await db.scalars(select(Part.id))).all() == [7]
+        await manager.close()
+
+    manager = opened(url)
+    with manager.sync_session() as db:
+        db.add(Item(id=1))
+        db.flush()
+        db.add(Part(id=7, item_id=1))
+    for verb in (manager.sync.session, manager.sync.connect):
+        with pytest.raises(IntegrityError, match="FOREIGN KEY"), verb() as db:
+            db.execute(insert(Part).values(id=1, item_id=404))
+    asyncio.run(main(manager))
+
+
+# -- no lost update, no "locked" ---------------------------------------------------------------
+
+
+def starter(url: str, together: Any, each: int) -> None:
+    """Create the tables with the others, then count up, on both sides in turn."""
+    together.wait()
+    manager = opened(url)
+    with manager.sync_session() as db:
+        db.execute(text("INSERT INTO item (id, value) VALUES (0, 0) ON CONFLICT DO NOTHING"))
+
+    async def half() -> None:
+        await asyncio.gather(*(read_and_write_async(manager) for _ in range(each // 2)))
+        await manager.close()
+
+    for _ in range(each - each // 2):
+        read_and_write(manager.sync)
+    asyncio.run(half())
+
+
+def eight_processes(url: str, each: int) -> int:
+    context = multiprocessing.get_context("spawn")
+    together = context.Barrier(8)
+    processes = [context.Process(target=starter, args=(url, together, each)) for _ in range(8)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    return count(opened(url))
+
+
+@pytest.mark.parametrize("each", EACH)
+def test_eight_processes_start_at_once_on_a_new_file_and_lose_no_increment(
+    sqlite_url: str, each: int
+) -> None:
+    assert run(eight_processes, sqlite_url, each, deadline=110) == 8 * each
+
+
+def threads_and_tasks(url: str) -> None:
+    manager = opened(url)
+    with manager.sync_session() as db:
+        db.add(Item(id=0))
+
+    async def tasks() -> None:
+        await asyncio.gather(*(read_and_write_async(manager) for _ in range(50)))
+
+    def work(number: int) -> None:
+        if number % 2:
+            asyncio.run(tasks())
+        else:
+            for _ in range(50):
+                read_and_write(manager.sync)
+
+    in_threads(6, work)
+    assert count(manager) == 6 * 50
+    manager.sync.close()
+
+
+def test_threads_and_tasks_of_both_sides_write_at_once(url: str) -> None:
+    run(threads_and_tasks, url)
+
+
+# -- transactions ------------------------------------------------------------------------------
+
+
+def test_the_journal_is_wal(sqlite_url: str) -> None:
+    manager = opened(sqlite_url)
+
+    async def mode() -> Any:
+        async with manager.reader() as db:
+            found = await db.scalar(text("PRAGMA journal_mode"))
+        await manager.close()
+        return found
+
+    with manager.sync.reader() as db:
+        assert db.scalar(text("PRAGMA journal_mode")) == "wal"
+    assert asyncio.run(mode()) == "wal"
+
+
+def test_savepoints_roll_back(url: str) -> None:
+    manager = opened(url)
+
+    with manager.sync_session() as db:
+        db.add(Item(id=1))
+        db.flush()
+        with pytest.raises(KeyError), db.begin_nested():
+            db.add(Item(id=2))
+            db.flush()
+            raise KeyError
+        with db.begin_nested():
+            db.add(Item(id=3))
+            db.flush()
+            with pytest.raises(KeyError), db.begin_nested():
+                db.add(Item(id=4))
+                db.flush()
+                raise KeyError
+        with pytest.raises(KeyError), db.begin_nested():
+            with db.begin_nested():
+                db.add(Item(id=5))
+            raise KeyError
+
+    async def main() -> list[int]:
+        async with manager.session() as db:
+            with pytest.raises(KeyError):
+                async with db.begin_nested():
+                    db.add(Item(id=6))
+                    await db.flush()
+                    raise KeyError
+            async with db.begin_nested():
+                db.add(Item(id=7))
+        with pytest.raises(KeyError):
+            async with manager.session() as db:
+                async with db.begin_nested():
+                    db.add(Item(id=8))
+                raise KeyError
+        async with manager.reader() as db:
+            ids = list(await db.scalars(select(Item.id).order_by(Item.id)))
+        await manager.close()
+        return ids
+
+    assert asyncio.run(main()) == [1, 3, 7]
+
+
+def test_ddl_in_a_transaction_rolls_back(url: str) -> None:
+    manager = opened(url)
+
+    def tables() -> list[str]:
+        with manager.sync.reader() as db:
+            return list(db.scalars(text("SELECT name FROM sqlite_master WHERE name LIKE 'extra%'")))
+
+    with pytest.raises(KeyError), manager.sync.connect() as connection:
+        connection.execute(text("CREATE TABLE extra1 (id INTEGER)"))
+        raise KeyError
+
+    async def main() -> None:
+        with pytest.raises(KeyError):
+            async with manager.connect() as connection:
+                await connection.execute(text("CREATE TABLE extra2 (id INTEGER)"))
+                raise KeyError
+
+    asyncio.run(main())
+    assert tables() == []
+    manager.sync.close()
+
+
+def test_readers_do_not_block_writers_nor_the_other_way_round(url: str) -> None:
+    manager = opened(url, busy_timeout=1.0)
+    with manager.sync_session() as db:
+        db.add(Item(id=0))
+
+    async def main() -> None:
+        async with manager.session(read_only=True) as reader:
+            seen = select(Item.value).where(Item.id == 0)
+            assert await reader.scalar(seen) == 0
+            for _ in range(3):
+                async with manager.session() as db:
+                    await db.execute(INCREMENT)
+                    async with manager.reader() as other:
+                        await other.scalar(seen)
+            assert await reader.scalar(seen) == 0  # a transaction sees one state
+        async with manager.reader() as db:
+            assert await db.scalar(seen) == 3
+        await manager.close()
+
+    asyncio.run(main())
+
+
+def test_what_only_reads_cannot_write(url: str) -> None:
+    manager = opened(url)
+
+    async def main() -> None:
+        for scope in (manager.reader(), manager.session(read_only=True)):
+            with pytest.raises(DBAPIError, match="readonly"):
+                async with scope as db:
+                    await db.execute(insert(Item).values(id=1))
+        async with manager.session() as db:  # on the same connection
+            await db.execute(insert(Item).values(id=2))
+        await manager.close()
+
+    for scope in (manager.sync.reader(), manager.sync.session(read_only=True)):
+        with pytest.raises(DBAPIError, match="readonly"), scope as db:
+            db.execute(insert(Item).values(id=1))
+    with manager.sync_session() as db:
+        db.execute(insert(Item).values(id=1))
+    asyncio.run(main())
+
+
+# -- in memory ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:"])
+def test_both_sides_see_one_database_in_memory_with_isolated_sessions(url: str) -> None:
+    manager = opened(url)
+
+    async def main() -> None:
+        async with manager.session() as db:
+            db.add(Item(id=1))
+            await db.flush()
+            await asyncio.to_thread(sees, [])  # not yet
+        await asyncio.to_thread(sees, [1])
+        with pytest.raises(KeyError):
+            async with manager.session() as db:
+                db.add(Item(id=2))
+                await db.flush()
+                raise KeyError
+        await asyncio.to_thread(add, 3)
+        async with manager.reader() as db:
+            assert list(await db.scalars(select(Item.id).order_by(Item.id))) == [1, 3]
+        await manager.close()
+
+    def sees(expected: list[int]) -> None:
+        with manager.sync_session(read_only=True) as db:
+            assert list(db.scalars(select(Item.id))) == expected
+
+    def add(number: int) -> None:
+        with manager.sync_session() as db:
+            db.add(Item(id=number))
+
+    asyncio.run(main())
+    manager.init(url, metadata=Model.metadata)
+    manager.sync.create_all()
+    sees([])  # it was gone with its close
+    manager.sync.close()
+
+
+def test_two_databases_in_memory_are_two() -> None:
+    with Database("sqlite://") as one, Database("sqlite://") as other:
+        one.create_all(Model.metadata)
+        with one.session() as db:
+            db.add(Item(id=1))
+        other.create_all(Model.metadata)
+        with other.reader() as db:
+            assert db.scalar(select(func.count()).select_from(Item)) == 0
+
+
+def leaves_no_file(folder: str, end: str) -> None:
+    manager = opened("sqlite://")
+    with manager.sync_session() as db:
+        db.add(Item(id=1))
+    assert len(list(Path(folder).iterdir())) == 1
+    if end == "close":
+        manager.sync.close()
+    elif end == "collect":
+        manager.sync.close()
+        database = Database("sqlite://", metadata=Model.metadata)
+        database.create_all()
+        database.engine.dispose()
+        del database
+        gc.collect()
+    elif end == "fork":
+
+        def child() -> None:
+            with manager.sync.reader() as db:
+                assert db.scalars(select(Item.id)).all() == [1]
+
+        fork(child, "return")()
+        fork(child, "_exit")()
+        with manager.sync.reader() as db:  # it is there still
+            assert db.scalars(select(Item.id)).all() == [1]
+        assert len(list(Path(folder).iterdir())) == 1
+        return
+    if end != "exit":
+        assert list(Path(folder).iterdir()) == []
+
+
+@pytest.mark.parametrize("end", ["close", "collect", "exit", "fork"])
+def test_a_database_in_memory_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    run(leaves_no_file, str(tmp_path), end)
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- a file that somebody else holds -----------------------------------------------------------
+
+
+def test_a_writer_waits_for_another_process(sqlite_url: str) -> None:
+    """Another process holds the lock for a while: the writer here waits, and then succeeds."""
+    manager = opened(sqlite_url)
+    file = sqlite_url.removeprefix("sqlite:///")
+    program = (
+        "import sqlite3, sys\n"
+        f"connection = sqlite3.connect({file!r}, isolation_level=None)\n"
+        "connection.execute('BEGIN IMMEDIATE')\n"
+        "print('locked', flush=True)\n"
+        "sys.stdin.readline()\n"
+        "connection.execute('COMMIT')\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "locked\n"
+        done = threading.Event()
+
+        def write() -> None:
+            with manager.sync_session() as db:
+                db.add(Item(id=os.getpid()))
+            done.set()
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        assert not done.wait(0.3)
+        holder.stdin.write("\n")
+        holder.stdin.flush()
+        assert done.wait(20)
+        thread.join()
+    manager.sync.close()
