@@ -1,0 +1,7 @@
+"""Run the shop: `python -m examples.shop`."""
+
+import sys
+
+from .app import main
+
+sys.exit(main())
