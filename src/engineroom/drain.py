@@ -111,7 +111,7 @@ def start(room: EngineRoom) -> bool:
                 f"close() was called inside the {entry.kind} opened at {entry.where}, and would "
                 "wait for it to end. Close after it."
             )
-    room.life.state = State.CLOSING
+    room.life.enter(State.CLOSING)
     return True
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from sqlalchemy import MetaData, NullPool, create_engine, event
@@ -66,13 +67,15 @@ class EngineRoom:
     backend: Backend
     settings: DatabaseSettings
     metadata: MetaData
+    new_session: Callable[[Engine], Guarded]
+    new_async_session: Callable[[AsyncEngine], AsyncSession]
 
     def __init__(self, name: str) -> None:
         self.life: Life = Life(name)
         self.ledger: Ledger = Ledger()
         self.loose: weakref.WeakSet[Session] = weakref.WeakSet()  # sessions that no scope ends
         self._engines: dict[tuple[Side, Role], Engine] = {}
-        self._binds: dict[tuple[Side, Role, bool, str | None], Any] = {}
+        self.binds: dict[tuple[Side, Role, bool, str | None], Any] = {}
         ROOMS.add(self)
 
     # -- opening ------------------------------------------------------------------------------
@@ -90,16 +93,19 @@ class EngineRoom:
         self.backend = find_backend(self.settings.url, self.settings)
         self.metadata = options.get("metadata", Base.metadata)
         self._engine_options = options.get("engine_options", {})
-        self._async_session_class = options.get("async_session_class", AsyncSession)
-        session_class: Any = options.get(
-            "session_class", self._async_session_class.sync_session_class
-        )
-        self._session_class = guarded(session_class)
-        self._session_options: dict[str, Any] = {
+        async_session_class = options.get("async_session_class", AsyncSession)
+        session_class: Any = options.get("session_class", async_session_class.sync_session_class)
+        sessions: dict[str, Any] = {
             "expire_on_commit": self.settings.expire_on_commit,
             "autoflush": self.settings.autoflush,
         }
-        self.life.state = State.OPEN
+        self.new_session = partial(guarded(session_class), **sessions)
+        self.new_async_session = partial(
+            async_session_class,
+            sync_session_class=guarded(session_class),
+            **sessions,
+        )
+        self.life.enter(State.OPEN)
 
     def engine(self, side: Side, role: Role = Role.PRIMARY) -> Engine:
         """Return the engine of a side and role; it is made at first use.
@@ -122,7 +128,7 @@ class EngineRoom:
     ) -> Any:
         """Return what a session binds to: the engine, or it with options; the pool is the same."""
         key = (side, role, read_only, isolation_level)
-        bind = self._binds.get(key)
+        bind = self.binds.get(key)
         if bind is None:
             engine = self.engine(side, role)
             options = self.backend.read_only_options() if read_only else {}
@@ -130,18 +136,8 @@ class EngineRoom:
                 options["isolation_level"] = isolation_level
             if options:
                 engine = engine.execution_options(**options)
-            bind = self._binds[key] = AsyncEngine(engine) if side is Side.ASYNC else engine
+            bind = self.binds[key] = AsyncEngine(engine) if side is Side.ASYNC else engine
         return bind
-
-    def new_session(self, bind: Engine) -> Guarded:
-        """Create a synchronous session."""
-        return self._session_class(bind, **self._session_options)
-
-    def new_async_session(self, bind: AsyncEngine) -> AsyncSession:
-        """Create an asynchronous session around a synchronous one of the same class as above."""
-        return self._async_session_class(
-            bind, sync_session_class=self._session_class, **self._session_options
-        )
 
     def _make_engine(self, side: Side, role: Role, *, pooled: bool = True) -> Engine:
         settings = self.settings
@@ -257,9 +253,9 @@ class EngineRoom:
     def clear(self) -> None:
         """Forget the engines, whose pools have been ended, and what the backend made."""
         self._engines.clear()
-        self._binds.clear()
+        self.binds.clear()
         self.backend.dispose()
-        self.life.state = State.CLOSED
+        self.life.enter(State.CLOSED)
 
     def disown(self) -> None:
         """Start afresh in a forked child: what was inherited is the parent's, and dead here."""

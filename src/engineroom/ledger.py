@@ -8,7 +8,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import CodeType, FrameType
+from types import CodeType
 from typing import Any
 
 
@@ -18,20 +18,26 @@ class Entry:
     Scopes inherit from it: what the ledger must know costs no object of its own.
     """
 
-    __slots__ = ("__weakref__", "code", "connection", "kind", "line", "since", "task", "thread")
+    __slots__ = (
+        "__weakref__",
+        "code",
+        "connection",
+        "is_open",
+        "kind",
+        "line",
+        "since",
+        "task",
+        "thread",
+    )
 
     kind: str  # the verb that made it
     code: CodeType
     line: int
     since: float
+    is_open: bool  # whether it stands in the ledger
     thread: int
     task: asyncio.Task[Any] | None
     connection: weakref.ref[Any] | None  # what the pool lent to it, once a transaction began
-
-    def __init__(self, kind: str, caller: FrameType) -> None:
-        self.kind = kind
-        self.code = caller.f_code
-        self.line = caller.f_lineno
 
     @property
     def where(self) -> str:
@@ -83,16 +89,15 @@ class Ledger:
         """Note that the running task or thread entered a scope."""
         entry.since = time.monotonic()
         entry.thread = threading.get_ident()
-        entry.task = current_task()
+        entry.task = None if asyncio._get_running_loop() is None else asyncio.current_task()
         entry.connection = None
+        entry.is_open = True
         self._entries[id(entry)] = weakref.ref(entry)
 
     def leave(self, entry: Entry) -> None:
         """Forget a scope."""
+        entry.is_open = False
         self._entries.pop(id(entry), None)
-
-    def __contains__(self, entry: Entry) -> bool:
-        return id(entry) in self._entries
 
     def __iter__(self) -> Iterator[Entry]:
         for key, reference in list(self._entries.items()):
@@ -107,7 +112,8 @@ class Ledger:
 
     def clear(self) -> None:
         """Forget everything: in a forked child, nothing of it is ours."""
-        self._entries = {}
+        for entry in self:
+            self.leave(entry)
 
     def scopes(self) -> tuple[ScopeInfo, ...]:
         """Return the open scopes, oldest first."""

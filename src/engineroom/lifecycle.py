@@ -42,11 +42,19 @@ REASONS: dict[State, str] = {
 class Life:
     """One manager's state; the table above is asked before every step."""
 
-    __slots__ = ("name", "state")
+    __slots__ = ("is_usable", "name", "state")
+
+    state: State
+    is_usable: bool  # what `allows("use")` says: the one question that every scope asks
 
     def __init__(self, name: str) -> None:
         self.name: str = name
-        self.state: State = State.NEW
+        self.enter(State.NEW)
+
+    def enter(self, state: State) -> None:
+        """Go over to another state."""
+        self.state = state
+        self.is_usable = self.allows("use")
 
     def allows(self, action: str) -> bool:
         """Whether the state permits the action."""

@@ -10,7 +10,7 @@ import select
 import threading
 import time
 import weakref
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,7 +26,7 @@ from sqlalchemy.util import await_only, greenlet_spawn
 
 from .backends import Backend
 from .errors import PoolExhausted
-from .ledger import Ledger, current_task, owner_name
+from .ledger import Ledger, owner_name
 from .slots import Permit, Slots
 
 logger: logging.Logger = logging.getLogger("engineroom.pool")
@@ -34,6 +34,22 @@ logger: logging.Logger = logging.getLogger("engineroom.pool")
 # POLLRDHUP, where the platform has it: the other side has closed its half of the connection.
 HUNG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR | select.POLLNVAL
 SPOKE = select.POLLIN
+
+
+class Watch:
+    """What a pool needs to look at one of its connections without asking the server."""
+
+    __slots__ = ("connection", "driver", "poll", "returned")
+
+    def __init__(self, connection: object, driver: object, descriptor: int | None) -> None:
+        self.connection: object = connection  # its record in the pool may get another one
+        self.driver: object = driver
+        self.returned: float = 0.0
+        self.poll: Callable[[int], list[tuple[int, int]]] | None = None
+        if descriptor is not None:
+            watcher = select.poll()
+            watcher.register(descriptor, SPOKE | HUNG_UP)
+            self.poll = watcher.poll
 
 
 class Lender(QueuePool):
@@ -71,17 +87,19 @@ class Lender(QueuePool):
         permit = self.slots.take() or self.wait_for(self.slots)
         permit.since = time.monotonic()
         permit.thread = threading.get_ident()
-        permit.task = current_task()
+        permit.task = None if asyncio._get_running_loop() is None else asyncio.current_task()
         try:
             connection = super().connect()
-            while not self._lives(connection):
+            info: Any = connection.record_info
+            while not self._lives(connection, info.get("watch"), permit.since):
                 connection.invalidate()
                 connection = super().connect()
+                info = connection.record_info
         except BaseException:
             self.slots.give(permit)
             raise
         permit.connection = weakref.ref(connection)
-        connection.record_info["permit"] = permit  # type: ignore[index]
+        info["permit"] = permit
         return connection
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
@@ -93,7 +111,8 @@ class Lender(QueuePool):
         """
         info: Any = record.record_info
         permit = info.pop("permit", None)
-        record.info["returned"] = time.monotonic()
+        if "watch" in info:
+            info["watch"].returned = time.monotonic()
         try:
             if self.ended:
                 record.close()
@@ -102,21 +121,19 @@ class Lender(QueuePool):
             if permit is not None:
                 self.slots.give(permit)
 
-    def _lives(self, connection: PoolProxiedConnection) -> bool:
+    def _lives(self, connection: PoolProxiedConnection, watch: Watch | None, now: float) -> bool:
         """Look at a connection: its socket first, which costs nothing; the server when in doubt."""
-        info = connection.info
-        poll = info.get("poll")
-        if poll is None:  # it was opened just now
-            info["poll"] = self._watch(connection)
+        if watch is None or watch.connection is not connection.dbapi_connection:
+            self._watch(connection)  # it was opened just now
             return True
-        if poll is NO_SOCKET:
+        if watch.poll is None:
             return True
-        if self.backend.descriptor(connection.driver_connection) is None:
-            return False  # the driver has closed it: the number may be another socket's by now
-        events = poll(0)
+        if self.backend.is_closed(watch.driver):
+            return False
+        events = watch.poll(0)
         if events and events[0][1] & HUNG_UP:
             return False
-        if not events and time.monotonic() - info["returned"] < self.ping_after:
+        if not events and now - watch.returned < self.ping_after:
             return True
         return self._answers(connection)
 
@@ -132,16 +149,13 @@ class Lender(QueuePool):
             raise
         return True
 
-    def _watch(self, connection: PoolProxiedConnection) -> Any:
+    def _watch(self, connection: PoolProxiedConnection) -> None:
         driver = connection.driver_connection
         descriptor = self.backend.descriptor(driver)
         if descriptor is not None or self._is_asyncio:
             self._drivers.add(driver)  # (sqlite3 has no weak references, and needs none of this)
-        if descriptor is None:
-            return NO_SOCKET
-        watcher = select.poll()
-        watcher.register(descriptor, SPOKE | HUNG_UP)
-        return watcher.poll
+        info: Any = connection.record_info
+        info["watch"] = Watch(connection.dbapi_connection, driver, descriptor)
 
     def wait_for(self, slots: Slots) -> Permit:
         """Wait in the queue for a permit; how, the two classes below say."""
@@ -193,10 +207,6 @@ class Lender(QueuePool):
         self.ended = True
         for driver in list(self._drivers):
             self.backend.cut(driver, loop)
-
-
-# What `_watch` leaves for a connection that has no socket.
-NO_SOCKET: Any = object()
 
 
 def part_event_loops() -> None:

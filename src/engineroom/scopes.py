@@ -9,7 +9,7 @@ import warnings
 import weakref
 from collections.abc import Generator
 from contextlib import contextmanager
-from types import TracebackType
+from types import CodeType, TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NoReturn, TypeVar
 
 from sqlalchemy.engine import Connection, Engine
@@ -36,7 +36,7 @@ class Scope(Entry):
     any order.
     """
 
-    __slots__ = ("_options", "_resource", "_room", "obituary")
+    __slots__ = ("_resource", "_room", "_target", "obituary")
 
     side: ClassVar[Side]
     keyword: ClassVar[str]  # what it is entered with
@@ -49,11 +49,15 @@ class Scope(Entry):
         read_only: bool = False,
         isolation_level: str | None = None,
     ) -> None:
-        super().__init__(kind, sys._getframe(2))  # whoever called the verb that makes this scope
-        self._resource: Any = None  # while it is open
+        caller = sys._getframe(2)  # whoever called the verb that makes this scope
+        self.kind: str = kind
+        self.code: CodeType = caller.f_code
+        self.line: int = caller.f_lineno
+        self.is_open: bool = False
         self.obituary: str = ""  # why it was ended from outside, once it was
+        self._resource: Any = None  # while it is open
         self._room = room
-        self._options = (role, read_only, isolation_level)
+        self._target = (self.side, role, read_only, isolation_level)
 
     def retire(self, why: str) -> None:
         """End the scope from outside: from now on, using its session raises."""
@@ -69,15 +73,9 @@ class Scope(Entry):
     def _bind(self) -> Any:
         """Return what the session or connection binds to, if the manager is open."""
         room = self._room
-        if not room.life.allows("use"):
+        if not room.life.is_usable:
             raise room.life.refusal(f"{self.kind}()")
-        return room.bind(self.side, *self._options)
-
-    def _enter(self) -> Any:
-        """Note the scope in the ledger, and return what it binds to."""
-        bind = self._bind()
-        self._room.ledger.enter(self)
-        return bind
+        return room.binds.get(self._target) or room.bind(*self._target)
 
     def _leave(self, failed: bool = True) -> None:
         """Forget the scope; one that was ended from outside must not pass for a success."""
@@ -112,10 +110,11 @@ class SyncScope(Scope, Generic[R]):
 
     def __enter__(self) -> R:
         """Open what the scope gives."""
-        engine = self._enter()
-        try:
-            mind_the_loop(self._room, self)
-            self._resource = opened = self._open(engine)
+        self._room.ledger.enter(self)  # before the question whether the manager is open: it may
+        try:  # just be closing, and waits for all who stand there
+            if asyncio._get_running_loop() is not None:
+                mind_the_loop(self._room, self)
+            self._resource = opened = self._open(self._bind())
         except BaseException:
             self._leave()
             raise
@@ -128,7 +127,7 @@ class SyncScope(Scope, Generic[R]):
         traceback: TracebackType | None,
     ) -> None:
         """Commit, or roll back on any exception; then close for good."""
-        if self in self._room.ledger:
+        if self.is_open:
             failed = error is not None
             try:
                 finish(self._resource, failed)
@@ -155,9 +154,9 @@ class AsyncScope(Scope, Generic[R]):
 
     async def __aenter__(self) -> R:
         """Open what the scope gives."""
-        engine = self._enter()
+        self._room.ledger.enter(self)
         try:
-            self._resource = opened = await self._open(engine)
+            self._resource = opened = await self._open(self._bind())
         except BaseException:
             self._leave()
             raise
@@ -170,7 +169,7 @@ class AsyncScope(Scope, Generic[R]):
         traceback: TracebackType | None,
     ) -> None:
         """Commit, or roll back on any exception, cancellation included; then close for good."""
-        if self in self._room.ledger:
+        if self.is_open:
             failed = error is not None
             try:
                 finishing = self._resource.run_sync(finish, failed)
@@ -199,7 +198,8 @@ class SessionScope(SyncScope[Session]):
     def loose(self) -> Session:
         """Return a session that no scope ends: its caller does."""
         engine = self._bind()
-        mind_the_loop(self._room, self)
+        if asyncio._get_running_loop() is not None:
+            mind_the_loop(self._room, self)
         session = self._room.new_session(engine)
         self._room.loose.add(session)
         return session
@@ -287,7 +287,7 @@ def mind_the_loop(room: EngineRoom, place: Entry) -> None:
     Raises:
         SyncInAsync: if the setting `sync_in_async` says so; by default it warns, once per line.
     """
-    if asyncio._get_running_loop() is None or room.settings.sync_in_async == "allow":
+    if not room.life.is_usable or room.settings.sync_in_async == "allow":
         return
     message = (
         f"The synchronous {place.kind}() at {place.where} runs inside an event loop, and stops "

@@ -27,7 +27,9 @@ class Guarded(Session):
 
     def get_bind(self, *args: Any, **kw: Any) -> Engine | Connection:
         """Return the engine for a statement; every one passes here, before anything is sent."""
-        self._check_thread()
+        scope = self.scope
+        if scope is not None and scope.thread != threading.get_ident():
+            self._check_thread()
         return super().get_bind(*args, **kw)
 
     def _check_thread(self) -> None:

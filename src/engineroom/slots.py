@@ -14,10 +14,6 @@ class Permit:
     __slots__ = ("connection", "since", "task", "thread")
 
     def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget the holder."""
         self.connection: Any = None
         self.task: Any = None
         self.thread: int = 0
@@ -101,7 +97,8 @@ class Slots:
 
     def give(self, permit: Permit) -> None:
         """Give a permit back, and with it serve whoever waits longest."""
-        permit.clear()
+        permit.connection = permit.task = None
+        permit.since = 0.0
         self._free.append(permit)
         if self._queue:
             self._hand_out()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
-from enum import Enum
+from enum import StrEnum
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from ..settings import DatabaseSettings
 
 
-class Side(Enum):
+class Side(StrEnum):
     """Which of the twins an engine serves."""
 
     SYNC = "sync"
     ASYNC = "async"
 
 
-class Role(Enum):
+class Role(StrEnum):
     """What an engine's connections are for."""
 
     PRIMARY = "primary"
@@ -65,6 +65,9 @@ class Backend(Protocol):
 
     def descriptor(self, driver: Any) -> int | None:
         """Return the file descriptor of a driver's connection; None where it has no socket."""
+
+    def is_closed(self, driver: Any) -> bool:
+        """Whether the driver has closed its socket, whose number may be another's by now."""
 
     def ping(self, connection: PoolProxiedConnection, engine: Engine) -> None:
         """Ask the server, in one round trip, whether the connection lives; raise if not."""

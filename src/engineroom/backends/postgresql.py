@@ -66,13 +66,18 @@ class PostgreSQL:
 
     def descriptor(self, driver: Any) -> int | None:
         """Return the file descriptor of the connection's socket; None once it is closed."""
-        if driver.closed if hasattr(driver, "closed") else driver.is_closed():
+        if self.is_closed(driver):
             return None
         if hasattr(driver, "fileno"):  # psycopg, psycopg2
             return int(driver.fileno())
         transport = _asyncpg_transport(driver)
         known = transport.get_extra_info("socket")
         return None if known is None or transport.is_closing() else int(known.fileno())
+
+    def is_closed(self, driver: Any) -> bool:
+        """Ask the driver: none of them forgets its socket before it knows that it is closed."""
+        closed: bool | None = getattr(driver, "closed", None)
+        return bool(driver.is_closed() if closed is None else closed)
 
     def ping(self, connection: PoolProxiedConnection, engine: Engine) -> None:
         """Ask the server in one round trip."""

@@ -131,6 +131,10 @@ class SQLite:
         """A file has no socket."""
         return None
 
+    def is_closed(self, driver: Any) -> bool:
+        """A file has no socket to be closed."""
+        return False
+
     def ping(self, connection: PoolProxiedConnection, engine: Engine) -> None:
         """A file has no server that could have gone."""
 
