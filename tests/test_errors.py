@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from engineroom import errors
-from engineroom.errors import ConfigurationError, EngineroomError, PoolExhausted, UsageError
+from engineroom.errors import ConfigurationError, EngineroomError, PoolTimeout, UsageError
 
 ALL = [
     kind
@@ -65,10 +65,10 @@ def test_the_two_branches() -> None:
     assert issubclass(UsageError, RuntimeError)
     assert issubclass(ConfigurationError, UsageError)
     assert issubclass(ConfigurationError, ValueError)
-    assert issubclass(PoolExhausted, PoolTimeoutError)
-    assert not issubclass(PoolExhausted, UsageError)
+    assert issubclass(PoolTimeout, PoolTimeoutError)
+    assert not issubclass(PoolTimeout, UsageError)
     assert all(
-        issubclass(kind, (UsageError, PoolExhausted))
+        issubclass(kind, (UsageError, PoolTimeout))
         for kind in ERRORS
         if kind is not EngineroomError
     )

@@ -15,6 +15,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -892,8 +893,8 @@ def test_an_exhausted_sync_pool_names_its_holders(url: str) -> None:
     with Database(url, pool_size=1, max_overflow=0, pool_timeout=0.2) as door:
         with door.reader() as holder:
             holder.execute(text("SELECT 1"))
-            with pytest.raises(PoolExhausted) as caught, door.reader() as db:
-                db.execute(text("SELECT 1"))
+            with ThreadPoolExecutor() as threads, pytest.raises(PoolExhausted) as caught:
+                threads.submit(door.check).result()
             words = (
                 "0.2 s",
                 "all 1 are lent",
@@ -941,8 +942,8 @@ def test_who_gave_up_is_not_counted_as_waiting(sqlite_url: str) -> None:
         with door.reader() as holder:
             holder.execute(text("SELECT 1"))
             for _ in range(3):
-                with pytest.raises(PoolExhausted):
-                    door.check()
+                with ThreadPoolExecutor() as threads, pytest.raises(PoolExhausted):
+                    threads.submit(door.check).result()
             assert door.stats().pools[0].waiting == 0
 
 

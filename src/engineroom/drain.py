@@ -22,6 +22,7 @@ from .pool import Lender
 logger: logging.Logger = logging.getLogger("engineroom")
 
 LOOK_EVERY = 0.01  # seconds between two looks at the ledger
+CONNECT_LIMIT = 1.0  # seconds for connections that are just being opened, which are closed then
 POOL_LIMIT = 5.0  # seconds for the end of one pool, before `close()` goes on without it
 
 
@@ -41,6 +42,9 @@ def close(room: EngineRoom, timeout: float | None) -> None:
             time.sleep(LOOK_EVERY)
     finally:
         retire_overdue(room)
+        opened_by = time.monotonic() + CONNECT_LIMIT
+        while connecting(room) and time.monotonic() < opened_by:
+            time.sleep(LOOK_EVERY)
         for side, role, loop, lender in list(room.lenders()):
             work = partial(end_pool, room, side, role, lender)
             with log_failure():
@@ -68,6 +72,9 @@ async def aclose(room: EngineRoom, timeout: float | None) -> None:
 
 async def end_pools(room: EngineRoom) -> None:
     """End every pool, each in the loop that its connections belong to."""
+    deadline = time.monotonic() + CONNECT_LIMIT
+    while connecting(room) and time.monotonic() < deadline:  # noqa: ASYNC110
+        await asyncio.sleep(LOOK_EVERY)
     for side, role, loop, lender in list(room.lenders()):
         work = partial(end_pool, room, side, role, lender)
         with log_failure():
@@ -81,6 +88,11 @@ async def end_pools(room: EngineRoom) -> None:
                 else:
                     lender.reap(loop)
     room.clear()
+
+
+def connecting(room: EngineRoom) -> bool:
+    """Whether a connection is just being opened: it is nobody's yet, and cannot be ended."""
+    return any(lender.slots.connecting for _, _, _, lender in room.lenders())
 
 
 def run_in(loop: asyncio.AbstractEventLoop, work: Callable[[], None]) -> Future[None]:
@@ -123,6 +135,11 @@ def deadline_of(room: EngineRoom, timeout: float | None) -> float:
 def retire_overdue(room: EngineRoom) -> None:
     """Say which scopes did not end in time; from here on they are dead, and say so at any use."""
     room.retire_loose(f"{room.life.name} was closed before this session. Close the session first.")
+    for _, _, _, lender in room.lenders():
+        lender.refuse(
+            f"{room.life.name} was closed while this waited for a connection. Close it when the "
+            "work is done, or give close(timeout=…) more time."
+        )
     for entry in room.ledger:
         seconds = time.monotonic() - entry.since
         logger.warning(

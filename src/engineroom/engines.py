@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
+import signal
+import sys
+import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -19,14 +24,17 @@ from sqlalchemy.util import await_only
 
 from .backends import Backend, Role, Side, find_backend
 from .cancellation import settle
-from .errors import SelfDeadlock
-from .ledger import Ledger, ScopeInfo
+from .errors import Holder, InvalidOption, SelfDeadlock
+from .ledger import Ledger, ScopeInfo, current_owner, describe, name_of
 from .lifecycle import Life, State
 from .models import Base
 from .pool import Lender, LoopPool, Shelf, ThreadPool, make_immortal, part_event_loops
 from .retiring import retire
 from .sessions import Guarded, guarded
 from .settings import DatabaseSettings, Options, read_settings
+from .statements import note_statements
+
+logger: logging.Logger = logging.getLogger("engineroom")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +47,18 @@ class PoolInfo:
     """`primary` or `reader`."""
     loop: str | None
     """The event loop whose connections these are; None on the sync side, which threads share."""
-    limit: int
-    """The most connections that it lends: `pool_size` + `max_overflow`."""
+    size: int
+    """The connections that it keeps: `pool_size`."""
+    overflow: int
+    """The connections that it may open beyond those: `max_overflow`."""
     lent: int
     """Connections in use, and those being opened."""
     idle: int
     """Connections that are open and wait to be lent."""
     waiting: int
     """Callers that wait for a connection."""
+    holders: tuple[Holder, ...]
+    """Who has the connections in use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +88,15 @@ class EngineRoom:
         self.loose: weakref.WeakSet[Session] = weakref.WeakSet()  # sessions that no scope ends
         self._engines: dict[tuple[Side, Role], Engine] = {}
         self.binds: dict[tuple[Side, Role, bool, str | None], Any] = {}
+        self._arguments: tuple[str | URL | None, Options] = (None, {})  # of the last `open`
         ROOMS.add(self)
 
     # -- opening ------------------------------------------------------------------------------
 
-    def open(self, database_url: str | URL | None, options: Options) -> None:
+    def open(self, database_url: str | URL | None, url: str | URL | None, options: Options) -> None:
         """Read the settings and find the backend; no connection is made.
+
+        Without any argument, one that was closed is opened again with those that it had.
 
         Raises:
             AlreadyInitialized: it is open.
@@ -89,7 +104,13 @@ class EngineRoom:
         """
         if not self.life.allows("init"):
             raise self.life.refusal("init()")
-        self.settings = read_settings(database_url, **options)
+        if database_url is not None and url is not None:
+            raise InvalidOption("The URL was given twice, as database_url= and as url=. Give one.")
+        where = url if database_url is None else database_url
+        if where is None and not options and self.life.state is State.CLOSED:
+            where, options = self._arguments
+        self._arguments = (where, options)
+        self.settings = read_settings(where, **options)
         self.backend = find_backend(self.settings.url, self.settings)
         self.metadata = options.get("metadata", Base.metadata)
         self._engine_options = options.get("engine_options", {})
@@ -105,6 +126,8 @@ class EngineRoom:
             sync_session_class=guarded(session_class),
             **sessions,
         )
+        if self.settings.dump_signal:
+            dump_on(signal.Signals[self.settings.dump_signal])
         self.life.enter(State.OPEN)
 
     def engine(self, side: Side, role: Role = Role.PRIMARY) -> Engine:
@@ -155,7 +178,8 @@ class EngineRoom:
             return create(side, url, poolclass=NullPool, **options)
         knows: dict[str, Any] = {
             "backend": self.backend,
-            "ledger": self.ledger,
+            "spare": settings.max_overflow,
+            "slow_after": settings.slow_after,
             "ping_after": 0.0 if settings.pool_pre_ping else settings.pool_ping_after,
         }
         # What a pool must know and `recreate()` does not pass on stands on a class of its own.
@@ -169,16 +193,27 @@ class EngineRoom:
             url,
             poolclass=poolclass,
             pool_size=settings.pool_size,
-            max_overflow=settings.max_overflow,
+            max_overflow=-1,  # the permits are the limit
             pool_timeout=settings.pool_timeout,
             pool_use_lifo=True,  # the connection used last is the surest to live
             **options,
         )
         lender.engine = engine
+        note_statements(engine.dialect)
+        if side is Side.SYNC and "connect_timeout" not in {**url.query, **arguments}:
+            event.listen(engine, "do_connect", partial(self._limit_connect, engine))
         self.backend.attach(engine, role, self._refuse_self_deadlock)
         if side is Side.ASYNC:
             event.listen(engine, "handle_error", self._break_off_cancelled)
         return engine
+
+    def _limit_connect(
+        self, engine: Engine, dialect: object, record: object, args: object, kw: dict[str, Any]
+    ) -> None:
+        """Tell a synchronous driver how long it may connect: nobody can stop it from outside."""
+        pool = engine.pool
+        if isinstance(pool, Lender):
+            self.backend.limit_connect(kw, pool.seconds_left())
 
     def _break_off_cancelled(self, context: ExceptionContext) -> None:
         """End on the server what a cancelled call began there; its connection is lost anyway."""
@@ -194,20 +229,22 @@ class EngineRoom:
 
     def _refuse_self_deadlock(self, connection: Connection) -> None:
         """Refuse to wait for a writer that waits for us."""
-        for entry in self.ledger:
-            held = entry.connection() if entry.connection is not None else None
-            if (
-                held is not None
-                and entry.belongs_here()
-                and held is not connection.connection
-                and self.backend.holds_write_lock(held)
-            ):
-                raise SelfDeadlock(
-                    f"{entry.owner} opens a second writer while its first, opened at "
-                    f"{entry.where}, holds the lock of the SQLite file: it would wait for itself. "
-                    "Use the first session, end it before, or open the second with "
-                    "session(read_only=True)."
-                )
+        owner, now = current_owner(), time.monotonic()
+        for _, _, _, lender in self.lenders():
+            for permit in lender.slots.held:
+                held = None if permit.connection is None else permit.connection()
+                if (
+                    permit.owner == owner
+                    and held is not None
+                    and held is not connection.connection
+                    and self.backend.holds_write_lock(held)
+                ):
+                    raise SelfDeadlock(
+                        f"{name_of(owner)} opens a second writer while its first holds the lock of "
+                        f"the SQLite file, and would wait for itself. The first is "
+                        f"{describe(permit, now)}. Use that one, end it before, or open the second "
+                        "with session(read_only=True)."
+                    )
 
     # -- watching -----------------------------------------------------------------------------
 
@@ -223,6 +260,7 @@ class EngineRoom:
 
     def stats(self) -> Stats:
         """Take a snapshot of the ledger and the pools."""
+        now = time.monotonic()
         return Stats(
             state=self.life.state.value,
             scopes=self.ledger.scopes(),
@@ -231,14 +269,34 @@ class EngineRoom:
                     side=side.value,
                     role=role.value,
                     loop=None if loop is None else repr(loop),
-                    limit=len(lender.slots.permits),
+                    size=lender.slots.size,
+                    overflow=lender.slots.overflow,
                     lent=len(lender.slots.held),
                     idle=lender.checkedin(),
                     waiting=lender.slots.waiting,
+                    holders=tuple(describe(permit, now) for permit in lender.slots.held),
                 )
                 for side, role, loop, lender in self.lenders()
             ),
         )
+
+    def report(self) -> str:
+        """Write down who holds a connection and who waits for one: since when, from which line."""
+        now = time.monotonic()
+        lines = [f"{self.life.name} (engineroom) is {self.life.state.value}"]
+        for side, role, _, lender in self.lenders():
+            slots = lender.slots
+            lines.append(
+                f"  {side} {role} pool: {len(slots.held)} of {slots.size} + {slots.overflow} lent, "
+                f"{lender.checkedin()} idle, {slots.waiting} waiting"
+            )
+            lines += [f"    held by {describe(permit, now)}" for permit in slots.held]
+            lines += [
+                f"    {name_of(ticket.owner)} waits since {now - ticket.since:.1f} s ago, at "
+                f"{self.ledger.line_where_waits(ticket.owner)}"
+                for ticket in slots.waiters
+            ]
+        return "\n".join(lines)
 
     def retire_loose(self, why: str) -> None:
         """Have the sessions that no scope ends refuse use from now on."""
@@ -284,6 +342,19 @@ def _after_fork_in_child() -> None:
         part_event_loops()
     for room in rooms:
         room.disown()
+
+
+def dump_on(number: signal.Signals) -> None:
+    """Have a signal print the report of every manager, to the standard error stream."""
+
+    def dump(number: int, frame: object) -> None:
+        for room in list(ROOMS):
+            sys.stderr.write(f"{room.report()}\n")
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(number, dump)
+    else:
+        logger.warning("DB_DUMP_SIGNAL has no effect: init() was not called in the main thread")
 
 
 if hasattr(os, "register_at_fork"):

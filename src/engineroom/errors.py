@@ -14,18 +14,25 @@
     │   ├── ManagerClosed          used while or after `close()`
     │   ├── CloseInsideScope       `close()` inside a scope that it would wait for
     │   ├── NotEntered             a scope used without `with` (also an `AttributeError`)
+    │   ├── AlreadyEntered         a scope entered again while it is open
     │   ├── WrongWith              `with` where `async with` belongs, or the other way
     │   ├── SessionClosed          a session used after its end
+    │   ├── SessionInUse           a session used in the middle of another call of it
     │   ├── WrongThread            a session used from another thread than its own
     │   ├── SyncInAsync            a synchronous session inside a running event loop
     │   └── SelfDeadlock           a SQLite writer that would wait for itself
-    └── PoolExhausted              no connection came free (also SQLAlchemy's `TimeoutError`)
+    └── PoolTimeout                no connection in time (also SQLAlchemy's `TimeoutError`)
+        ├── ConnectTimeout         none was opened
+        └── PoolExhausted          none came free
+            └── PoolDeadlock       none ever would: every holder waits for another one
 
 Errors of SQLAlchemy and of the drivers pass through unchanged.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -126,6 +133,12 @@ class NotEntered(UsageError, AttributeError):
     code = "not-entered"
 
 
+class AlreadyEntered(UsageError):
+    """A scope was entered again before its end."""
+
+    code = "already-entered"
+
+
 class WrongWith(UsageError):
     """`with` where `async with` belongs, or the other way round."""
 
@@ -136,6 +149,12 @@ class SessionClosed(UsageError):
     """A session was used after its end, or was ended by `close()` or a fork."""
 
     code = "session-closed"
+
+
+class SessionInUse(UsageError):
+    """A session was used by one task in the middle of another one's call."""
+
+    code = "session-in-use"
 
 
 class WrongThread(UsageError):
@@ -156,10 +175,74 @@ class SelfDeadlock(UsageError):
     code = "self-deadlock"
 
 
-class PoolExhausted(EngineroomError, PoolTimeoutError):
-    """No connection came free within `pool_timeout` seconds."""
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who has a connection in use."""
 
-    code = "pool-exhausted"  # type: ignore[misc]  # SQLAlchemy declares an instance's `code`
+    owner: str
+    """The task or thread, by name."""
+    kind: str
+    """The verb that opened its scope; `connection` where the engine itself was asked for one."""
+    where: str
+    """The line that opened the scope: `file:line in function`; without a scope, where it is now."""
+    seconds: float
+    """How long it has held it."""
+    doing: str
+    """`connecting`, `running for …: <statement>`, `idle in transaction for …` or `idle for …`."""
+
+    def __str__(self) -> str:
+        at = "at" if self.kind == "connection" else "opened at"
+        return (
+            f"the {self.kind} of {self.owner}, {at} {self.where}, held for {self.seconds:.1f} s, "
+            f"{self.doing}"
+        )
+
+
+class PoolTimeout(EngineroomError, PoolTimeoutError):
+    """No connection within `pool_timeout` seconds, waiting and connecting taken together."""
+
+    code = "pool-timeout"  # type: ignore[misc]  # SQLAlchemy declares an instance's `code`
+
+
+class ConnectTimeout(PoolTimeout):
+    """No connection was opened in time: the server did not answer."""
+
+    code = "connect-timeout"  # type: ignore[misc]
+
+
+class PoolExhausted(PoolTimeout):
+    """No connection came free in time: all are lent."""
+
+    code = "pool-exhausted"  # type: ignore[misc]
+
+    size: int
+    """The connections that the pool keeps: `pool_size`."""
+    overflow: int
+    """The connections that it may open beyond those: `max_overflow`."""
+    waiting: int
+    """How many more callers wait."""
+    holders: tuple[Holder, ...]
+    """Who has the connections: since when, from which line, doing what."""
+
+    def __init__(
+        self,
+        message: str,
+        size: int = 0,
+        overflow: int = 0,
+        waiting: int = 0,
+        holders: Sequence[Holder] = (),
+    ) -> None:
+        super().__init__(message)
+        self.size = size
+        self.overflow = overflow
+        self.waiting = waiting
+        self.holders = tuple(holders)
+
+
+class PoolDeadlock(PoolExhausted):
+    """No connection would ever come free: every holder waits for another one."""
+
+    code = "pool-deadlock"  # type: ignore[misc]
 
 
 class SyncInAsyncWarning(RuntimeWarning):

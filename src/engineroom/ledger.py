@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import sys
+import sysconfig
 import threading
 import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import CodeType
+from pathlib import Path
+from traceback import walk_stack
+from types import CodeType, FrameType
 from typing import Any
+
+from sqlalchemy.pool import PoolProxiedConnection
+
+from .errors import AlreadyEntered, Holder
+
+STATEMENT_LENGTH = 80  # characters of a statement that a report shows
 
 
 class Entry:
@@ -47,11 +57,26 @@ class Entry:
     @property
     def owner(self) -> str:
         """The task or the thread that entered the scope, by name."""
-        return owner_name(self.thread, self.task)
+        return name_of(self.task or self.thread)
 
     def retire(self, why: str) -> None:
         """End the scope from outside: from now on, using what it gave raises."""
         raise NotImplementedError
+
+    def hold(self, connection: PoolProxiedConnection) -> None:
+        """Note which connection the scope uses; and to the pool, whose scope that is."""
+        self.connection = weakref.ref(connection)
+        lent = (connection.record_info or {}).get("lent")
+        if lent is not None:
+            lent.permit.entry = weakref.ref(self)
+
+    def held(self) -> PoolProxiedConnection | None:
+        """Return the connection that the scope holds, if it holds one now.
+
+        An exception's traceback may keep alive what went back to the pool: such a one is empty.
+        """
+        connection = None if self.connection is None else self.connection()
+        return connection if connection is not None and connection.is_valid else None
 
     def belongs_here(self) -> bool:
         """Whether the running task (outside a loop: the running thread) entered the scope."""
@@ -86,7 +111,16 @@ class Ledger:
         self._entries: dict[int, weakref.ref[Entry]] = {}
 
     def enter(self, entry: Entry) -> None:
-        """Note that the running task or thread entered a scope."""
+        """Note that the running task or thread entered a scope.
+
+        Raises:
+            AlreadyEntered: it is open.
+        """
+        if entry.is_open:
+            raise AlreadyEntered(
+                f"The {entry.kind} opened at {entry.where} was entered a second time, while "
+                f"{entry.owner} is inside it. Call {entry.kind}() again for another one."
+            )
         entry.since = time.monotonic()
         entry.thread = threading.get_ident()
         entry.task = None if asyncio._get_running_loop() is None else asyncio.current_task()
@@ -115,6 +149,15 @@ class Ledger:
         for entry in self:
             self.leave(entry)
 
+    def line_where_waits(self, owner: Any) -> str:
+        """Return the line of the scope for which an owner waits; without one, where it is now."""
+        lines = [
+            entry.where
+            for entry in self
+            if owner in (entry.task, entry.thread) and entry.held() is None
+        ]
+        return lines[-1] if lines else line_of(owner)
+
     def scopes(self) -> tuple[ScopeInfo, ...]:
         """Return the open scopes, oldest first."""
         now = time.monotonic()
@@ -124,7 +167,7 @@ class Ledger:
                 owner=entry.owner,
                 where=entry.where,
                 seconds=now - entry.since,
-                connected=entry.connection is not None and entry.connection() is not None,
+                connected=entry.held() is not None,
             )
             for entry in sorted(self, key=lambda entry: entry.since)
         )
@@ -133,14 +176,64 @@ class Ledger:
 def current_task() -> asyncio.Task[Any] | None:
     """Return the running task; None outside an event loop."""
     # `_get_running_loop` is exported by asyncio for this: `get_running_loop` would raise.
-    return asyncio.current_task() if asyncio._get_running_loop() is not None else None
+    return None if asyncio._get_running_loop() is None else asyncio.current_task()
 
 
-def owner_name(thread: int, task: asyncio.Task[Any] | None) -> str:
+def current_owner() -> Any:
+    """Return the running task, or the thread's identifier outside of tasks."""
+    return current_task() or threading.get_ident()
+
+
+def name_of(owner: Any) -> str:
     """Name a task, or a thread by its identifier."""
-    if task is not None:
-        return f"task {task.get_name()}"
+    if isinstance(owner, asyncio.Task):
+        return f"task {owner.get_name()}"
     for candidate in threading.enumerate():
-        if candidate.ident == thread:
+        if candidate.ident == owner:
             return f"thread {candidate.name}"
-    return f"thread {thread}"
+    return f"thread {owner}"
+
+
+def line_of(owner: Any) -> str:
+    """Return the line at which a task is suspended, or at which a thread is."""
+    if isinstance(owner, asyncio.Task):
+        frame = next(iter(owner.get_stack(limit=1)), None)
+    else:
+        frame = sys._current_frames().get(owner)
+    if frame is None:
+        return "an unknown line"
+    line = next((one for one, _ in walk_stack(frame) if is_applications(one)), frame)
+    return f"{line.f_code.co_filename}:{line.f_lineno} in {line.f_code.co_name}"
+
+
+def is_applications(frame: FrameType) -> bool:
+    """Whether it is neither Python's own code, nor an installed library's, nor ours."""
+    return not frame.f_code.co_filename.startswith(LIBRARIES)
+
+
+LIBRARIES = (
+    *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
+    str(Path(__file__).parent),
+)
+
+
+def describe(permit: Any, now: float) -> Holder:
+    """Say who holds a permit of `slots`, since when, from which line, and what it does."""
+    owner, connection, statement = permit.owner, permit.connection, permit.statement
+    entry: Entry | None = None if permit.entry is None else permit.entry()
+    seconds = now - (permit.statement_since if statement else permit.since)
+    if connection is None:
+        doing = "connecting"
+    elif permit.running:
+        doing = f"running for {seconds:.1f} s: {' '.join(statement.split())[:STATEMENT_LENGTH]}"
+    elif entry is None or entry.kind == "reader":
+        doing = f"idle for {seconds:.1f} s"
+    else:
+        doing = f"idle in transaction for {seconds:.1f} s"
+    return Holder(
+        owner=name_of(owner) if entry is None else entry.owner,
+        kind="connection" if entry is None else entry.kind,
+        where=line_of(owner) if entry is None else entry.where,
+        seconds=now - permit.since,
+        doing=doing,
+    )

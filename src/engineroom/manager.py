@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from types import TracebackType
-from typing import Self, Unpack
+from typing import Self, TextIO, Unpack
 
 from sqlalchemy import MetaData, text
 from sqlalchemy.engine import URL, Engine
@@ -58,7 +59,7 @@ class DatabaseSessionManager:
             AlreadyInitialized: it is open.
             ConfigurationError: a setting, an option or the URL cannot work.
         """
-        self._room.open(url if database_url is None else database_url, options)
+        self._room.open(database_url, url, options)
         return self
 
     def session(
@@ -110,6 +111,14 @@ class DatabaseSessionManager:
     def stats(self) -> Stats:
         """Take a snapshot: the open scopes with their lines, and the pools. Nothing is asked."""
         return self._room.stats()
+
+    def dump(self, file: TextIO | None = None) -> None:
+        """Print who holds a connection and who waits for one: since when, from which line.
+
+        Args:
+            file: Where to; the standard error stream without it.
+        """
+        print(self._room.report(), file=file or sys.stderr)
 
     async def close(self, timeout: float | None = None) -> None:
         """Take no new scopes, let the running ones end, and leave no connection behind.

@@ -10,10 +10,12 @@ import select
 import threading
 import time
 import weakref
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
+from contextlib import suppress
 from functools import partial
+from math import inf
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from sqlalchemy.engine import Engine
 from sqlalchemy.pool import (
@@ -25,9 +27,9 @@ from sqlalchemy.pool import (
 from sqlalchemy.util import await_only, greenlet_spawn
 
 from .backends import Backend
-from .errors import PoolExhausted
-from .ledger import Ledger, owner_name
-from .slots import Permit, Slots
+from .errors import ConnectTimeout, Holder, ManagerClosed, PoolDeadlock, PoolExhausted
+from .ledger import current_owner, describe
+from .slots import GROW_AFTER, WAITING, Permit, Slots
 
 logger: logging.Logger = logging.getLogger("engineroom.pool")
 
@@ -35,21 +37,52 @@ logger: logging.Logger = logging.getLogger("engineroom.pool")
 HUNG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR | select.POLLNVAL
 SPOKE = select.POLLIN
 
+LEAST_CONNECT = 0.1  # seconds that connecting has, though waiting took all but that of the time
+SLACK = 0.01  # seconds by which a timer may be early
+
 
 class Watch:
     """What a pool needs to look at one of its connections without asking the server."""
 
-    __slots__ = ("connection", "driver", "poll", "returned")
+    __slots__ = ("driver", "poll", "returned")
 
-    def __init__(self, connection: object, driver: object, descriptor: int | None) -> None:
-        self.connection: object = connection  # its record in the pool may get another one
-        self.driver: object = driver
+    def __init__(self, driver: Any, descriptor: int) -> None:
+        self.driver: weakref.ref[Any] = weakref.ref(driver)
         self.returned: float = 0.0
-        self.poll: Callable[[int], list[tuple[int, int]]] | None = None
-        if descriptor is not None:
-            watcher = select.poll()
-            watcher.register(descriptor, SPOKE | HUNG_UP)
-            self.poll = watcher.poll
+        watcher = select.poll()
+        watcher.register(descriptor, SPOKE | HUNG_UP)
+        self.poll: Callable[[int], list[tuple[int, int]]] = watcher.poll
+
+
+class Lent(weakref.ref[PoolProxiedConnection]):
+    """What was lent against which permit: a reference that keeps nothing alive."""
+
+    __slots__ = ("permit",)
+
+    permit: Permit
+
+
+class Opener:
+    """What a pool opens its connections with: SQLAlchemy's creator, counted and given a deadline.
+
+    `Pool.recreate()` passes on what the pool was made with: the creator is taken out of it again.
+    """
+
+    def __init__(self, lender: Lender, creator: Any) -> None:
+        self.creator: Any = creator.creator if isinstance(creator, Opener) else creator
+        self.lender: weakref.ref[Lender] = weakref.ref(lender)
+
+    def __call__(self, record: ConnectionPoolEntry) -> Any:
+        """Open a connection in the time that its caller has left."""
+        lender = cast(Lender, self.lender())  # who calls it is there
+        connecting = lender.slots.connecting
+        connecting.add(record)
+        try:
+            opened = lender.open_in_time(partial(self.creator, record), lender.seconds_left())
+        finally:
+            connecting.discard(record)
+        lender.slots.connected()
+        return opened
 
 
 class Lender(QueuePool):
@@ -60,22 +93,28 @@ class Lender(QueuePool):
     """
 
     backend: ClassVar[Backend]
-    ledger: ClassVar[Ledger]
     engine: ClassVar[Engine]
     ping_after: ClassVar[float]  # seconds idle; 0: ask the server at every checkout
+    spare: ClassVar[
+        int
+    ]  # `max_overflow`; SQLAlchemy's own queue is told that there is no limit (-1)
+    slow_after: ClassVar[float]  # seconds lent, before the log says so
 
     def __init__(
         self,
         creator: Any,
         pool_size: int = 5,
-        max_overflow: int = 10,
+        max_overflow: int = -1,
         timeout: float = 30.0,
         **kw: Any,
     ) -> None:
-        super().__init__(creator, pool_size, max_overflow, timeout, **kw)
-        self.slots: Slots = Slots(pool_size + max_overflow)
-        self.wait_limit: float = timeout  # seconds
+        opener: Any = Opener(self, creator)
+        super().__init__(opener, pool_size, max_overflow, timeout, **kw)
+        self.slots: Slots = Slots(pool_size, self.spare)
+        self.limit: float = timeout  # seconds to wait and connect
+        self.next_look: float = 0.0  # when to look for connections that are held for too long
         self.ended: bool = False  # what comes back is closed, not kept
+        self.refusal: str = ""  # why nothing is lent any more
         self._drivers: weakref.WeakSet[Any] = weakref.WeakSet()  # all that it has open
 
     def connect(self) -> PoolProxiedConnection:
@@ -83,23 +122,29 @@ class Lender(QueuePool):
 
         Raises:
             PoolExhausted: none came free in time.
+            PoolDeadlock: none ever would.
+            ConnectTimeout: none was opened in time.
+            ManagerClosed: it was closed meanwhile.
         """
         permit = self.slots.take() or self.wait_for(self.slots)
-        permit.since = time.monotonic()
-        permit.thread = threading.get_ident()
-        permit.task = None if asyncio._get_running_loop() is None else asyncio.current_task()
+        permit.since = now = time.monotonic()
+        permit.owner = current_owner()
         try:
             connection = super().connect()
-            info: Any = connection.record_info
-            while not self._lives(connection, info.get("watch"), permit.since):
+            while not self._lives(connection, now):
                 connection.invalidate()
                 connection = super().connect()
-                info = connection.record_info
+            if self.refusal:
+                connection.invalidate()
+                raise ManagerClosed(self.refusal)
         except BaseException:
             self.slots.give(permit)
             raise
-        permit.connection = weakref.ref(connection)
-        info["permit"] = permit
+        permit.connection = lent = Lent(connection)
+        lent.permit = permit
+        connection.record_info["lent"] = lent  # type: ignore[index]
+        if now >= self.next_look:
+            self.look_for_slow(now)
         return connection
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
@@ -110,25 +155,38 @@ class Lender(QueuePool):
         `tests/test_private_names.py` fails when it goes.
         """
         info: Any = record.record_info
-        permit = info.pop("permit", None)
-        if "watch" in info:
-            info["watch"].returned = time.monotonic()
+        lent: Lent | None = info.pop("lent", None)
+        now = time.monotonic()
+        if watch := record.info.get("watch"):
+            watch.returned = now
+        if lent is not None and now - lent.permit.since > self.slow_after:
+            self.report_slow(lent.permit, now)
         try:
             if self.ended:
                 record.close()
             super()._do_return_conn(record)
         finally:
-            if permit is not None:
+            if lent is not None and lent.permit.connection is lent:
+                self.slots.give(lent.permit)
+
+    def _reclaim(self) -> None:
+        """Take back the permits of connections that are gone and never came back.
+
+        A listener that raises at `checkin` keeps SQLAlchemy from returning the connection.
+        """
+        for permit in self.slots.held:
+            if permit.connection is not None and permit.connection() is None:
                 self.slots.give(permit)
 
-    def _lives(self, connection: PoolProxiedConnection, watch: Watch | None, now: float) -> bool:
+    def _lives(self, connection: PoolProxiedConnection, now: float) -> bool:
         """Look at a connection: its socket first, which costs nothing; the server when in doubt."""
-        if watch is None or watch.connection is not connection.dbapi_connection:
-            self._watch(connection)  # it was opened just now
+        watch = connection.info.get("watch", self)
+        if watch is self:  # it was opened just now
+            connection.info["watch"] = self._watch(connection.driver_connection)
             return True
-        if watch.poll is None:
+        if watch is None:  # it has no socket
             return True
-        if self.backend.is_closed(watch.driver):
+        if self.backend.is_closed(watch.driver()):
             return False
         events = watch.poll(0)
         if events and events[0][1] & HUNG_UP:
@@ -149,41 +207,136 @@ class Lender(QueuePool):
             raise
         return True
 
-    def _watch(self, connection: PoolProxiedConnection) -> None:
-        driver = connection.driver_connection
+    def _watch(self, driver: Any) -> Watch | None:
         descriptor = self.backend.descriptor(driver)
         if descriptor is not None or self._is_asyncio:
             self._drivers.add(driver)  # (sqlite3 has no weak references, and needs none of this)
-        info: Any = connection.record_info
-        info["watch"] = Watch(connection.dbapi_connection, driver, descriptor)
+        return None if descriptor is None else Watch(driver, descriptor)
 
     def wait_for(self, slots: Slots) -> Permit:
-        """Wait in the queue for a permit; how, the two classes below say."""
+        """Wait in the queue for a permit.
+
+        Raises:
+            PoolExhausted: none came free in time.
+            PoolDeadlock: none ever will, for every holder waits for another one.
+        """
+        self._reclaim()
+        owner = current_owner()
+        bell, ring = self.new_bell()
+        ticket = slots.queue(owner, ring)
+        keys = [owner, *self.stopped_loops()]
+        try:
+            if ticket.waits:
+                WAITING.update(dict.fromkeys(keys, ticket))
+                if stuck := slots.deadlocked():
+                    raise self._deadlock(stuck)
+                self.await_bell(bell, slots)
+        except BaseException:
+            slots.leave(ticket)
+            raise
+        finally:
+            for key in keys:
+                if WAITING.get(key) is ticket:
+                    del WAITING[key]
+        if self.refusal:
+            raise ManagerClosed(self.refusal)
+        if ticket.give_up():
+            raise self._exhausted(slots)
+        ticket.granted.waited = time.monotonic() - ticket.since
+        return ticket.granted
+
+    def new_bell(self) -> tuple[Any, Callable[[], object]]:
+        """Return what a caller waits on, and what ends that from any thread."""
         raise NotImplementedError
 
-    def _exhausted(self) -> PoolExhausted:
-        holders = ", ".join(self._describe(permit) for permit in self.slots.held)
+    def await_bell(self, bell: Any, slots: Slots) -> None:
+        """Wait until the bell rings, or the limit has passed."""
+        raise NotImplementedError
+
+    def stopped_loops(self) -> Iterable[object]:
+        """Return the event loop that stands still while the caller waits, if there is one."""
+        return ()
+
+    def open_in_time(self, connect: Callable[[], Any], seconds: float) -> Any:
+        """Open a connection; give up after so many seconds."""
+        raise NotImplementedError
+
+    def seconds_left(self) -> float:
+        """Return how long the caller, who holds a permit, may take to connect."""
+        owner, now = current_owner(), time.monotonic()
+        spent = [
+            now - permit.since + permit.waited
+            for permit in self.slots.held
+            if permit.owner == owner and permit.connection is None
+        ]
+        return max(self.limit - max(spent, default=0.0), LEAST_CONNECT)
+
+    def _exhausted(self, slots: Slots) -> PoolExhausted:
+        holders = self._holders([slots])
         return PoolExhausted(
-            f"No connection came free within {self.wait_limit:g} s: all {len(self.slots.permits)} "
-            f"are lent (pool_size {self.size()} and overflow), and {self.slots.waiting} more "
-            f"callers wait. Held by {holders}. Hold connections for a shorter time, or raise "
-            "pool_size."
+            f"No connection came free within {self.limit:g} s: all {len(slots.permits)} are lent "
+            f"(pool_size {slots.size} and overflow {slots.overflow}), and {slots.waiting} more "
+            f"callers wait. Held by {'; '.join(map(str, holders))}. Hold connections for a shorter "
+            "time, or raise pool_size.",
+            slots.size,
+            slots.overflow,
+            slots.waiting,
+            holders,
         )
 
-    def _describe(self, permit: Permit) -> str:
-        """Say who holds a permit: the scope whose connection it is, or just the task or thread."""
-        seconds = f"for {time.monotonic() - permit.since:.1f} s"
-        held = permit.connection
-        for entry in self.ledger:
-            if entry.connection is not None and held is not None and entry.connection() is held():
-                return f"the {entry.kind} that {entry.owner} opened at {entry.where}, {seconds}"
-        return f"{owner_name(permit.thread, permit.task)}, {seconds}"
+    def _deadlock(self, stuck: list[Slots]) -> PoolDeadlock:
+        holders = self._holders(stuck)
+        size, overflow = sum(s.size for s in stuck), sum(s.overflow for s in stuck)
+        return PoolDeadlock(
+            f"No connection will ever come free: all {size + overflow} are lent (pool_size {size} "
+            f"and overflow {overflow}), and each holder waits for another one. Held by "
+            f"{'; '.join(map(str, holders))}. Do not open a session inside another one: use the "
+            "first, or end it before.",
+            size,
+            overflow,
+            sum(slots.waiting for slots in stuck),
+            holders,
+        )
+
+    def _holders(self, of: list[Slots]) -> list[Holder]:
+        now = time.monotonic()
+        return [describe(permit, now) for slots in of for permit in slots.held]
+
+    def look_for_slow(self, now: float) -> None:
+        """Report what is held for too long, and plan the next look."""
+        raise NotImplementedError
+
+    def report_all_slow(self, now: float) -> float:
+        """Report what is held for too long; return the seconds until the next may be."""
+        ages = [0.0]
+        for permit in self.slots.held:
+            if now - permit.since > self.slow_after:
+                self.report_slow(permit, now)
+            else:
+                ages.append(now - permit.since)
+        return self.slow_after - max(ages) + SLACK
+
+    def report_slow(self, permit: Permit, now: float) -> None:
+        """Say once who holds a connection for too long."""
+        if not permit.is_reported and permit.owner is not None:
+            permit.is_reported = True
+            logger.warning(
+                "A connection is held for longer than %g s (DB_SLOW_CHECKOUT), by %s. Do slow work "
+                "outside of the scope, or raise the limit.",
+                self.slow_after,
+                describe(permit, now),
+            )
 
     def lent(self) -> list[PoolProxiedConnection]:
         """Return the connections that are lent."""
         references = [permit.connection for permit in self.slots.held]
         connections = [reference() for reference in references if reference is not None]
         return [connection for connection in connections if connection is not None]
+
+    def refuse(self, why: str) -> None:
+        """Lend nothing from now on, and send away who waits."""
+        self.refusal = why
+        self.slots.dismiss()
 
     def end(self) -> None:
         """Close what is idle, and from now on whatever comes back."""
@@ -235,25 +388,41 @@ def make_immortal(forgotten: object) -> None:
 class ThreadPool(Lender):
     """The synchronous side's pool: a thread waits for its permit on a lock."""
 
-    def wait_for(self, slots: Slots) -> Permit:
-        """Wait on a lock."""
+    def new_bell(self) -> tuple[threading.Lock, Callable[[], object]]:
+        """Return a lock that is taken, and what opens it."""
         bell = threading.Lock()
         bell.acquire()
-        ticket = slots.queue(bell.release)
-        try:
-            bell.acquire(timeout=self.wait_limit)
-        except BaseException:
-            slots.leave(ticket)
-            raise
-        if ticket.give_up():
-            raise self._exhausted()
-        return ticket.granted
+        return bell, bell.release
+
+    def await_bell(self, bell: threading.Lock, slots: Slots) -> None:
+        """Wait on the lock; now and then, see whether the pool should grow."""
+        step = min(GROW_AFTER, self.limit / 4)
+        end = time.monotonic() + self.limit
+        growing = slots.may_grow
+        while (left := end - time.monotonic()) > 0:
+            if bell.acquire(timeout=min(left, step) if growing else left):
+                return
+            growing = slots.grow()
+
+    def stopped_loops(self) -> Iterable[object]:
+        """A thread that waits for a lock stops its event loop, if it runs one."""
+        loop = asyncio._get_running_loop()
+        return () if loop is None else (loop,)
+
+    def open_in_time(self, connect: Callable[[], Any], seconds: float) -> Any:
+        """Open a connection; the driver keeps the time (`Backend.limit_connect` told it)."""
+        return connect()
+
+    def look_for_slow(self, now: float) -> None:
+        """Look now, and at the first checkout when the next may be due: a pool has no thread."""
+        self.next_look = now + self.report_all_slow(now)
 
 
 class Shelf(AsyncAdaptedQueuePool, Lender):
-    """The connections of one event loop: a task waits for its permit on a future."""
+    """The connections of one event loop: a task waits for its permit on an event."""
 
     keeper: AsyncGenerator[None]  # ends the shelf with its loop
+    _growth: asyncio.TimerHandle | None = None
 
     def end_here(self) -> None:
         """Close what is idle, and from now on whatever comes back."""
@@ -263,25 +432,70 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
         """End the shelf, and with it what would have ended it later."""
         await_only(self.keeper.aclose())
 
-    def wait_for(self, slots: Slots) -> Permit:
-        """Wait on an event of the loop."""
-        return await_only(self._wait_on_loop(slots))
+    def new_bell(self) -> tuple[asyncio.Event, Callable[[], object]]:
+        """Return an event of the running loop, and what sets it from any thread."""
+        bell, loop = asyncio.Event(), asyncio.get_running_loop()
 
-    async def _wait_on_loop(self, slots: Slots) -> Permit:
-        loop = asyncio.get_running_loop()
-        granted = asyncio.Event()
-        ticket = slots.queue(partial(loop.call_soon_threadsafe, granted.set))
+        def ring() -> None:
+            if asyncio._get_running_loop() is loop:
+                bell.set()
+            else:
+                loop.call_soon_threadsafe(bell.set)
+
+        return bell, ring
+
+    def await_bell(self, bell: asyncio.Event, slots: Slots) -> None:
+        """Wait on the event; one timer for all who wait sees whether the pool should grow."""
+        if self._growth is None and slots.may_grow:
+            self._plan_growth(min(GROW_AFTER, self.limit / 4))
+        await_only(self._await_event(bell))
+
+    async def _await_event(self, bell: asyncio.Event) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.limit):
+                await bell.wait()
+
+    def _plan_growth(self, seconds: float) -> None:
+        self._growth = asyncio.get_running_loop().call_later(seconds, self._grow)
+
+    def _grow(self) -> None:
+        """Grow, unless the loop lags: what came back has not been seen yet, and more to do will
+        not make it faster.
+        """
+        due, self._growth = cast(asyncio.TimerHandle, self._growth).when(), None
+        lags = asyncio.get_running_loop().time() - due > GROW_AFTER / 2
+        if lags or self.slots.grow():
+            self._plan_growth(GROW_AFTER)
+
+    def open_in_time(self, connect: Callable[[], Any], seconds: float) -> Any:
+        """Open a connection; cancel that when the time is over."""
+        return await_only(self._open_in_time(connect, seconds))
+
+    async def _open_in_time(self, connect: Callable[[], Any], seconds: float) -> Any:
+        deadline = asyncio.timeout(seconds)
         try:
-            async with asyncio.timeout(self.wait_limit):
-                await granted.wait()
+            async with deadline:
+                return await greenlet_spawn(connect)
         except TimeoutError:
-            pass
-        except BaseException:
-            slots.leave(ticket)
-            raise
-        if ticket.give_up():
-            raise self._exhausted()
-        return ticket.granted
+            if not deadline.expired():
+                raise
+            raise ConnectTimeout(
+                f"No connection was opened within {self.limit:g} s: the server did not answer for "
+                f"the last {seconds:.1f} s of them. See whether it is up and can be reached, or "
+                "raise pool_timeout."
+            ) from None
+
+    def look_for_slow(self, now: float) -> None:
+        """Look now, and again by a timer for as long as anything is lent."""
+        self.next_look = inf
+        seconds = self.report_all_slow(now)
+        asyncio.get_running_loop().call_later(seconds, self._look_again)
+
+    def _look_again(self) -> None:
+        if self.slots.held:
+            self.look_for_slow(time.monotonic())
+        else:
+            self.next_look = 0.0
 
 
 class LoopPool(AsyncAdaptedQueuePool):
@@ -304,6 +518,8 @@ class LoopPool(AsyncAdaptedQueuePool):
     def connect(self) -> PoolProxiedConnection:
         """Lend a connection of the running loop."""
         loop = asyncio.get_running_loop()
+        if len(self.shelves) > 1:
+            self.reap()
         shelf = self.shelves.get(loop) or self._open(loop)
         return shelf.connect() if self._initialized else self._connect_first(shelf)
 
@@ -312,7 +528,15 @@ class LoopPool(AsyncAdaptedQueuePool):
 
         SQLAlchemy guards that moment with a lock of one event loop, and there may be several.
         """
-        turn = self._first.take() or shelf.wait_for(self._first)
+        try:
+            turn = self._first.take() or shelf.wait_for(self._first)
+        except PoolExhausted as error:
+            raise ConnectTimeout(
+                f"No connection was opened within {shelf.limit:g} s: the first one is still on its "
+                f"way, for {error.holders[0]}. See whether the server is up and can be reached, or "
+                "raise pool_timeout."
+            ) from None
+        turn.owner, turn.since = current_owner(), time.monotonic()
         try:
             if not self._initialized:
                 connection = shelf.connect()

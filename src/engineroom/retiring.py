@@ -48,9 +48,9 @@ def retire(resource: Any, why: str) -> None:
     Args:
         why: What the error says; "{opened}" in it becomes the line of the scope.
     """
-    if not hasattr(resource, "obituary"):
+    if not hasattr(resource, "_obituary"):
         living: Any = type(resource)
-        resource.obituary = why
+        resource._obituary = why
         resource.__class__ = retired(living)
 
 
@@ -69,6 +69,6 @@ def retired(living: Any) -> Any:
 
 def refuse(resource: Any, *args: Any, **kw: Any) -> NoReturn:
     """Stand in for every verb of what has ended."""
-    scope = getattr(resource, "scope", None)
+    scope = getattr(resource, "_scope", None)
     opened = "" if scope is None else f" that was opened at {scope.where}"
-    raise SessionClosed(resource.obituary.replace("{opened}", opened))
+    raise SessionClosed(resource._obituary.replace("{opened}", opened))

@@ -6,9 +6,6 @@ import asyncio
 import logging
 import sys
 import warnings
-import weakref
-from collections.abc import Generator
-from contextlib import contextmanager
 from types import CodeType, TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NoReturn, TypeVar
 
@@ -22,7 +19,7 @@ from .engines import EngineRoom
 from .errors import NotEntered, SessionClosed, SyncInAsync, SyncInAsyncWarning, WrongWith
 from .ledger import Entry
 from .retiring import retire
-from .sessions import Guarded, recall
+from .sessions import Guarded, in_use, recall
 
 logger: logging.Logger = logging.getLogger("engineroom")
 
@@ -128,11 +125,11 @@ class SyncScope(Scope, Generic[R]):
     ) -> None:
         """Commit, or roll back on any exception; then close for good."""
         if self.is_open:
-            failed = error is not None
+            failed = error is not None or bool(self.obituary)
             try:
                 finish(self._resource, failed)
             finally:
-                self._leave(failed)
+                self._leave(error is not None)
 
     if not TYPE_CHECKING:  # a type checker finds this mistake by itself
 
@@ -170,12 +167,12 @@ class AsyncScope(Scope, Generic[R]):
     ) -> None:
         """Commit, or roll back on any exception, cancellation included; then close for good."""
         if self.is_open:
-            failed = error is not None
+            failed = error is not None or bool(self.obituary)
             try:
                 finishing = self._resource.run_sync(finish, failed)
                 await (settle(finishing) if failed else finishing)
             finally:
-                self._leave(failed)
+                self._leave(error is not None)
 
     if not TYPE_CHECKING:
 
@@ -192,7 +189,7 @@ class SessionScope(SyncScope[Session]):
 
     def _open(self, engine: Engine) -> Session:
         session = self._room.new_session(engine)
-        session.scope = self
+        session._scope = self
         return session
 
     def loose(self) -> Session:
@@ -212,8 +209,34 @@ class AsyncSessionScope(AsyncScope[AsyncSession]):
 
     async def _open(self, engine: AsyncEngine) -> AsyncSession:
         session = self._room.new_async_session(engine)
-        session.sync_session.scope = self  # type: ignore[attr-defined]  # Guarded
+        session.sync_session._scope = self  # type: ignore[attr-defined]  # Guarded
         return session
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """End the scope; a call that another task has not finished is cut off before."""
+        session = self._resource.sync_session if self.is_open else None
+        if session is not None and (task := session._call_in_flight()) is not None:
+            overlap = error or in_use(self, task)
+            try:
+                await settle(cut_off(session, task))
+            finally:
+                await super().__aexit__(type(overlap), overlap, traceback)
+            if error is None:
+                raise overlap
+        else:
+            await super().__aexit__(kind, error, traceback)
+
+
+async def cut_off(session: Guarded, task: asyncio.Task[Any]) -> None:
+    """Cancel the task whose call runs on a session, and wait for the end of that call."""
+    task.cancel("its session came to the end of its scope")
+    while session._call_in_flight() is not None:  # noqa: ASYNC110  # nothing announces it
+        await asyncio.sleep(0.001)
 
 
 class ConnectScope(SyncScope[Connection]):
@@ -240,7 +263,7 @@ def begin(connection: Connection, scope: Scope) -> Connection:
     """Begin on a new connection, and tell the scope which one it is."""
     try:
         connection.begin()
-        scope.connection = weakref.ref(connection.connection)
+        scope.hold(connection.connection)
     except BaseException:
         connection.close()
         raise
@@ -254,26 +277,34 @@ def finish(resource: Guarded | Connection, failed: bool) -> None:
     """
     session = resource if isinstance(resource, Guarded) else None
     if session is not None:
-        session.ending = True
+        session._ending = True
     try:
-        if not failed:
-            if resource.in_transaction():
-                resource.commit()
-        else:
-            with suppress_failure():
-                if resource.in_transaction():
-                    resource.rollback()
+        if resource.in_transaction():
+            if failed:
+                roll_back(resource)
+            else:
+                try:
+                    resource.commit()
+                except BaseException:
+                    failed = True
+                    roll_back(resource)  # SQLite is still in its transaction, and locks the file
+                    raise
     finally:
-        resource.close()
-        if session is not None and session.last_seen is not None:
+        try:
+            resource.close()
+        except Exception as error:
+            if not failed:
+                raise
+            logger.debug("A failed scope could not be closed: %r", error)
+            resource.invalidate()
+        if session is not None and session._last_seen is not None:
             recall(session)
 
 
-@contextmanager
-def suppress_failure() -> Generator[None]:
-    """Log what a clean-up could not do: the body's exception is on its way, and says more."""
+def roll_back(resource: Guarded | Connection) -> None:
+    """Roll back, whatever happens: the body's exception is on its way, and says more."""
     try:
-        yield
+        resource.rollback()
     except Exception as error:  # noqa: BLE001
         logger.debug("The rollback of a failed scope failed as well: %r", error)
 

@@ -2,69 +2,97 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
-import weakref
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, cast
 
+from greenlet import getcurrent
 from sqlalchemy import event
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.orm.attributes import set_committed_value
 
-from .errors import WrongThread
-from .ledger import Entry
+from .errors import SessionInUse, WrongThread
+from .ledger import Entry, current_owner, current_task, name_of
 from .retiring import ENDED, retire
 
 
 class Guarded(Session):
     """What engineroom adds to a session class: it belongs to a scope, and its end is final."""
 
-    scope: Entry | None = None
-    ending = False  # its scope is being left
-    last_seen: dict[int, tuple[object, dict[str, Any]]] | None = None  # what a rollback emptied
+    _scope: Entry | None = None
+    _ending = False  # its scope is being left
+    _last_seen: dict[int, tuple[object, dict[str, Any]]] | None = None  # what a rollback emptied
+    _greenlet: Any = None  # of the call that runs, or ran last: SQLAlchemy makes one for each
+    _task: asyncio.Task[Any] | None = None  # whose call that is
 
     def get_bind(self, *args: Any, **kw: Any) -> Engine | Connection:
         """Return the engine for a statement; every one passes here, before anything is sent."""
-        scope = self.scope
-        if scope is not None and scope.thread != threading.get_ident():
-            self._check_thread()
+        scope = self._scope
+        if scope is not None:
+            self._check_caller(scope)
         return super().get_bind(*args, **kw)
 
-    def _check_thread(self) -> None:
-        scope = self.scope
-        if scope is not None and scope.thread != threading.get_ident():
+    def _check_caller(self, scope: Entry) -> None:
+        """Refuse a thread that is not the session's own, and a call in the middle of another."""
+        if scope.thread != threading.get_ident():
             raise WrongThread(
                 f"The {scope.kind} that {scope.owner} opened at {scope.where} was used in thread "
                 f"{threading.current_thread().name}. A session belongs to the thread that opened "
                 "it: open another one here, and hand over identifiers instead of sessions."
             )
+        here = getcurrent()
+        if here is not self._greenlet and here.parent is not None:  # (a thread's own has no parent)
+            if (other := self._call_in_flight()) is not None:
+                raise in_use(scope, other)
+            self._greenlet, self._task = here, current_task()
+
+    def _call_in_flight(self) -> asyncio.Task[Any] | None:
+        """Return the task whose call on this session has not returned yet."""
+        return None if self._greenlet is None or self._greenlet.dead else self._task
+
+    def _check(self) -> None:
+        if self._scope is not None:
+            self._check_caller(self._scope)
 
     def begin(self, nested: bool = False) -> SessionTransaction:
         """Begin a transaction, or a savepoint."""
-        self._check_thread()
+        self._check()
         return super().begin(nested)
 
     def flush(self, objects: Sequence[Any] | None = None) -> None:
         """Send pending changes."""
-        self._check_thread()
+        self._check()
         super().flush(objects)
 
     def commit(self) -> None:
         """Send pending changes and commit."""
-        self._check_thread()
+        self._check()
         super().commit()
 
     def rollback(self) -> None:
         """Roll back."""
-        self._check_thread()
+        self._check()
         super().rollback()
 
     def close(self) -> None:
         """Close the session for good: it refuses further use."""
-        super().close()
-        retire(self, ENDED)
+        try:
+            super().close()
+        finally:
+            retire(self, ENDED)
+
+
+def in_use(scope: Entry, other: asyncio.Task[Any]) -> SessionInUse:
+    """Build the error for a call in the middle of another."""
+    return SessionInUse(
+        f"The {scope.kind} opened at {scope.where} was used by {name_of(current_owner())} in the "
+        f"middle of a call by {name_of(other)}. A session does one thing after another. Open one "
+        "in each task: async def one(…): async with manager.session() as db: …, and then "
+        "asyncio.gather(one(…), one(…))."
+    )
 
 
 @cache
@@ -78,8 +106,8 @@ def guarded(session_class: Any) -> type[Guarded]:
 
 
 def _note_connection(session: Guarded, transaction: object, connection: Connection) -> None:
-    if session.scope is not None:
-        session.scope.connection = weakref.ref(connection.connection)
+    if session._scope is not None:
+        session._scope.hold(connection.connection)
 
 
 # What was loaded stays readable after the scope: as it was last seen, which after a rollback is not
@@ -88,7 +116,7 @@ def _note_connection(session: Guarded, transaction: object, connection: Connecti
 
 def _keep_what_was_loaded(session: Guarded) -> None:
     """Let the objects of an ending session go before its rollback; remember those of another."""
-    if session.ending:
+    if session._ending:
         session.expunge_all()
     else:
         for item in session.identity_map.values():
@@ -97,22 +125,22 @@ def _keep_what_was_loaded(session: Guarded) -> None:
 
 def _keep_what_was_deleted(session: Guarded, item: object) -> None:
     """Do the same for an object whose deletion is being rolled back."""
-    if session.ending:
+    if session._ending:
         session.expunge(item)
     else:
         _remember(session, item)
 
 
 def _remember(session: Guarded, item: object) -> None:
-    if session.last_seen is None:
-        session.last_seen = {}
-    _, before = session.last_seen.get(id(item), (item, {}))
-    session.last_seen[id(item)] = (item, before | vars(item))
+    if session._last_seen is None:
+        session._last_seen = {}
+    _, before = session._last_seen.get(id(item), (item, {}))
+    session._last_seen[id(item)] = (item, before | vars(item))
 
 
 def recall(session: Guarded) -> None:
     """Give objects that a rollback inside the scope emptied what they were last seen with."""
-    for item, values in (session.last_seen or {}).values():
+    for item, values in (session._last_seen or {}).values():
         known = vars(item)
         for name, value in values.items():
             if name not in known:

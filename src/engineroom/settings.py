@@ -3,26 +3,54 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any, ClassVar, Literal, TypedDict, Unpack
+import os
+import re
+import signal
+from datetime import timedelta
+from typing import Annotated, Any, ClassVar, Literal, Self, TypedDict, Unpack
 
-from pydantic import AliasChoices, Field, SecretStr, ValidationError
+from pydantic import (
+    AliasChoices,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from sqlalchemy import MetaData
 from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from .errors import InvalidOption, NoDatabaseURL, UnknownOption
+from .errors import InvalidOption, InvalidURL, NoDatabaseURL, UnknownOption
 from .urls import read_url
 
 TRUE = {"1", "true", "t", "yes", "y", "on"}
 
 
+def read_seconds(value: object) -> object:
+    """Read a time: a number of seconds, one with a unit, or a `timedelta`."""
+    if isinstance(value, timedelta):
+        return value.total_seconds()
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return value
+    match = re.fullmatch(r"\s*(-?\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(value), re.IGNORECASE)
+    if match is None or match[2].lower() not in UNITS:
+        raise ValueError("write seconds, or a number with its unit: 30, 500ms, 30s, 5min, 1h")
+    return float(match[1]) * UNITS[match[2].lower()]
+
+
+UNITS = {"": 1, "ms": 0.001, "s": 1, "sec": 1, "min": 60, "h": 3600}
+Seconds = Annotated[float, BeforeValidator(read_seconds), Field(allow_inf_nan=False)]
+
+
 class DatabaseSettings(BaseSettings):
     """Everything that can be set; each field is read from `DB_<FIELD>` unless it says otherwise.
 
-    Times are in seconds. An argument of `init` comes before the environment, the environment before
-    the default.
+    Times are in seconds, or have a unit: "500ms", "30s", "5min", "1h". An argument of `init` comes
+    before the environment, the environment before the default.
     """
 
     model_config: ClassVar[SettingsConfigDict] = SettingsConfigDict(
@@ -40,8 +68,8 @@ class DatabaseSettings(BaseSettings):
     """Connections opened beyond `pool_size` under load, and closed when they come back."""
 
     # Frequent
-    pool_timeout: float = Field(default=30.0, gt=0)
-    """How long a caller waits for a connection before `PoolExhausted`."""
+    pool_timeout: Seconds = Field(default=30.0, gt=0)
+    """How long a caller waits for a connection, connecting included, before `PoolTimeout`."""
     pool_recycle: int = Field(default=3600, ge=-1)
     """The age at which a connection is replaced; -1: never."""
     pool_pre_ping: bool = False
@@ -56,14 +84,40 @@ class DatabaseSettings(BaseSettings):
     """Send pending changes before each query."""
 
     # Infrequent
-    pool_ping_after: float = Field(default=0.5, ge=0)
+    slow_checkout: Seconds = Field(default=30.0, gt=0)
+    """A connection held for longer is reported in the log, once; at most `pool_timeout`."""
+    pool_ping_after: Seconds = Field(default=0.5, ge=0)
     """A connection idle for longer than this is asked whether it lives, in one round trip."""
-    close_timeout: float = Field(default=10.0, ge=0)
+    close_timeout: Seconds = Field(default=10.0, ge=0)
     """How long `close()` lets running scopes end before it rolls them back."""
     sync_in_async: Literal["warn", "error", "allow"] = "warn"
     """What a synchronous session inside a running event loop does."""
-    busy_timeout: float = Field(default=30.0, gt=0)
+    busy_timeout: Seconds = Field(default=30.0, gt=0)
     """SQLite: how long a writer waits for another."""
+    dump_signal: str = ""
+    """A signal ("SIGUSR1") that prints who holds and who waits, as `dump()` does."""
+
+    @field_validator("dump_signal")
+    @classmethod
+    def _is_a_signal(cls, name: str) -> str:
+        if name and name not in signal.Signals.__members__:
+            raise ValueError("it is not the name of a signal here (SIGUSR1 is a common one)")
+        return name
+
+    @model_validator(mode="after")
+    def _slow_comes_before_exhausted(self) -> Self:
+        if self.slow_checkout > self.pool_timeout and "slow_checkout" in self.model_fields_set:
+            raise ValueError(
+                f"DB_SLOW_CHECKOUT={self.slow_checkout:g} is above "
+                f"DB_POOL_TIMEOUT={self.pool_timeout:g}: callers would give up before the log says "
+                "who holds the pool. Set it to the timeout, or lower"
+            )
+        return self
+
+    @property
+    def slow_after(self) -> float:
+        """The age at which a checkout is slow: no later than when others give up waiting for it."""
+        return min(self.slow_checkout, self.pool_timeout)
 
     @property
     def url(self) -> URL:
@@ -79,7 +133,10 @@ class DatabaseSettings(BaseSettings):
                 'set. Pass one, init("postgresql://user:password@host/database"), or set '
                 'DATABASE_URL; for a local file, init("sqlite:///app.db").'
             )
-        return read_url(self.database_url.get_secret_value())
+        try:
+            return read_url(self.database_url.get_secret_value())
+        except InvalidURL as error:
+            raise InvalidURL(f"{error.message} (It comes from DATABASE_URL or DB_URL.)") from None
 
     @property
     def shows_statements(self) -> bool:
@@ -94,16 +151,18 @@ class Options(TypedDict, total=False):
 
     pool_size: int
     max_overflow: int
-    pool_timeout: float
+    pool_timeout: float | str | timedelta
     pool_recycle: int
     pool_pre_ping: bool
     echo: bool
     expire_on_commit: bool
     autoflush: bool
-    pool_ping_after: float
-    close_timeout: float
+    slow_checkout: float | str | timedelta
+    pool_ping_after: float | str | timedelta
+    close_timeout: float | str | timedelta
     sync_in_async: Literal["warn", "error", "allow"]
-    busy_timeout: float
+    busy_timeout: float | str | timedelta
+    dump_signal: str
 
     session_class: type[Session]
     async_session_class: type[AsyncSession]
@@ -112,7 +171,12 @@ class Options(TypedDict, total=False):
 
 
 # The options that are objects, which no environment variable can name.
-OBJECTS = frozenset({"session_class", "async_session_class", "metadata", "engine_options"})
+OBJECTS: dict[str, type] = {
+    "session_class": Session,
+    "async_session_class": AsyncSession,
+    "metadata": MetaData,
+    "engine_options": dict,
+}
 # What engineroom itself decides about an engine, and how it is said instead.
 RESERVED = {
     "poolclass": "the pool is engineroom's own",
@@ -122,6 +186,8 @@ RESERVED = {
     "pool_size": "init(pool_size=…)",
     "max_overflow": "init(max_overflow=…)",
     "pool_timeout": "init(pool_timeout=…)",
+    "pool_use_lifo": "the pool is engineroom's own",
+    "hide_parameters": "init(echo=…) shows them",
     "pool_recycle": "init(pool_recycle=…)",
     "pool_pre_ping": "init(pool_pre_ping=…)",
     "echo": "init(echo=…)",
@@ -139,9 +205,12 @@ def read_settings(
     """
     for name in options:
         if name not in Options.__annotations__:
-            nearest = difflib.get_close_matches(name, Options.__annotations__, 1)
+            nearest = difflib.get_close_matches(name, [*Options.__annotations__, *URLS], 1)
             hint = f"Did you mean {nearest[0]}?" if nearest else _known()
             raise UnknownOption(f"There is no option {name}. {hint}")
+    for name, kind in OBJECTS.items():
+        if name in options:
+            _check_object(name, options[name], kind)  # type: ignore[literal-required]
     for name in options.get("engine_options", {}):
         if name in RESERVED:
             raise InvalidOption(
@@ -157,18 +226,36 @@ def read_settings(
         raise _invalid(error, given) from None  # pydantic's own text would show the value
 
 
+URLS = ("database_url", "url")
+
+
 def _known() -> str:
-    return "The options are: " + ", ".join(Options.__annotations__) + "."
+    return "The options are: " + ", ".join([*URLS, *Options.__annotations__]) + "."
+
+
+def _check_object(name: str, value: object, kind: type) -> None:
+    """Refuse what is not what an option takes: a class for a class, else an instance."""
+    wants_class = name.endswith("_class")
+    if wants_class and isinstance(value, type) and issubclass(value, kind):
+        return
+    if not wants_class and isinstance(value, kind):
+        return
+    wanted = f"a subclass of {kind.__name__}" if wants_class else f"a {kind.__name__}"
+    shown = value.__name__ if isinstance(value, type) else type(value).__name__
+    raise InvalidOption(f"{name}= takes {wanted}, not {shown}. Leave it out for the default.")
 
 
 def _invalid(error: ValidationError, given: dict[str, Any]) -> InvalidOption:
     problem = error.errors(include_url=False)[0]
-    field = str(problem["loc"][0])
+    if not problem["loc"]:  # two fields that do not go together: the message names both
+        return InvalidOption(f"{problem['ctx']['error']!s}.")
+    field, why = str(problem["loc"][0]), problem["msg"].removeprefix("Value error, ")
     name = f"{field}=" if field in given else field if field.isupper() else f"DB_{field.upper()}"
+    shown = given.get(field, os.environ.get(name, problem["input"]))  # as it was written
     return InvalidOption(
-        f"{name}{'' if name.endswith('=') else '='}{problem['input']!r} cannot be used: "
-        f"{problem['msg'][0].lower()}{problem['msg'][1:]}. The default is "
+        f"{name}{'' if name.endswith('=') else '='}{shown!r} cannot be used: "
+        f"{why[0].lower()}{why[1:]}. The default is "
         f"{DatabaseSettings.model_fields[field].default!r}."
         if field in DatabaseSettings.model_fields
-        else f"{name} cannot be used: {problem['msg']}."
+        else f"{name} cannot be used: {why}."
     )

@@ -1,34 +1,64 @@
-"""Who may hold a connection: permits and a fair queue; knows no loop, thread or driver."""
+"""Who may hold a connection: permits, a fair queue, growth, and who waits for whom.
+
+It knows no loop, thread or driver: an owner is any object, and whoever waits says how it is woken.
+"""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any, cast
+
+GROW_AFTER = 0.01  # seconds without a return before a connection beyond `pool_size` is opened
+CONNECTS_AT_ONCE = 5  # beyond `pool_size`: a server that is slow to connect gets no more of them
 
 
 class Permit:
     """The right to hold one connection, and what its holder is known by."""
 
-    __slots__ = ("connection", "since", "task", "thread")
+    __slots__ = (
+        "connection",
+        "entry",
+        "is_reported",
+        "owner",
+        "running",
+        "since",
+        "statement",
+        "statement_since",
+        "waited",
+    )
 
     def __init__(self) -> None:
-        self.connection: Any = None
-        self.task: Any = None
-        self.thread: int = 0
-        self.since: float = 0.0  # 0 while nobody holds it
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the holder."""
+        self.owner: Any = None  # the task, or the thread's identifier; None: nobody holds it
+        self.connection: Any = None  # a weak reference, once it is open
+        self.entry: Any = None  # a weak reference to the scope that uses it
+        self.since: float = 0.0
+        self.waited: float = 0.0  # seconds in the queue before
+        self.statement: str = ""  # the last one
+        self.statement_since: float = 0.0  # when it began; when it ended, if it runs no more
+        self.running: bool = False
+        self.is_reported: bool = False  # held too long, and the log has said so
 
 
 class Ticket:
     """A place in the queue. Either it is granted a permit or its holder gives up: never both."""
 
-    __slots__ = ("_undecided", "_wake", "permit")
+    __slots__ = ("_undecided", "_wake", "owner", "permit", "since", "slots")
 
-    def __init__(self, wake: Callable[[], object]) -> None:
+    def __init__(self, slots: Slots, owner: object, wake: Callable[[], object]) -> None:
+        self.slots = slots
+        self.owner = owner
+        self.since: float = time.monotonic()
+        self.permit: Permit | None = None
         self._wake = wake
         self._undecided = [True]
-        self.permit: Permit | None = None
 
     @property
     def waits(self) -> bool:
@@ -59,17 +89,33 @@ class Ticket:
         """Leave the queue; False if the permit came first: then it is the caller's to give back."""
         return self._decide()
 
+    def dismiss(self) -> None:
+        """Wake the waiter without a permit."""
+        if self._decide():
+            self._wake()
+
+
+# Where each owner waits that does; and an event loop, where a thread that runs it waits.
+WAITING: dict[object, Ticket] = {}
+
 
 class Slots:
-    """A fixed number of permits, lent first come, first served.
+    """So many permits, lent first come, first served.
+
+    `size` of them are there at once. Those beyond, the overflow, are handed out by `grow()`: short
+    units of work are over before a connection more would be open.
 
     Permits come back in destructors too, at any line of any thread, so handing out never waits for
     a lock: whoever finds it taken leaves word, and the one who holds it looks again.
     """
 
-    def __init__(self, limit: int) -> None:
-        self.permits: tuple[Permit, ...] = tuple(Permit() for _ in range(limit))
-        self._free = deque(self.permits)
+    def __init__(self, size: int, overflow: int = 0) -> None:
+        self.size: int = size
+        self.permits: tuple[Permit, ...] = tuple(Permit() for _ in range(size + overflow))
+        self.connecting: set[object] = set()  # one for each connection that is being opened
+        self.came_back: float | None = None  # when a connection last was ready for the next
+        self._free = deque(self.permits[:size])
+        self._spare = deque(self.permits[size:])
         self._queue: deque[Ticket] = deque()
         self._handing_out = threading.Lock()
         self._again = False
@@ -83,9 +129,9 @@ class Slots:
         except IndexError:
             return None
 
-    def queue(self, wake: Callable[[], object]) -> Ticket:
+    def queue(self, owner: object, wake: Callable[[], object]) -> Ticket:
         """Stand in the queue; `wake` is called, from any thread, once the ticket has its permit."""
-        ticket = Ticket(wake)
+        ticket = Ticket(self, owner, wake)
         self._queue.append(ticket)
         self._hand_out()
         return ticket
@@ -97,11 +143,51 @@ class Slots:
 
     def give(self, permit: Permit) -> None:
         """Give a permit back, and with it serve whoever waits longest."""
-        permit.connection = permit.task = None
-        permit.since = 0.0
+        permit.owner = permit.connection = permit.entry = None
+        permit.waited = permit.since = 0.0
+        permit.statement = ""
+        permit.running = permit.is_reported = False
+        self.came_back = time.monotonic()
         self._free.append(permit)
         if self._queue:
             self._hand_out()
+        if len(self._free) > self.size:
+            self._shrink()
+
+    def _shrink(self) -> None:
+        with suppress(IndexError):  # a `take` was faster
+            self._spare.append(self._free.pop())
+
+    def dismiss(self) -> None:
+        """Send everyone in the queue away, without a permit."""
+        for ticket in self.waiters:
+            ticket.dismiss()
+
+    def connected(self) -> None:
+        """Note that a connection was opened: one of the first `size` may now be waited for."""
+        if len(self._spare) == self.overflow:
+            self.came_back = time.monotonic()
+
+    @property
+    def may_grow(self) -> bool:
+        """Whether waiting may be met by opening one more."""
+        return bool(self._spare)
+
+    def grow(self) -> bool:
+        """Hand out overflow to those who wait, if no connection came back lately.
+
+        Returns:
+            Whether more of it may be handed out later.
+        """
+        lately = self.came_back is None or time.monotonic() - self.came_back < GROW_AFTER
+        more = 0 if lately else min(CONNECTS_AT_ONCE - len(self.connecting), self.waiting)
+        for _ in range(more):
+            try:
+                self._free.append(self._spare.pop())
+            except IndexError:
+                break
+        self._hand_out()
+        return bool(self._spare and self.waiting)
 
     def _hand_out(self) -> None:
         self._again = True
@@ -121,11 +207,64 @@ class Slots:
                 self._handing_out.release()
 
     @property
+    def overflow(self) -> int:
+        """How many permits there are beyond `size`."""
+        return len(self.permits) - self.size
+
+    @property
+    def waiters(self) -> list[Ticket]:
+        """The tickets that wait, first come first."""
+        return [ticket for ticket in list(self._queue) if ticket.waits]
+
+    @property
     def waiting(self) -> int:
         """How many wait in the queue."""
-        return sum(ticket.waits for ticket in list(self._queue))
+        return len(self.waiters)
 
     @property
     def held(self) -> list[Permit]:
         """The permits that are lent."""
-        return [permit for permit in self.permits if permit.since]
+        return [permit for permit in self.permits if permit.owner is not None]
+
+    def deadlocked(self) -> list[Slots]:
+        """Return the slots that can never serve again, this one first; none if this one can.
+
+        Each of their permits is held by someone who waits for another of them. It is enough to ask
+        when somebody begins to wait: nothing else makes a holder one who waits.
+        """
+        if self._can_serve():  # the common case, and a cheap one: somebody waits for nothing
+            return []
+        stuck = list(self._reachable())
+        while freed := [slots for slots in stuck if slots._can_serve(stuck)]:
+            stuck = [slots for slots in stuck if slots not in freed]
+        return stuck if self in stuck else []
+
+    def _reachable(self) -> Iterator[Slots]:
+        """Yield this one, and every other that its holders wait for, and the holders of those."""
+        seen: list[Slots] = []
+        ahead: list[Slots] = [self]
+        while ahead:
+            slots = ahead.pop()
+            if slots not in seen:
+                seen.append(slots)
+                yield slots
+                for permit in slots.permits:
+                    ahead += [ticket.slots for ticket in _awaited_by(permit.owner)]
+
+    def _can_serve(self, stuck: list[Slots] | None = None) -> bool:
+        """Whether a permit is free, on its way, or held by one who waits for none of `stuck`."""
+        return any(
+            not any(stuck is None or ticket.slots in stuck for ticket in _awaited_by(permit.owner))
+            for permit in self.permits
+        )
+
+
+def _awaited_by(owner: Any) -> Iterator[Ticket]:
+    """Yield what an owner waits for: its own ticket, and one that its event loop stands still for.
+
+    A ticket that was granted counts no more, though its waiter may not have run yet.
+    """
+    for key in (owner, owner.get_loop() if hasattr(owner, "get_loop") else None):
+        ticket = WAITING.get(key)
+        if ticket is not None and ticket.waits:
+            yield ticket

@@ -11,6 +11,8 @@ from .errors import InvalidURL
 
 # What providers and other tools call a database, beside what SQLAlchemy calls it.
 ALIASES = {"postgres": "postgresql"}
+# What a parameter of a URL is called whose value nobody may see.
+SECRET = re.compile("pass|secret|token", re.IGNORECASE)
 
 
 def read_url(url: str | URL) -> URL:
@@ -41,7 +43,7 @@ def masked(url: str | URL) -> str:
     if parsed is None:  # any part of it may be the secret
         scheme = re.match(r"\w+://", str(url))
         return (scheme[0] if scheme else "") + "…"
-    secret = {name: "***" for name in parsed.query if "pass" in name.lower()}
+    secret = {name: "***" for name in parsed.query if SECRET.search(name)}
     text = parsed.update_query_dict(secret).render_as_string(hide_password=True)
     if "@" in f"{parsed.host}{parsed.database}":  # a password with an @ or a / that was not encoded
         return f"{parsed.drivername}://…"

@@ -87,11 +87,11 @@ def test_a_closed_door_opens_again(open_door: Any, url: str) -> None:
 def test_init_again_takes_its_own_options(open_door: Any, url: str) -> None:
     door = open_door(pool_size=2, max_overflow=0)
     answer(door)
-    assert [pool.limit for pool in door.stats().pools] == [2]
+    assert [(pool.size, pool.overflow) for pool in door.stats().pools] == [(2, 0)]
     door.close()
     door.init(url, pool_size=3, max_overflow=1)
     answer(door)
-    assert [pool.limit for pool in door.stats().pools] == [4]
+    assert [(pool.size, pool.overflow) for pool in door.stats().pools] == [(3, 1)]
 
 
 def test_a_second_init_is_refused_and_changes_nothing(door: Any, url: str) -> None:

@@ -65,7 +65,7 @@ def test_stats_count_what_is_lent_and_idle(open_door: Any, twin: str) -> None:
         one.scalar(text("SELECT 1"))
         two.scalar(text("SELECT 1"))
         (pool,) = door.stats().pools
-        assert (pool.side, pool.role, pool.limit) == (twin, "primary", 7)
+        assert (pool.side, pool.role, pool.size, pool.overflow) == (twin, "primary", 3, 4)
         assert (pool.lent, pool.idle, pool.waiting) == (2, 0, 0)
     (pool,) = door.stats().pools
     assert (pool.lent, pool.idle, pool.waiting) == (0, 2, 0)

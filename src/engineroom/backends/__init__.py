@@ -63,6 +63,9 @@ class Backend(Protocol):
             before_write: asked before a transaction that excludes every other writer.
         """
 
+    def limit_connect(self, arguments: dict[str, Any], seconds: float) -> None:
+        """Add to the arguments of a synchronous driver how long it may take to connect."""
+
     def descriptor(self, driver: Any) -> int | None:
         """Return the file descriptor of a driver's connection; None where it has no socket."""
 
@@ -116,6 +119,21 @@ def find_backend(url: URL, settings: DatabaseSettings) -> Backend:
         f"{masked(url)}: engineroom does not support {name!r}. Supported are postgresql:// and "
         "sqlite://."
     )
+
+
+def refuse_unknown_driver(url: URL, drivers: dict[Side, dict[str, str]]) -> None:
+    """Refuse a URL that names a driver of neither side.
+
+    Raises:
+        InvalidURL: it does.
+    """
+    name, _, driver = url.drivername.partition("+")
+    known = [one for names in drivers.values() for one in names]
+    if driver and driver not in known:
+        raise InvalidURL(
+            f"{masked(url)}: engineroom does not support the driver {driver!r}. Write {name}://, "
+            f"which takes the best that is installed, or one of {', '.join(dict.fromkeys(known))}."
+        )
 
 
 def choose_driver(url: URL, drivers: dict[str, str], extra: str) -> URL:

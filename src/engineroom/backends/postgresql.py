@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 import os
 import socket
 from collections.abc import Callable, Iterable, Sequence
@@ -12,9 +14,12 @@ from typing import Any
 
 from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.pool import PoolProxiedConnection
+from sqlalchemy.util import await_only
 
 from ..cancellation import settle
-from . import Role, Side, choose_driver
+from . import Role, Side, choose_driver, refuse_unknown_driver
+
+logger: logging.Logger = logging.getLogger("engineroom")
 
 DRIVERS = {
     Side.ASYNC: {"asyncpg": "asyncpg", "psycopg": "psycopg"},
@@ -29,6 +34,7 @@ class PostgreSQL:
     """PostgreSQL, spoken to directly."""
 
     def __init__(self, url: URL) -> None:
+        refuse_unknown_driver(url, DRIVERS)
         self._url = url
 
     def engine_url(self, side: Side) -> URL:
@@ -64,6 +70,10 @@ class PostgreSQL:
     ) -> None:
         """PostgreSQL behaves as it is."""
 
+    def limit_connect(self, arguments: dict[str, Any], seconds: float) -> None:
+        """Set libpq's parameter, in whole seconds; fewer than two it does not know."""
+        arguments["connect_timeout"] = max(2, math.ceil(seconds))
+
     def descriptor(self, driver: Any) -> int | None:
         """Return the file descriptor of the connection's socket; None once it is closed."""
         if self.is_closed(driver):
@@ -96,10 +106,23 @@ class PostgreSQL:
         self, connections: Sequence[PoolProxiedConnection], execute: Callable[[str], None]
     ) -> None:
         """End the backends: every role may do that with its own."""
-        pids = [_backend_pid(connection.driver_connection) for connection in connections]
-        if pids:
-            array = ", ".join(map(str, pids))  # numbers, so there is nothing to escape
+        drivers: list[Any] = [connection.driver_connection for connection in connections]
+        array = ", ".join(str(_backend_pid(driver)) for driver in drivers)  # of numbers: safe
+        try:
             execute(f"SELECT pg_terminate_backend(pid) FROM unnest(ARRAY[{array}]) AS pid")  # noqa: S608
+        except Exception as error:  # noqa: BLE001  # a server at its limit takes cancel requests
+            logger.info("Backends are cancelled, for none could be asked to end them: %r", error)
+            for driver in drivers:
+                with suppress(Exception):
+                    self._cancel(driver)
+
+    def _cancel(self, driver: Any) -> None:
+        """Cancel what runs, and shut the socket: the backend ends as soon as it reads from it."""
+        if hasattr(driver, "get_server_pid"):
+            await_only(self.break_off(driver))
+        else:
+            driver.cancel()
+            _shut(int(driver.fileno()))
 
     async def break_off(self, driver: Any) -> None:
         """Close asyncpg's connection, which waits for the cancel request that is on its way.
@@ -116,8 +139,7 @@ class PostgreSQL:
             return
         descriptor = self.descriptor(driver)
         if descriptor is not None and descriptor >= 0:
-            with socket.socket(fileno=os.dup(descriptor)) as duplicate:
-                duplicate.shutdown(socket.SHUT_RDWR)
+            _shut(descriptor)
         if isinstance(loop, asyncio.BaseEventLoop):
             # asyncio closes its socket in a callback that this loop will never run: run it here.
             loop.call_soon = lambda callback, *args, context=None: callback(*args)  # type: ignore[method-assign]
@@ -183,6 +205,11 @@ def _asyncpg_transport(driver: Any) -> Any:
     its parent's socket. `tests/test_private_names.py` fails when the name goes.
     """
     return driver._transport
+
+
+def _shut(descriptor: int) -> None:
+    with socket.socket(fileno=os.dup(descriptor)) as duplicate:
+        duplicate.shutdown(socket.SHUT_RDWR)
 
 
 def _backend_pid(driver: Any) -> int:

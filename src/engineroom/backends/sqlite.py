@@ -17,23 +17,32 @@ from sqlalchemy import event
 from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.pool import PoolProxiedConnection
 
-from ..errors import InvalidPath, SelfDeadlock
-from . import Role, Side, choose_driver
+from ..errors import InvalidPath, InvalidURL, SelfDeadlock
+from ..urls import masked
+from . import Role, Side, choose_driver, refuse_unknown_driver
 
 DRIVERS = {Side.ASYNC: {"aiosqlite": "aiosqlite"}, Side.SYNC: {"pysqlite": "sqlite3"}}
 
 READ_ONLY = "engineroom_read_only"
 QUERY_ONLY = "engineroom_query_only"
 
+SQLITE_BUSY, SQLITE_READONLY = 5, 8  # of SQLite's result codes
+
 
 class SQLite:
     """One SQLite file; `:memory:` is a private temporary one that both sides share."""
 
     def __init__(self, url: URL, busy_timeout: float) -> None:
+        refuse_unknown_driver(url, DRIVERS)
+        if url.host:
+            raise InvalidURL(
+                f"{masked(url)}: a SQLite file has no host. Write three slashes for a file in this "
+                f"folder, sqlite:///{url.host}, and four for an absolute path: sqlite:////srv/app.db."
+            )
         self._url = url
         self._busy_timeout = busy_timeout
         self._in_memory = url.database in (None, "", ":memory:")
-        self._remove: weakref.finalize[Any, Any] | None = None
+        self._private: dict[str, tuple[str, weakref.finalize[Any, Any]]] = {}  # at most one
         self._records: weakref.WeakSet[Any] = weakref.WeakSet()  # SQLAlchemy's, one a connection
         self._inherited_transaction = False
 
@@ -43,11 +52,12 @@ class SQLite:
         Raises:
             InvalidPath: its folder does not exist, or it cannot be written.
         """
+        url = self._url
         if self._in_memory:
-            self._make_private_file()
+            url = url.set(database=self._make_private_file())
         elif self._url.query.get("uri") != "true":
             _check_path(Path(self._url.database or ""))
-        return choose_driver(self._url, DRIVERS[side], "sqlite")
+        return choose_driver(url, DRIVERS[side], "sqlite")
 
     def engine_options(
         self, side: Side, role: Role, connect_args: dict[str, Any]
@@ -109,8 +119,11 @@ class SQLite:
                 if cursor.fetchone()[0] != "wal":
                     cursor.execute("PRAGMA journal_mode=WAL")
                 return
-            except engine.dialect.loaded_dbapi.OperationalError:
-                if time.monotonic() > deadline:
+            except engine.dialect.loaded_dbapi.OperationalError as error:
+                kind = getattr(error, "sqlite_errorcode", SQLITE_BUSY) & 0xFF
+                if kind == SQLITE_READONLY:
+                    return  # somebody opened it so, and reads
+                if kind != SQLITE_BUSY or time.monotonic() > deadline:
                     raise
                 if hasattr(connection, "run_async"):
                     connection.run_async(lambda driver: asyncio.sleep(0.01))
@@ -127,6 +140,9 @@ class SQLite:
                 "session(read_only=True)."
             )
 
+    def limit_connect(self, arguments: dict[str, Any], seconds: float) -> None:
+        """Opening a file does not wait."""
+
     def descriptor(self, driver: Any) -> int | None:
         """A file has no socket."""
         return None
@@ -141,7 +157,11 @@ class SQLite:
     def holds_write_lock(self, connection: PoolProxiedConnection) -> bool:
         """Whether the connection is in a transaction that may write."""
         driver: Any = connection.driver_connection
-        return bool(driver.in_transaction) and not connection.info.get(QUERY_ONLY, False)
+        return (
+            driver is not None
+            and bool(driver.in_transaction)
+            and not connection.info.get(QUERY_ONLY, False)
+        )
 
     def end(
         self, connections: Sequence[PoolProxiedConnection], execute: Callable[[str], None]
@@ -196,15 +216,19 @@ class SQLite:
 
     def dispose(self) -> None:
         """Remove the private file."""
-        if self._remove is not None:
-            self._remove()
-            self._remove = None
+        if self._private:
+            _, remove = self._private.pop("folder")
+            remove()
 
-    def _make_private_file(self) -> None:
-        if self._remove is None:
+    def _make_private_file(self) -> str:
+        """Return the private file; threads that come at once get the same one."""
+        if not self._private:
             folder = tempfile.mkdtemp(prefix="engineroom-")
-            self._remove = weakref.finalize(self, _remove_folder, folder, os.getpid())
-            self._url = self._url.set(database=str(Path(folder, "memory.db")))
+            remove = weakref.finalize(self, _remove_folder, folder, os.getpid())
+            self._private.setdefault("folder", (folder, remove))
+            if self._private["folder"][0] != folder:
+                remove()  # another thread was faster
+        return str(Path(self._private["folder"][0], "memory.db"))
 
 
 def _sqlite3_connection(driver: Any) -> Any:
