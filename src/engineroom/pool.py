@@ -25,6 +25,7 @@ from sqlalchemy.pool import (
 from sqlalchemy.util import await_only, greenlet_spawn
 
 from .backends import Backend
+from .cancellation import settle
 from .errors import PoolExhausted
 from .ledger import Ledger, current_task, owner_name
 from .slots import Permit, Slots
@@ -75,7 +76,7 @@ class Lender(QueuePool):
         try:
             connection = super().connect()
             while not self._lives(connection):
-                connection.invalidate()
+                self._discard(connection)
                 connection = super().connect()
         except BaseException:
             self.slots.give(permit)
@@ -95,9 +96,11 @@ class Lender(QueuePool):
         permit = info.pop("permit", None)
         record.info["returned"] = time.monotonic()
         try:
-            if self.ended:
-                record.close()
-            super()._do_return_conn(record)
+            try:
+                if self.ended or (self.overflow() > 0 and self.checkedin() >= self.size()):
+                    self._close(record)  # SQLAlchemy would, but where it can be interrupted
+            finally:
+                super()._do_return_conn(record)
         finally:
             if permit is not None:
                 self.slots.give(permit)
@@ -128,9 +131,17 @@ class Lender(QueuePool):
             logger.info("A pooled connection was found dead and is replaced: %r", error)
             return False
         except BaseException:
-            connection.invalidate()
+            self._discard(connection)
             raise
         return True
+
+    def _close(self, record: ConnectionPoolEntry) -> None:
+        """Close a connection that came back."""
+        record.close()
+
+    def _discard(self, connection: PoolProxiedConnection) -> None:
+        """Close a connection that was lent, and free its place in the pool."""
+        connection.invalidate()
 
     def _watch(self, connection: PoolProxiedConnection) -> Any:
         driver = connection.driver_connection
@@ -252,6 +263,23 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
     def end(self) -> None:
         """End the shelf, and with it what would have ended it later."""
         await_only(self.keeper.aclose())
+
+    # Both in a task of its own: interrupted, SQLAlchemy's pool would log it and miss the place.
+
+    def _close(self, record: ConnectionPoolEntry) -> None:
+        if record.dbapi_connection is None:  # (the garbage collector's is closed already)
+            return
+        try:
+            await_only(settle(greenlet_spawn(super()._close, record)))
+        except asyncio.CancelledError as error:
+            error.add_note(
+                "The cancellation struck after the transaction had ended, as its connection was "
+                "closed: what was committed stays committed."
+            )
+            raise
+
+    def _discard(self, connection: PoolProxiedConnection) -> None:
+        await_only(settle(greenlet_spawn(super()._discard, connection)))
 
     def wait_for(self, slots: Slots) -> Permit:
         """Wait on an event of the loop."""
