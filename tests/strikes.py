@@ -51,8 +51,8 @@ POOLS = {
 }
 SIZE, OVERFLOW = 2, 1
 LOOKS, PAUSE = 100, 0.01  # until all is quiet: 1 s, or longer on a machine that has no time for us
-STALL = 0.25  # seconds in which a load that is to stall takes its last step
-HANGS = 30.0  # seconds: a victim that takes longer will never end
+STALL = 0.15  # seconds in which a load that is to stall takes its last step
+HANGS = 10.0  # seconds: a victim that takes longer will never end
 LONG = 60  # seconds: a statement that nobody waits for
 
 
@@ -398,7 +398,10 @@ class PostgresWitness:
         self.raw = psycopg.connect(plain.render_as_string(hide_password=False), autocommit=True)
         self.raw.execute(
             f"""
-            CREATE TABLE IF NOT EXISTS item (id int PRIMARY KEY, value int NOT NULL);
+            DROP TABLE IF EXISTS lazy;
+            DROP FUNCTION IF EXISTS nap;
+            DROP TABLE IF EXISTS item;
+            CREATE TABLE item (id int PRIMARY KEY, value int NOT NULL);
             CREATE TABLE lazy (id int);
             CREATE FUNCTION nap() RETURNS trigger LANGUAGE plpgsql
                 AS $$ BEGIN PERFORM pg_sleep({LONG}); RETURN NULL; END $$;
@@ -672,7 +675,7 @@ class Arena:
         there = self.witness.has(self.rows)
         if told is not None and "unknown" in told:
             return []
-        if there is not (told is None or "was committed" in told):
+        if there is not (told is None or "stays committed" in told):
             return [f"told {told or 'that all is well'}; the row is {'' if there else 'not '}there"]
         return []
 

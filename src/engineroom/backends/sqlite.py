@@ -150,12 +150,12 @@ class SQLite:
         """Interrupt what runs and roll it back: the lock on the file must go."""
         for connection in connections:
             adapted: Any = connection.dbapi_connection
-            if hasattr(adapted, "run_async"):
-                adapted.run_async(lambda driver: driver.interrupt())
-            else:
-                adapted.interrupt()
             try:
-                adapted.rollback()
+                if hasattr(adapted, "run_async"):
+                    adapted.run_async(self.break_off)
+                else:
+                    adapted.interrupt()
+                    adapted.rollback()
             except Exception:  # the interrupted thread may be faster, and nothing is left to do
                 driver: Any = connection.driver_connection
                 if driver.in_transaction:
@@ -172,6 +172,7 @@ class SQLite:
         while not idle.done():
             await driver.interrupt()
             await asyncio.wait((idle,), timeout=INTERRUPT_EVERY)
+        await idle
         await driver.rollback()
 
     def cut(self, driver: Any, loop: asyncio.AbstractEventLoop) -> None:
