@@ -43,7 +43,7 @@ def described(tallies: list[dict[str, Any]]) -> list[str]:
 
 
 everywhere = pytest.mark.parametrize(
-    "url, loop", list(itertools.product(ASYNC_DRIVERS, LOOPS)), indirect=["url"]
+    ("url", "loop"), list(itertools.product(ASYNC_DRIVERS, LOOPS)), indirect=["url"]
 )
 
 
