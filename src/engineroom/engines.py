@@ -14,13 +14,16 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from traceback import walk_tb
 from typing import Any
 
 from sqlalchemy import MetaData, NullPool, create_engine, event
 from sqlalchemy.engine import URL, Connection, Engine, ExceptionContext
+from sqlalchemy.engine.interfaces import DBAPICursor
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
-from sqlalchemy.util import await_only
+from sqlalchemy.pool import PoolProxiedConnection
+from sqlalchemy.util import await_only, greenlet_spawn
 
 from .backends import Backend, Role, Side, find_backend
 from .cancellation import settle
@@ -217,15 +220,29 @@ class EngineRoom:
 
     def _break_off_cancelled(self, context: ExceptionContext) -> None:
         """End on the server what a cancelled call began there; its connection is lost anyway."""
-        connection = context.connection
+        connection, error = context.connection, context.original_exception
         if (
-            isinstance(context.original_exception, asyncio.CancelledError)
+            isinstance(error, asyncio.CancelledError)
             and connection is not None
             and not connection.invalidated
         ):
-            driver = connection.connection.driver_connection
+            if was_commit(error):
+                error.add_note(UNKNOWN_OUTCOME)
+            call = context.execution_context
+            losing = self._lose(connection.connection, None if call is None else call.cursor)
             with suppress(asyncio.CancelledError, Exception):
-                await_only(settle(self.backend.break_off(driver)))
+                await_only(settle(losing))
+
+    async def _lose(self, connection: PoolProxiedConnection, cursor: DBAPICursor | None) -> None:
+        """Break off what a connection does, and part with it.
+
+        SQLAlchemy would do the second half next, but where another cancellation interrupts it: the
+        pool would be a connection short, and another error, without the note, would go on.
+        """
+        try:
+            await self.backend.break_off(connection.driver_connection)
+        finally:
+            await greenlet_spawn(discard, connection, cursor)
 
     def _refuse_self_deadlock(self, connection: Connection) -> None:
         """Refuse to wait for a writer that waits for us."""
@@ -359,6 +376,30 @@ def dump_on(number: signal.Signals) -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+UNKNOWN_OUTCOME = (
+    "The cancellation struck while COMMIT was under way: whether the transaction was committed is "
+    "unknown. Look for what it wrote, or make the work such that it may be done again."
+)
+
+
+def was_commit(error: BaseException) -> bool:
+    """Whether an error came out of a COMMIT: the event does not say, the dialect's verb in it does.
+
+    A flush on the way to it is none, nor is a ROLLBACK.
+    """
+    return any(frame.f_code.co_name == "do_commit" for frame, _ in walk_tb(error.__traceback__))
+
+
+def discard(connection: PoolProxiedConnection, cursor: DBAPICursor | None) -> None:
+    """Close a connection, and first the cursor of its last call: psycopg warns of one left open."""
+    try:
+        if cursor is not None:
+            with suppress(Exception):
+                cursor.close()
+    finally:
+        connection.invalidate()
 
 
 def create(side: Side, url: URL, **options: Any) -> Engine:

@@ -27,6 +27,7 @@ from sqlalchemy.pool import (
 from sqlalchemy.util import await_only, greenlet_spawn
 
 from .backends import Backend
+from .cancellation import settle
 from .errors import ConnectTimeout, Holder, ManagerClosed, PoolDeadlock, PoolExhausted
 from .ledger import current_owner, describe
 from .slots import GROW_AFTER, WAITING, Permit, Slots
@@ -132,10 +133,10 @@ class Lender(QueuePool):
         try:
             connection = super().connect()
             while not self._lives(connection, now):
-                connection.invalidate()
+                self._discard(connection)
                 connection = super().connect()
             if self.refusal:
-                connection.invalidate()
+                self._discard(connection)
                 raise ManagerClosed(self.refusal)
         except BaseException:
             self.slots.give(permit)
@@ -162,9 +163,11 @@ class Lender(QueuePool):
         if lent is not None and now - lent.permit.since > self.slow_after:
             self.report_slow(lent.permit, now)
         try:
-            if self.ended:
-                record.close()
-            super()._do_return_conn(record)
+            try:
+                if self.ended or (self.overflow() > 0 and self.checkedin() >= self.size()):
+                    self._close(record)  # SQLAlchemy would, but where it can be interrupted
+            finally:
+                super()._do_return_conn(record)
         finally:
             if lent is not None and lent.permit.connection is lent:
                 self.slots.give(lent.permit)
@@ -203,9 +206,17 @@ class Lender(QueuePool):
             logger.info("A pooled connection was found dead and is replaced: %r", error)
             return False
         except BaseException:
-            connection.invalidate()
+            self._discard(connection)
             raise
         return True
+
+    def _close(self, record: ConnectionPoolEntry) -> None:
+        """Close a connection that came back."""
+        record.close()
+
+    def _discard(self, connection: PoolProxiedConnection) -> None:
+        """Close a connection that was lent, and free its place in the pool."""
+        connection.invalidate()
 
     def _watch(self, driver: Any) -> Watch | None:
         descriptor = self.backend.descriptor(driver)
@@ -431,6 +442,23 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
     def end(self) -> None:
         """End the shelf, and with it what would have ended it later."""
         await_only(self.keeper.aclose())
+
+    # Both in a task of its own: interrupted, SQLAlchemy's pool would log it and miss the place.
+
+    def _close(self, record: ConnectionPoolEntry) -> None:
+        if record.dbapi_connection is None:  # (the garbage collector's is closed already)
+            return
+        try:
+            await_only(settle(greenlet_spawn(super()._close, record)))
+        except asyncio.CancelledError as error:
+            error.add_note(
+                "The cancellation struck after the transaction had ended, as its connection was "
+                "closed: what was committed stays committed."
+            )
+            raise
+
+    def _discard(self, connection: PoolProxiedConnection) -> None:
+        await_only(settle(greenlet_spawn(super()._discard, connection)))
 
     def new_bell(self) -> tuple[asyncio.Event, Callable[[], object]]:
         """Return an event of the running loop, and what sets it from any thread."""

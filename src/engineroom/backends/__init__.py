@@ -88,7 +88,7 @@ class Backend(Protocol):
         """
 
     async def break_off(self, driver: Any) -> None:
-        """Stop what a cancelled call left running on the server, and close the connection."""
+        """Stop what a cancelled call left running; the connection is closed next."""
 
     def cut(self, driver: Any, loop: asyncio.AbstractEventLoop) -> None:
         """Close a driver's connection of a loop that does not run: nothing can be awaited there."""

@@ -174,10 +174,18 @@ def _settling_connection() -> Any:
     psycopg asks the server to cancel when its task is; but a second cancellation interrupts that
     request, and the statement runs on with its locks.
     """
-    from psycopg import AsyncConnection, waiting
+    from psycopg import AsyncConnection, AsyncServerCursor, waiting
     from psycopg.pq import TransactionStatus
 
+    class SettlingCursor(AsyncServerCursor[Any]):
+        async def close(self) -> None:
+            await settle(super().close())  # interrupted, psycopg would warn that it is open still
+
     class SettlingConnection(AsyncConnection[Any]):
+        def __init__(self, *args: Any, **kw: Any) -> None:
+            super().__init__(*args, **kw)
+            self.server_cursor_factory = SettlingCursor
+
         async def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
             options = {} if timeout is None else {"timeout": timeout}  # psycopg 3.2 has none
             try:

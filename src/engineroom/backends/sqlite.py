@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ READ_ONLY = "engineroom_read_only"
 QUERY_ONLY = "engineroom_query_only"
 
 SQLITE_BUSY, SQLITE_READONLY = 5, 8  # of SQLite's result codes
+INTERRUPT_EVERY = 0.02  # seconds
 
 
 class SQLite:
@@ -106,6 +108,8 @@ class SQLite:
                 self._refuse_inherited()
                 connection.exec_driver_sql("BEGIN IMMEDIATE")
 
+        if engine.dialect.is_async:
+            event.listen(engine, "do_connect", _connect_steadily)
         event.listen(engine, "connect", connect)
         if role is Role.PRIMARY:
             event.listen(engine, "begin", begin)
@@ -169,24 +173,30 @@ class SQLite:
         """Interrupt what runs and roll it back: the lock on the file must go."""
         for connection in connections:
             adapted: Any = connection.dbapi_connection
-            if hasattr(adapted, "run_async"):
-                adapted.run_async(lambda driver: driver.interrupt())
-            else:
-                adapted.interrupt()
             try:
-                adapted.rollback()
+                if hasattr(adapted, "run_async"):
+                    adapted.run_async(self.break_off)
+                else:
+                    adapted.interrupt()
+                    adapted.rollback()
             except Exception:  # the interrupted thread may be faster, and nothing is left to do
                 driver: Any = connection.driver_connection
                 if driver.in_transaction:
                     raise
 
     async def break_off(self, driver: Any) -> None:
-        """Interrupt the statement, roll back, and close: whatever is left of it locks the file."""
-        rollback = asyncio.ensure_future(driver.rollback())
-        while not rollback.done():
+        """Stop the statement and roll back: whatever is left of it would lock the file.
+
+        Only what does not end by itself is interrupted, and only until it has ended: SQLite holds
+        an interrupt against the ROLLBACK as well, while some other result is not read to its end.
+        """
+        idle = asyncio.ensure_future(driver.cursor())  # the thread comes to it after all it has
+        await asyncio.wait((idle,), timeout=INTERRUPT_EVERY)
+        while not idle.done():
             await driver.interrupt()
-            await asyncio.wait((rollback,), timeout=0.02)
-        await driver.close()
+            await asyncio.wait((idle,), timeout=INTERRUPT_EVERY)
+        await idle
+        await driver.rollback()
 
     def cut(self, driver: Any, loop: asyncio.AbstractEventLoop) -> None:
         """Stop the thread of an aiosqlite connection; it closes the file at its end.
@@ -229,6 +239,40 @@ class SQLite:
             if self._private["folder"][0] != folder:
                 remove()  # another thread was faster
         return str(Path(self._private["folder"][0], "memory.db"))
+
+
+def _connect_steadily(
+    dialect: Any, record: Any, arguments: list[Any], options: dict[str, Any]
+) -> Any:
+    """Connect, and make the connection one of the class below before anything can interrupt it."""
+    connection = dialect.connect(*arguments, **options)
+    connection.driver_connection.__class__ = _steady_connection()
+    return connection
+
+
+@cache
+def _steady_connection() -> Any:
+    """Make aiosqlite's connection a class that can be cancelled at the end of a scope."""
+    from aiosqlite import Connection
+
+    class SteadyConnection(Connection):
+        stopped = False
+
+        async def rollback(self) -> None:
+            """Roll back what there is: the pool asks at each return, where a cancellation that
+            strikes meanwhile would reach a caller whose work is committed.
+            """
+            if self.in_transaction:
+                await super().rollback()
+
+        def stop(self) -> Any:
+            """Stop once: a second time, `close()` would wait for a thread that has ended."""
+            if self.stopped:
+                return None
+            self.stopped = True
+            return super().stop()
+
+    return SteadyConnection
 
 
 def _sqlite3_connection(driver: Any) -> Any:
