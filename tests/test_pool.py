@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -285,6 +285,27 @@ def test_a_burst_of_long_units_gets_a_connection_each(driver_url: str) -> None:
 def test_a_burst_of_short_units_opens_few_connections(driver_url: str) -> None:
     """It depends on what 10 ms are on this machine, so it is one for the long runs."""
     assert sorted(connects_of_a_burst(driver_url, 0.002) for _ in range(5))[2] <= 10
+
+
+def test_the_least_number_of_connections_is_opened_beside_the_first_use(
+    url: str, eventually: Callable[[Callable[[], object]], None]
+) -> None:
+    with Database(url, pool_min=3) as door:
+        with door.session(read_only=True) as db:
+            db.execute(text("SELECT 1"))
+        eventually(lambda: door.stats().pools[0].idle == 3)
+
+
+def test_the_least_number_of_connections_of_a_loop(driver_url: str) -> None:
+    async def main() -> None:
+        manager = DatabaseSessionManager().init(driver_url, pool_min=3)
+        assert await one(manager) == 1
+        async with asyncio.timeout(20):
+            while manager.stats().pools[0].idle < 3:
+                await asyncio.sleep(0.01)
+        await manager.close()
+
+    asyncio.run(main())
 
 
 # -- the deadline --------------------------------------------------------------------------------

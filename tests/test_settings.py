@@ -41,6 +41,7 @@ SAMPLES: dict[
     "echo": (True, "1"),
     "expire_on_commit": (True, "yes"),
     "autoflush": (True, "on"),
+    "pool_min": (2, "2"),
     "slow_checkout": (0.25, "250ms"),
     "pool_ping_after": (0.0, "0"),
     "close_timeout": (0.0, "0"),

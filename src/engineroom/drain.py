@@ -86,7 +86,7 @@ async def end_pools(room: EngineRoom) -> None:
                 elif loop.is_running():
                     await asyncio.wrap_future(run_in(loop, work))
                 else:
-                    lender.reap(loop)
+                    await greenlet_spawn(lender.reap, loop)
     room.clear()
 
 

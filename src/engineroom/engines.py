@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +35,7 @@ from .pool import Lender, LoopPool, Shelf, ThreadPool, make_immortal, part_event
 from .retiring import retire
 from .sessions import Guarded, guarded
 from .settings import DatabaseSettings, Options, read_settings
+from .slots import WAITING
 from .statements import note_statements
 
 logger: logging.Logger = logging.getLogger("engineroom")
@@ -181,6 +182,8 @@ class EngineRoom:
             return create(side, url, poolclass=NullPool, **options)
         knows: dict[str, Any] = {
             "backend": self.backend,
+            "end_apart": staticmethod(partial(self._end_apart, role)),
+            "least": settings.pool_min if role is Role.PRIMARY else 0,
             "spare": settings.max_overflow,
             "slow_after": settings.slow_after,
             "ping_after": 0.0 if settings.pool_pre_ping else settings.pool_ping_after,
@@ -320,6 +323,11 @@ class EngineRoom:
         for session in list(self.loose):
             retire(session, why)
 
+    def _end_apart(self, role: Role, connections: Sequence[PoolProxiedConnection]) -> None:
+        """End what runs on connections whose loop has ended, from another loop or a thread."""
+        side = Side.SYNC if asyncio._get_running_loop() is None else Side.ASYNC
+        self.backend.end(connections, partial(self.run_apart, side, role))
+
     def run_apart(self, side: Side, role: Role, statement: str) -> None:
         """Run a statement on a connection of its own, which no pool lends."""
         with self._make_engine(side, role, pooled=False).connect() as connection:
@@ -355,6 +363,7 @@ ROOMS: weakref.WeakSet[EngineRoom] = weakref.WeakSet()
 
 def _after_fork_in_child() -> None:
     rooms = list(ROOMS)
+    WAITING.clear()
     if any(loop is not None for room in rooms for _, _, loop, _ in room.lenders()):
         part_event_loops()
     for room in rooms:

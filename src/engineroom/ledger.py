@@ -78,6 +78,10 @@ class Entry:
         connection = None if self.connection is None else self.connection()
         return connection if connection is not None and connection.is_valid else None
 
+    def can_end(self) -> bool:
+        """Whether somebody may still leave the scope: a task whose loop is closed never will."""
+        return self.task is None or not self.task.get_loop().is_closed()
+
     def belongs_here(self) -> bool:
         """Whether the running task (outside a loop: the running thread) entered the scope."""
         return self.thread == threading.get_ident() and self.task in (None, current_task())
@@ -142,7 +146,8 @@ class Ledger:
                 self._entries.pop(key, None)
 
     def __bool__(self) -> bool:
-        return any(True for _ in self)
+        """Whether there is a scope whose end may be waited for."""
+        return any(entry.can_end() for entry in self)
 
     def clear(self) -> None:
         """Forget everything: in a forked child, nothing of it is ours."""

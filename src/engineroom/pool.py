@@ -96,9 +96,9 @@ class Lender(QueuePool):
     backend: ClassVar[Backend]
     engine: ClassVar[Engine]
     ping_after: ClassVar[float]  # seconds idle; 0: ask the server at every checkout
-    spare: ClassVar[
-        int
-    ]  # `max_overflow`; SQLAlchemy's own queue is told that there is no limit (-1)
+    spare: ClassVar[int]  # `max_overflow`; SQLAlchemy's own queue is told: no limit (-1)
+    end_apart: ClassVar[Any]  # takes connections, and ends over another one what runs on them
+    least: ClassVar[int]  # connections kept open from the first use on
     slow_after: ClassVar[float]  # seconds lent, before the log says so
 
     def __init__(
@@ -115,6 +115,7 @@ class Lender(QueuePool):
         self.limit: float = timeout  # seconds to wait and connect
         self.next_look: float = 0.0  # when to look for connections that are held for too long
         self.ended: bool = False  # what comes back is closed, not kept
+        self.is_filled: bool = self.least == 0
         self.refusal: str = ""  # why nothing is lent any more
         self._drivers: weakref.WeakSet[Any] = weakref.WeakSet()  # all that it has open
 
@@ -146,7 +147,26 @@ class Lender(QueuePool):
         connection.record_info["lent"] = lent  # type: ignore[index]
         if now >= self.next_look:
             self.look_for_slow(now)
+        if not self.is_filled:
+            self.is_filled = True
+            self.fill_beside()
         return connection
+
+    def fill_beside(self) -> None:
+        """Open what is missing to the least number of connections, beside the caller."""
+        raise NotImplementedError
+
+    def fill(self) -> None:
+        """Open connections until the least number is open; the first failure is the last."""
+        opened: list[PoolProxiedConnection] = []
+        try:
+            while len(self.slots.held) + self.checkedin() < self.least:
+                opened.append(self.connect())
+        except Exception as error:  # noqa: BLE001  # who needs a connection will hear of it
+            logger.info("The pool could not be filled to %d connections: %r", self.least, error)
+        finally:
+            for connection in opened:
+                connection.close()
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         """Take a connection back, and give its permit to the next in the queue.
@@ -216,6 +236,7 @@ class Lender(QueuePool):
 
     def _discard(self, connection: PoolProxiedConnection) -> None:
         """Close a connection that was lent, and free its place in the pool."""
+        self.is_filled = self.least == 0
         connection.invalidate()
 
     def _watch(self, driver: Any) -> Watch | None:
@@ -367,8 +388,13 @@ class Lender(QueuePool):
             make_immortal(inherited)
 
     def reap(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Cut every connection of a loop that does not run any more."""
+        """Cut every connection of a loop that does not run any more, and end what runs on them."""
         self.ended = True
+        if overdue := self.lent():  # its tasks were never told
+            try:
+                self.end_apart(overdue)
+            except Exception as error:  # noqa: BLE001  # the server ends them, if later
+                logger.info("What an ended loop left running could not be ended: %r", error)
         for driver in list(self._drivers):
             self.backend.cut(driver, loop)
 
@@ -424,6 +450,10 @@ class ThreadPool(Lender):
         """Open a connection; the driver keeps the time (`Backend.limit_connect` told it)."""
         return connect()
 
+    def fill_beside(self) -> None:
+        """Fill in a thread, which ends with that."""
+        threading.Thread(target=self.fill, name="engineroom-fill").start()
+
     def look_for_slow(self, now: float) -> None:
         """Look now, and at the first checkout when the next may be due: a pool has no thread."""
         self.next_look = now + self.report_all_slow(now)
@@ -434,6 +464,7 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
 
     keeper: AsyncGenerator[None]  # ends the shelf with its loop
     _growth: asyncio.TimerHandle | None = None
+    _filling: asyncio.Task[None] | None = None
 
     def end_here(self) -> None:
         """Close what is idle, and from now on whatever comes back."""
@@ -512,6 +543,10 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
                 f"the last {seconds:.1f} s of them. See whether it is up and can be reached, or "
                 "raise pool_timeout."
             ) from None
+
+    def fill_beside(self) -> None:
+        """Fill in a task; the loop's end cancels it."""
+        self._filling = asyncio.get_running_loop().create_task(greenlet_spawn(self.fill))
 
     def look_for_slow(self, now: float) -> None:
         """Look now, and again by a timer for as long as anything is lent."""

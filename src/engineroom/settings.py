@@ -84,6 +84,8 @@ class DatabaseSettings(BaseSettings):
     """Send pending changes before each query."""
 
     # Infrequent
+    pool_min: int = Field(default=0, ge=0)
+    """Connections opened at the first use, beside it, and kept open; at most `pool_size`."""
     slow_checkout: Seconds = Field(default=30.0, gt=0)
     """A connection held for longer is reported in the log, once; at most `pool_timeout`."""
     pool_ping_after: Seconds = Field(default=0.5, ge=0)
@@ -103,6 +105,15 @@ class DatabaseSettings(BaseSettings):
         if name and name not in signal.Signals.__members__:
             raise ValueError("it is not the name of a signal here (SIGUSR1 is a common one)")
         return name
+
+    @model_validator(mode="after")
+    def _least_is_not_more(self) -> Self:
+        if self.pool_min > self.pool_size:
+            raise ValueError(
+                f"DB_POOL_MIN={self.pool_min} is above DB_POOL_SIZE={self.pool_size}, the number "
+                "of connections that are kept. Lower it, or raise the other"
+            )
+        return self
 
     @model_validator(mode="after")
     def _slow_comes_before_exhausted(self) -> Self:
@@ -157,6 +168,7 @@ class Options(TypedDict, total=False):
     echo: bool
     expire_on_commit: bool
     autoflush: bool
+    pool_min: int
     slow_checkout: float | str | timedelta
     pool_ping_after: float | str | timedelta
     close_timeout: float | str | timedelta

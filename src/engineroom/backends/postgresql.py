@@ -142,7 +142,7 @@ class PostgreSQL:
             _shut(descriptor)
         if isinstance(loop, asyncio.BaseEventLoop):
             # asyncio closes its socket in a callback that this loop will never run: run it here.
-            loop.call_soon = lambda callback, *args, context=None: callback(*args)  # type: ignore[method-assign]
+            loop.call_soon = _run_unless_it_resumes_a_task  # type: ignore[method-assign,assignment]
             try:
                 driver.terminate()
             finally:
@@ -213,6 +213,12 @@ def _asyncpg_transport(driver: Any) -> Any:
     its parent's socket. `tests/test_private_names.py` fails when the name goes.
     """
     return driver._transport
+
+
+def _run_unless_it_resumes_a_task(callback: Any, *args: Any, context: object = None) -> None:
+    """Stand in for the `call_soon` of a loop that has ended: no task of it may go on in another."""
+    if not isinstance(getattr(callback, "__self__", None), asyncio.Future):
+        callback(*args)
 
 
 def _shut(descriptor: int) -> None:

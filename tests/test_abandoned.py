@@ -1,0 +1,172 @@
+"""What nobody leaves properly: generators dropped, loops closed over their tasks, Ctrl-C."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import pytest
+from scenario import run, run_on, server, until
+from sqlalchemy import text
+from sqlalchemy.engine import make_url
+
+from engineroom import Database, DatabaseSessionManager
+
+every_loop = pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+
+
+def at_work(url: str) -> list[Any]:
+    """Ask which backends of the database run a statement, or sit in a transaction."""
+    with server(url) as raw:
+        return raw.execute(
+            "SELECT pid, state, query FROM pg_stat_activity WHERE datname = %s"
+            " AND backend_type = 'client backend' AND state <> 'idle'",
+            [make_url(url).database],
+        ).fetchall()
+
+
+async def rows(manager: DatabaseSessionManager) -> AsyncGenerator[int]:
+    async with manager.session() as db:
+        await db.execute(text("SELECT 1"))
+        yield 1
+        yield 2
+
+
+def dropped_generator(url: str, loop: str) -> None:
+    manager = DatabaseSessionManager().init(url, pool_size=1, max_overflow=0)
+
+    async def main() -> None:
+        async for _ in rows(manager):
+            break
+        gc.collect()
+        await asyncio.to_thread(until, lambda: at_work(url), lambda busy: not busy)
+        assert manager.stats().pools[0].lent == 0
+        assert await manager.check() > 0
+
+    run_on(loop, main())
+
+
+@every_loop
+def test_a_generator_that_is_dropped_ends_its_scope(driver_url: str, loop: str) -> None:
+    run(dropped_generator, driver_url, loop)
+
+
+def kept_generator(url: str, loop: str) -> None:
+    manager = DatabaseSessionManager().init(url, pool_size=1, max_overflow=0)
+    kept = rows(manager)
+
+    async def main() -> None:
+        await anext(kept)
+
+    run_on(loop, main())
+    until(lambda: at_work(url), lambda busy: not busy)
+    assert manager.stats().scopes == ()
+
+
+@every_loop
+def test_a_generator_that_is_kept_ends_with_its_loop(driver_url: str, loop: str) -> None:
+    run(kept_generator, driver_url, loop)
+
+
+def loop_closed_over_its_task(url: str) -> None:
+    logging.getLogger("engineroom").addHandler(logging.NullHandler())  # `close()` names the scope
+    manager = DatabaseSessionManager().init(url, pool_size=2, max_overflow=0)
+
+    async def sleep() -> None:
+        async with manager.session() as db:
+            await db.execute(text("SELECT pg_sleep(100)"))
+
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(sleep())
+    task._log_destroy_pending = False  # type: ignore[attr-defined]  # that is the test
+
+    async def wait_for_it() -> None:
+        while not await asyncio.to_thread(at_work, url):
+            await asyncio.sleep(0.01)
+
+    loop.run_until_complete(wait_for_it())
+    loop.run_until_complete(loop.shutdown_default_executor())
+    loop.close()
+
+    async def use() -> None:
+        async with manager.session() as db:
+            assert await db.scalar(text("SELECT 1")) == 1
+
+    asyncio.run(use())
+    until(lambda: at_work(url), lambda busy: not busy)
+    started = time.monotonic()
+    manager.sync.close(timeout=60)
+    assert time.monotonic() - started < 30  # it did not wait for a task that will never run
+    print("null", flush=True)
+    os._exit(0)  # the coroutine of a destroyed task cannot be closed in peace
+
+
+def test_a_loop_closed_over_its_task_leaves_nothing_running(driver_url: str) -> None:
+    run(loop_closed_over_its_task, driver_url)
+
+
+def interrupted(url: str) -> None:
+    def press() -> None:
+        until(lambda: at_work(url), bool)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with Database(url, pool_size=1, max_overflow=0) as door:
+        threading.Thread(target=press).start()
+        try:
+            with door.session() as db:
+                db.execute(text("SELECT pg_sleep(100)"))
+        except KeyboardInterrupt:
+            pass
+        else:
+            raise AssertionError("Ctrl-C was lost")
+        until(lambda: at_work(url), lambda busy: not busy)
+        assert door.stats().pools[0].lent == 0
+        assert door.check() > 0
+
+
+def test_ctrl_c_in_a_statement_leaves_nothing_running(postgres_url: str) -> None:
+    run(interrupted, postgres_url.replace("://", "+psycopg://"))
+
+
+def interrupted_waiting(url: str) -> None:
+    with Database(url, pool_size=1, max_overflow=0) as door:
+        holds, done = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            with door.session(read_only=True) as db:
+                db.execute(text("SELECT 1"))
+                holds.set()
+                done.wait()
+
+        def press() -> None:
+            until(lambda: door.stats().pools[0].waiting, bool)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        holder = threading.Thread(target=hold)
+        holder.start()
+        holds.wait()
+        threading.Thread(target=press).start()
+        try:
+            with door.session(read_only=True) as db:
+                db.execute(text("SELECT 1"))
+        except KeyboardInterrupt:
+            pass
+        else:
+            raise AssertionError("Ctrl-C was lost")
+        finally:
+            done.set()
+            holder.join()
+        assert (door.stats().pools[0].lent, door.stats().pools[0].waiting) == (0, 0)
+        with door.session(read_only=True) as db:
+            assert db.scalar(text("SELECT 42")) == 42
+
+
+def test_ctrl_c_in_the_queue_costs_no_permit(url: str) -> None:
+    run(interrupted_waiting, url)
