@@ -223,7 +223,7 @@ async def _interrupting(driver: Any, call: Coroutine[Any, Any, object]) -> None:
     """Await a call of aiosqlite's thread; interrupt what still runs in front of it there."""
     turn = asyncio.ensure_future(call)
     while not (await asyncio.wait((turn,), timeout=INTERRUPT_EVERY))[0]:
-        with suppress(ValueError):  # the call was `close()`, and it is closed
+        with suppress(ValueError, sqlite3.ProgrammingError):  # closed, if the call was `close()`
             await driver.interrupt()
     await turn
 
