@@ -341,7 +341,7 @@ async def full_pool(ground: Ground, strike: Strike) -> AsyncIterator[None]:
             held.release()
             await leave.wait()
 
-    async with asyncio.TaskGroup() as tasks:
+    async with asyncio.timeout(3 * HANGS), asyncio.TaskGroup() as tasks:
         for _ in range(SIZE + OVERFLOW):
             tasks.create_task(hold())
         for _ in range(SIZE + OVERFLOW):
@@ -364,7 +364,7 @@ async def neighbour(ground: Ground, strike: Strike) -> AsyncIterator[None]:
         except Exception:  # that it was closed, in this driver's words
             pass
 
-    async with asyncio.TaskGroup() as tasks:
+    async with asyncio.timeout(3 * HANGS), asyncio.TaskGroup() as tasks:
         tasks.create_task(work())
         await inside.wait()
         yield

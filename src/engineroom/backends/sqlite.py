@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import sqlite3
 import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ QUERY_ONLY = "engineroom_query_only"
 
 SQLITE_BUSY, SQLITE_READONLY = 5, 8  # of SQLite's result codes
 INTERRUPT_EVERY = 0.02  # seconds
+ROLLBACKS = 3
 
 
 class SQLite:
@@ -175,7 +178,7 @@ class SQLite:
             adapted: Any = connection.dbapi_connection
             try:
                 if hasattr(adapted, "run_async"):
-                    adapted.run_async(self.break_off)
+                    adapted.run_async(self._end)
                 else:
                     adapted.interrupt()
                     adapted.rollback()
@@ -187,16 +190,18 @@ class SQLite:
     async def break_off(self, driver: Any) -> None:
         """Stop the statement and roll back: whatever is left of it would lock the file.
 
-        Only what does not end by itself is interrupted, and only until it has ended: SQLite holds
-        an interrupt against the ROLLBACK as well, while some other result is not read to its end.
+        An interrupt that comes late hits the ROLLBACK instead, which is then asked for again.
         """
-        idle = asyncio.ensure_future(driver.cursor())  # the thread comes to it after all it has
-        await asyncio.wait((idle,), timeout=INTERRUPT_EVERY)
-        while not idle.done():
-            await driver.interrupt()
-            await asyncio.wait((idle,), timeout=INTERRUPT_EVERY)
-        await idle
-        await driver.rollback()
+        await _interrupting(driver, driver.cursor())
+        for _ in range(ROLLBACKS):
+            with suppress(sqlite3.OperationalError):
+                await _interrupting(driver, driver.rollback())
+                break
+
+    async def _end(self, driver: Any) -> None:
+        """Break off, and close: the task that uses it may be about to send its next statement."""
+        await self.break_off(driver)
+        await _interrupting(driver, driver.close())
 
     def cut(self, driver: Any, loop: asyncio.AbstractEventLoop) -> None:
         """Stop the thread of an aiosqlite connection; it closes the file at its end.
@@ -241,6 +246,15 @@ class SQLite:
         return str(Path(self._private["folder"][0], "memory.db"))
 
 
+async def _interrupting(driver: Any, call: Coroutine[Any, Any, object]) -> None:
+    """Await a call of aiosqlite's thread; interrupt what still runs in front of it there."""
+    turn = asyncio.ensure_future(call)
+    while not (await asyncio.wait((turn,), timeout=INTERRUPT_EVERY))[0]:
+        with suppress(ValueError, sqlite3.ProgrammingError):  # closed, if the call was `close()`
+            await driver.interrupt()
+    await turn
+
+
 def _connect_steadily(
     dialect: Any, record: Any, arguments: list[Any], options: dict[str, Any]
 ) -> Any:
@@ -256,14 +270,20 @@ def _steady_connection() -> Any:
     from aiosqlite import Connection
 
     class SteadyConnection(Connection):
+        closing = False
         stopped = False
 
         async def rollback(self) -> None:
             """Roll back what there is: the pool asks at each return, where a cancellation that
             strikes meanwhile would reach a caller whose work is committed.
             """
-            if self.in_transaction:
+            if not self.closing and self.in_transaction:
                 await super().rollback()
+
+        async def close(self) -> None:
+            """Close; from here on there is nothing to roll back."""
+            self.closing = True
+            await super().close()
 
         def stop(self) -> Any:
             """Stop once: a second time, `close()` would wait for a thread that has ended."""
