@@ -74,6 +74,7 @@ def floors() -> list[str]:
 
 # What the corners leave to `make test` and to the whole matrix, for the time it takes.
 SLOW = (
+    "abandoned",
     "bench",
     "close",
     "fork",
@@ -84,6 +85,7 @@ SLOW = (
     "servers",
     "shop",
     "sqlite",
+    "strikes",
 )
 WITHOUT_SLOW = tuple(f"--ignore=tests/test_{name}.py" for name in SLOW)
 

@@ -84,7 +84,9 @@ def test_a_strike_at_every_step_leaves_nothing_behind(
     for kind in KINDS:
         row = rows[f"{driver}, {loop}", kind] = {"engineroom": [0, 0], "recipe": [0, 0]}
         for ground, load in itertools.product(row, loads_of(url)):
-            if ground == "recipe" and load == "close":  # it has none that waits for scopes
+            # The recipe has no close() that waits for scopes; and on SQLite, nothing ends what it
+            # leaves running.
+            if ground == "recipe" and (load == "close" or driver == "aiosqlite"):
                 continue
             plan = [(load, pool, kind) for pool in POOLS]
             fresh = f"{url}.{kind}.{load}.{ground}" if driver == "aiosqlite" else url
@@ -101,4 +103,4 @@ def test_a_strike_at_every_step_leaves_nothing_behind(
         print(f"\n{written}")
     assert faults == []
     # A harness that finds nothing wrong with the recipe would find nothing wrong with us either.
-    assert sum(row["recipe"][1] for row in rows.values()) > 0
+    assert driver == "aiosqlite" or sum(row["recipe"][1] for row in rows.values()) > 0

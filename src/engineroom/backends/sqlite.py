@@ -112,7 +112,7 @@ class SQLite:
                 connection.exec_driver_sql("BEGIN IMMEDIATE")
 
         if engine.dialect.is_async:
-            event.listen(engine, "do_connect", _connect_steadily)
+            event.listen(engine, "connect", _steady, insert=True)
         event.listen(engine, "connect", connect)
         if role is Role.PRIMARY:
             event.listen(engine, "begin", begin)
@@ -176,16 +176,15 @@ class SQLite:
         """Interrupt what runs and roll it back: the lock on the file must go."""
         for connection in connections:
             adapted: Any = connection.dbapi_connection
-            try:
-                if hasattr(adapted, "run_async"):
-                    adapted.run_async(self._end)
-                else:
-                    adapted.interrupt()
+            if hasattr(adapted, "run_async"):
+                adapted.run_async(self._end)
+                continue
+            adapted.interrupt()
+            for _ in range(ROLLBACKS):
+                with suppress(sqlite3.OperationalError):
                     adapted.rollback()
-            except Exception:  # the interrupted thread may be faster, and nothing is left to do
-                driver: Any = connection.driver_connection
-                if driver.in_transaction:
-                    raise
+                if not adapted.in_transaction:  # the interrupted thread may have been faster
+                    break
 
     async def break_off(self, driver: Any) -> None:
         """Stop the statement and roll back: whatever is left of it would lock the file.
@@ -255,13 +254,9 @@ async def _interrupting(driver: Any, call: Coroutine[Any, Any, object]) -> None:
     await turn
 
 
-def _connect_steadily(
-    dialect: Any, record: Any, arguments: list[Any], options: dict[str, Any]
-) -> Any:
-    """Connect, and make the connection one of the class below before anything can interrupt it."""
-    connection = dialect.connect(*arguments, **options)
+def _steady(connection: Any, record: Any) -> None:
+    """Make a new connection one of the class below, before anything can interrupt it."""
     connection.driver_connection.__class__ = _steady_connection()
-    return connection
 
 
 @cache
