@@ -24,7 +24,7 @@ from sqlalchemy.util import await_only, greenlet_spawn
 
 
 class Counting(QueuePool):
-    """Counts what passes the one private method that `engineroom.pool.Lender` overrides."""
+    """Counts what passes the one private method that `engineroom.lending.Lender` overrides."""
 
     returned = 0
 

@@ -16,6 +16,9 @@ async def settle(coroutine: Coroutine[Any, Any, T], limit: float = SETTLE_LIMIT)
 
     After `limit` seconds the clean-up itself is cancelled, and its own clean-up waited for: no task
     is left behind.
+
+    Raises:
+        TimeoutError: it did not end in time.
     """
     task = asyncio.ensure_future(coroutine)
     loop = asyncio.get_running_loop()
@@ -31,4 +34,6 @@ async def settle(coroutine: Coroutine[Any, Any, T], limit: float = SETTLE_LIMIT)
         if not task.cancelled():
             task.exception()  # seen, or asyncio would report it: the cancellation says more
         raise cancelled
+    if task.cancelled():
+        raise TimeoutError(f"A clean-up did not end within {limit:g} s, and was given up.")
     return task.result()

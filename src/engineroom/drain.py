@@ -16,8 +16,8 @@ from .backends import Role, Side
 from .cancellation import settle
 from .engines import EngineRoom
 from .errors import CloseInsideScope, SyncInAsync
+from .lending import Lender
 from .lifecycle import State
-from .pool import Lender
 
 logger: logging.Logger = logging.getLogger("engineroom")
 
@@ -67,7 +67,8 @@ async def aclose(room: EngineRoom, timeout: float | None) -> None:
             await asyncio.sleep(LOOK_EVERY)
     finally:
         retire_overdue(room)
-        await settle(end_pools(room))
+        pools = sum(1 for _ in room.lenders())
+        await settle(end_pools(room), CONNECT_LIMIT + POOL_LIMIT * (pools + 1))
 
 
 async def end_pools(room: EngineRoom) -> None:
@@ -75,19 +76,21 @@ async def end_pools(room: EngineRoom) -> None:
     deadline = time.monotonic() + CONNECT_LIMIT
     while connecting(room) and time.monotonic() < deadline:  # noqa: ASYNC110
         await asyncio.sleep(LOOK_EVERY)
-    for side, role, loop, lender in list(room.lenders()):
-        work = partial(end_pool, room, side, role, lender)
-        with log_failure():
-            async with asyncio.timeout(POOL_LIMIT):
-                if loop is None:
-                    work()
-                elif loop is asyncio.get_running_loop():
-                    await greenlet_spawn(work)
-                elif loop.is_running():
-                    await asyncio.wrap_future(run_in(loop, work))
-                else:
-                    await greenlet_spawn(lender.reap, loop)
-    room.clear()
+    try:
+        for side, role, loop, lender in list(room.lenders()):
+            work = partial(end_pool, room, side, role, lender)
+            with log_failure():
+                async with asyncio.timeout(POOL_LIMIT):
+                    if loop is None:
+                        work()
+                    elif loop is asyncio.get_running_loop():
+                        await greenlet_spawn(work)
+                    elif loop.is_running():
+                        await asyncio.wrap_future(run_in(loop, work))
+                    else:
+                        await greenlet_spawn(lender.reap, loop)
+    finally:
+        room.clear()
 
 
 def connecting(room: EngineRoom) -> bool:

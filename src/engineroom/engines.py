@@ -28,10 +28,12 @@ from sqlalchemy.util import await_only, greenlet_spawn
 from .backends import Backend, Role, Side, find_backend
 from .cancellation import settle
 from .errors import Holder, InvalidOption, SelfDeadlock
+from .forks import make_immortal, part_event_loops
 from .ledger import Ledger, ScopeInfo, current_owner, describe, name_of
+from .lending import Lender
 from .lifecycle import Life, State
 from .models import Base
-from .pool import Lender, LoopPool, Shelf, ThreadPool, make_immortal, part_event_loops
+from .pool import LoopPool, Shelf, ThreadPool
 from .retiring import retire
 from .sessions import Guarded, guarded
 from .settings import DatabaseSettings, Options, read_settings

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import sys
 import warnings
+from collections.abc import Coroutine
 from types import CodeType, TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NoReturn, TypeVar
 
@@ -170,7 +171,10 @@ class AsyncScope(Scope, Generic[R]):
             failed = error is not None or bool(self.obituary)
             try:
                 finishing = self._resource.run_sync(finish, failed)
-                await (settle(finishing) if failed else finishing)
+                if failed:
+                    await settle_quietly(finishing)
+                else:
+                    await finishing
             finally:
                 self._leave(error is not None)
 
@@ -299,6 +303,14 @@ def finish(resource: Guarded | Connection, failed: bool) -> None:
             resource.invalidate()
         if session is not None and session._last_seen is not None:
             recall(session)
+
+
+async def settle_quietly(finishing: Coroutine[Any, Any, None]) -> None:
+    """Settle the end of a failed scope: a server that is silent must not have the last word."""
+    try:
+        await settle(finishing)
+    except TimeoutError as error:
+        logger.warning("The end of a failed scope was not waited for: %s", error)
 
 
 def roll_back(resource: Guarded | Connection) -> None:

@@ -42,7 +42,7 @@ def read_seconds(value: object) -> object:
     return float(match[1]) * UNITS[match[2].lower()]
 
 
-UNITS = {"": 1, "ms": 0.001, "s": 1, "sec": 1, "min": 60, "h": 3600}
+UNITS: dict[str, float] = {"": 1, "ms": 0.001, "s": 1, "sec": 1, "min": 60, "h": 3600}
 Seconds = Annotated[float, BeforeValidator(read_seconds), Field(allow_inf_nan=False)]
 
 

@@ -53,8 +53,8 @@ class Ticket:
     __slots__ = ("_undecided", "_wake", "owner", "permit", "since", "slots")
 
     def __init__(self, slots: Slots, owner: object, wake: Callable[[], object]) -> None:
-        self.slots = slots
-        self.owner = owner
+        self.slots: Slots = slots
+        self.owner: object = owner
         self.since: float = time.monotonic()
         self.permit: Permit | None = None
         self._wake = wake
