@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import sqlite3
 import tempfile
 import threading
 import time
@@ -181,7 +180,7 @@ class SQLite:
                 continue
             adapted.interrupt()
             for _ in range(ROLLBACKS):
-                with suppress(sqlite3.OperationalError):
+                with suppress(_errors()):
                     adapted.rollback()
                 if not adapted.in_transaction:  # the interrupted thread may have been faster
                     break
@@ -193,7 +192,7 @@ class SQLite:
         """
         await _interrupting(driver, driver.cursor())
         for _ in range(ROLLBACKS):
-            with suppress(sqlite3.OperationalError):
+            with suppress(_errors()):
                 await _interrupting(driver, driver.rollback())
                 break
 
@@ -245,11 +244,19 @@ class SQLite:
         return str(Path(self._private["folder"][0], "memory.db"))
 
 
+@cache
+def _errors() -> type[Exception]:
+    """Return what sqlite3 raises: it is not imported for who has another database."""
+    import sqlite3
+
+    return sqlite3.Error
+
+
 async def _interrupting(driver: Any, call: Coroutine[Any, Any, object]) -> None:
     """Await a call of aiosqlite's thread; interrupt what still runs in front of it there."""
     turn = asyncio.ensure_future(call)
     while not (await asyncio.wait((turn,), timeout=INTERRUPT_EVERY))[0]:
-        with suppress(ValueError, sqlite3.ProgrammingError):  # closed, if the call was `close()`
+        with suppress(ValueError, _errors()):  # closed, if the call was `close()`
             await driver.interrupt()
     await turn
 
