@@ -80,7 +80,7 @@ class Entry:
 
     def can_end(self) -> bool:
         """Whether somebody may still leave the scope: a task whose loop is closed never will."""
-        return self.task is None or not self.task.get_loop().is_closed()
+        return not has_ended(self.task)
 
     def belongs_here(self) -> bool:
         """Whether the running task (outside a loop: the running thread) entered the scope."""
@@ -187,6 +187,11 @@ def current_task() -> asyncio.Task[Any] | None:
 def current_owner() -> Any:
     """Return the running task, or the thread's identifier outside of tasks."""
     return current_task() or threading.get_ident()
+
+
+def has_ended(owner: Any) -> bool:
+    """Whether it is a task of a loop that was closed, which never goes on."""
+    return isinstance(owner, asyncio.Task) and owner.get_loop().is_closed()
 
 
 def name_of(owner: Any) -> str:

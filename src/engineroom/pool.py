@@ -16,7 +16,7 @@ from sqlalchemy.util import await_only, greenlet_spawn
 
 from .cancellation import settle
 from .errors import ConnectTimeout, PoolExhausted
-from .ledger import current_owner
+from .ledger import current_owner, has_ended
 from .lending import Lender
 from .slots import GROW_AFTER, Slots
 
@@ -227,6 +227,9 @@ class LoopPool(AsyncAdaptedQueuePool):
 
     def reap(self) -> None:
         """Part with the loops that were closed by hand, of which no hook told us."""
+        for turn in self._first.held:
+            if has_ended(turn.owner):  # in the middle of the first connect
+                self._first.give(turn)
         for loop in list(self.shelves):  # (other threads add theirs meanwhile)
             shelf = self.shelves.pop(loop, None) if loop.is_closed() else None
             if shelf is not None:
