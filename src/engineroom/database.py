@@ -88,7 +88,8 @@ class Database:
     def reader(self) -> SessionScope:
         """Open a session without a transaction: each statement stands alone, in one round trip.
 
-        The server refuses writes.
+        The server refuses writes. On PostgreSQL nothing can be streamed (`yield_per`): its cursors
+        need a transaction, such as that of `session(read_only=True)`.
         """
         return SessionScope(self._room, "reader", Role.READER)
 

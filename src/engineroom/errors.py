@@ -1,5 +1,7 @@
 """Every error, its code, and what to do about it.
 
+::
+
     EngineroomError                what engineroom itself raises; `.code` is its heading in the docs
     ├── UsageError                 a mistake in the calling code (also a `RuntimeError`)
     │   ├── ConfigurationError     a setting, an option or a URL (also a `ValueError`)

@@ -63,7 +63,7 @@ class DatabaseSettings(BaseSettings):
     )
     """Where the database is: from `DATABASE_URL` or `DB_URL`."""
     pool_size: int = Field(default=5, ge=1)
-    """Connections kept open, per pool: one pool for the sync side, one for each running loop."""
+    """Connections kept open, per pool: one per role for the sync side and for each running loop."""
     max_overflow: int = Field(default=10, ge=0)
     """Connections opened beyond `pool_size` under load, and closed when they come back."""
 
