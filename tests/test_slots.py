@@ -305,7 +305,7 @@ def test_who_is_dismissed_is_woken_without_a_permit() -> None:
     woken: list[int] = []
     ticket = slots.queue(None, lambda: woken.append(1))
     slots.dismiss()
-    assert (woken, ticket.permit, slots.waiting) == ([1], None, 0)
+    assert (woken, ticket.give_up(), slots.waiting) == ([1], True, 0)
     slots.give(permit)
     assert slots.take() is permit
 

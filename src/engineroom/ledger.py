@@ -224,6 +224,7 @@ def is_applications(frame: FrameType) -> bool:
 LIBRARIES = (
     *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
     str(Path(__file__).parent),
+    "<sqlalchemy generated",  # the wrappers that it writes at run time
 )
 
 

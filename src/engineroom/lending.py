@@ -246,7 +246,7 @@ class Lender(QueuePool):
         ticket = slots.queue(owner, ring)
         keys = [owner, *self.stopped_loops()]
         try:
-            if ticket.waits:
+            if ticket.waits and not self.refusal:  # (who comes later is not sent away by it)
                 WAITING.update(dict.fromkeys(keys, ticket))
                 if stuck := slots.deadlocked():
                     raise self._deadlock(stuck)
@@ -259,6 +259,7 @@ class Lender(QueuePool):
                 if WAITING.get(key) is ticket:
                     del WAITING[key]
         if self.refusal:
+            slots.leave(ticket)  # the next one in the queue is to be told as well
             raise ManagerClosed(self.refusal)
         if ticket.give_up():
             raise self._exhausted(slots)

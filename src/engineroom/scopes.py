@@ -7,10 +7,12 @@ import logging
 import sys
 import warnings
 from collections.abc import Coroutine
+from contextlib import suppress
 from types import CodeType, TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NoReturn, TypeVar
 
 from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.exc import ResourceClosedError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
@@ -300,7 +302,8 @@ def finish(resource: Guarded | Connection, failed: bool) -> None:
             if not failed:
                 raise
             logger.debug("A failed scope could not be closed: %r", error)
-            resource.invalidate()
+            with suppress(ResourceClosedError):  # SQLAlchemy may have closed it all the same
+                resource.invalidate()
         if session is not None and session._last_seen is not None:
             recall(session)
 

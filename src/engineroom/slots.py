@@ -47,51 +47,45 @@ class Permit:
         self.is_reported: bool = False  # held too long, and the log has said so
 
 
+DISMISSED = Permit()  # stands in a ticket that was sent away
+
+
 class Ticket:
     """A place in the queue. Either it is granted a permit or its holder gives up: never both."""
 
-    __slots__ = ("_undecided", "_wake", "owner", "permit", "since", "slots")
+    __slots__ = ("_outcome", "_wake", "owner", "since", "slots")
 
     def __init__(self, slots: Slots, owner: object, wake: Callable[[], object]) -> None:
         self.slots: Slots = slots
         self.owner: object = owner
         self.since: float = time.monotonic()
-        self.permit: Permit | None = None
         self._wake = wake
-        self._undecided = [True]
+        self._outcome: dict[str, Permit | None] = {}  # what came first; `setdefault` is atomic
 
     @property
     def waits(self) -> bool:
         """Whether it has neither its permit nor given up."""
-        return bool(self._undecided)
-
-    def _decide(self) -> bool:
-        """Settle the ticket: True for the one caller who is first (a list's pop is atomic)."""
-        try:
-            return self._undecided.pop()
-        except IndexError:
-            return False
+        return not self._outcome
 
     @property
     def granted(self) -> Permit:
         """The permit of a ticket that was granted."""
-        return cast(Permit, self.permit)
+        return cast(Permit, self._outcome["first"])
 
     def grant(self, permit: Permit) -> bool:
         """Hand over a permit and wake the waiter; False if it has given up."""
-        self.permit = permit  # before the decision: the waiter reads it as soon as that has fallen
-        if not self._decide():
+        if self._outcome.setdefault("first", permit) is not permit:
             return False
         self._wake()
         return True
 
     def give_up(self) -> bool:
-        """Leave the queue; False if the permit came first: then it is the caller's to give back."""
-        return self._decide()
+        """Leave the queue; False if a permit came first: then it is the caller's to give back."""
+        return self._outcome.setdefault("first", None) in (None, DISMISSED)
 
     def dismiss(self) -> None:
         """Wake the waiter without a permit."""
-        if self._decide():
+        if self._outcome.setdefault("first", DISMISSED) is DISMISSED:
             self._wake()
 
 
