@@ -27,6 +27,7 @@ DRIVERS = {
 }
 READ_ONLY = "default_transaction_read_only"
 
+CANCEL_EVERY = 0.02  # seconds
 BREAK_OFF_LIMIT = 1.0  # seconds for the server to take a cancel request
 
 
@@ -174,7 +175,7 @@ def _settling_connection() -> Any:
     psycopg asks the server to cancel when its task is; but a second cancellation interrupts that
     request, and the statement runs on with its locks.
     """
-    from psycopg import AsyncConnection, AsyncServerCursor, waiting
+    from psycopg import AsyncConnection, AsyncServerCursor, Error, waiting
     from psycopg.pq import TransactionStatus
 
     class SettlingCursor(AsyncServerCursor[Any]):
@@ -197,11 +198,22 @@ def _settling_connection() -> Any:
                 raise
 
         async def _break_off(self) -> None:
+            """Ask until the server has answered: a request may overtake its own statement."""
             try:
                 if self.pgconn.transaction_status == TransactionStatus.ACTIVE:
-                    await self.cancel_safe(timeout=BREAK_OFF_LIMIT)
+                    async with asyncio.timeout(BREAK_OFF_LIMIT):
+                        await self.cancel_safe(timeout=BREAK_OFF_LIMIT)
+                        while self._is_at_work():
+                            await asyncio.sleep(CANCEL_EVERY)
+                            await self.cancel_safe(timeout=BREAK_OFF_LIMIT)
+            except (TimeoutError, Error) as error:
+                logger.info("A cancelled statement may run on: %r", error)
             finally:
                 self.pgconn.finish()
+
+        def _is_at_work(self) -> bool:
+            self.pgconn.consume_input()
+            return bool(self.pgconn.is_busy())
 
     return SettlingConnection
 
