@@ -9,6 +9,7 @@ import sqlite3
 import threading
 import time
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
@@ -19,12 +20,14 @@ from scenario import (
     Item,
     Log,
     Model,
+    backends,
     every_driver_and_loop,
     every_sync_driver,
     in_threads,
     is_postgres,
     run,
     run_on,
+    server,
     server_driver_and_loop,
     settled,
     until,
@@ -35,7 +38,7 @@ from sqlalchemy.exc import DBAPIError
 
 from engineroom import Database, DatabaseSessionManager, SessionClosed, UsageError
 from engineroom.errors import CloseInsideScope, ManagerClosed
-from engineroom.testing import PostgresServer
+from engineroom.testing import PostgresServer, WireProxy
 
 every_loop = pytest.mark.parametrize("loop", LOOPS)
 
@@ -54,7 +57,7 @@ def url(request: pytest.FixtureRequest) -> str:
 
 def opened(url: str, **options: Any) -> DatabaseSessionManager:
     manager = DatabaseSessionManager().init(
-        url, metadata=Model.metadata, sync_in_async="allow", pool_size=25, **options
+        url, metadata=Model.metadata, sync_in_async="allow", **{"pool_size": 25} | options
     )
     manager.sync.create_all()
     return manager
@@ -625,3 +628,427 @@ def loose(url: str) -> None:
 @every_sync_driver
 def test_close_ends_the_sessions_of_get_session_too(url: str) -> None:
     run(loose, url, deadline=LONG // 2)
+
+
+# -- who waits for a connection, or for one to be opened ---------------------------------------
+
+
+def refused(results: list[Any]) -> bool:
+    return all(isinstance(result, (ManagerClosed, SessionClosed)) for result in results)
+
+
+def waiting(url: str, loop: str) -> None:
+    """Close under one scope that holds the only connection, and six that wait for it."""
+    log = Log()
+    manager = opened(url, pool_size=1, max_overflow=0, pool_timeout=LONG)
+
+    async def write(verb: str, number: int, wait: asyncio.Event | None = None) -> None:
+        async with getattr(manager, verb)() as db:
+            await db.execute(insert(Item).values(id=number))
+            if wait is not None:
+                await wait.wait()
+
+    async def main() -> None:
+        for verb in ("session", "connect"):
+            closed = asyncio.Event()
+            tasks = [asyncio.create_task(write(verb, 0, closed))]
+            while not await asyncio.to_thread(is_written, url):
+                await asyncio.sleep(0.01)
+            kinds = ("session", "connect") * 3
+            tasks += [asyncio.create_task(write(kind, i)) for i, kind in enumerate(kinds, 1)]
+            while sum(pool.waiting for pool in manager.stats().pools) < 6:
+                await asyncio.sleep(0.01)
+            await manager.close(timeout=0.1)
+            assert await asyncio.to_thread(settled, url) == []
+            async with asyncio.timeout(20):  # the holder still stands in its body
+                assert refused(await asyncio.gather(*tasks[1:], return_exceptions=True))
+            closed.set()
+            assert refused(await asyncio.gather(*tasks, return_exceptions=True))
+            assert await asyncio.to_thread(settled, url) == []
+            manager.init()
+        await manager.close()
+
+    run_on(loop, main())
+    assert len(log.messages) == 14, log.messages
+    assert manager.stats().scopes == ()
+    assert stored(url) == []
+
+
+def is_written(url: str) -> bool:
+    """Whether a backend is idle in a transaction: the holder has inserted its row."""
+    with server(url) as raw:
+        row = raw.execute(
+            "SELECT 1 FROM pg_stat_activity WHERE datname = %s AND state = 'idle in transaction'",
+            [make_url(url).database],
+        ).fetchone()
+    return row is not None
+
+
+@server_driver_and_loop
+def test_close_sends_away_who_waits_for_a_connection(url: str, loop: str) -> None:
+    run(waiting, url, loop)
+
+
+def sync_waiting(url: str) -> None:
+    log = Log()
+    manager = opened(url, pool_size=1, max_overflow=0, pool_timeout=LONG)
+    closed, results = threading.Event(), [[], []]  # type: list[list[BaseException | None]]
+
+    def write(verb: str, number: int, kept: list[BaseException | None]) -> None:
+        try:
+            with getattr(manager.sync, verb)() as db:
+                db.execute(insert(Item).values(id=number))
+                if number == 0:
+                    closed.wait()
+        except BaseException as error:
+            kept.append(error)
+        else:
+            kept.append(None)
+
+    def start(verb: str, number: int, kept: list[BaseException | None]) -> threading.Thread:
+        thread = threading.Thread(target=write, args=(verb, number, kept))
+        thread.start()
+        return thread
+
+    for verb, kept in zip(("session", "connect"), results, strict=True):
+        closed.clear()
+        holder = start(verb, 0, kept)
+        until(lambda: is_written(url), bool)
+        threads = [start(("session", "connect")[i % 2], i, kept) for i in range(1, 7)]
+        until(lambda: manager.stats().pools[0].waiting, lambda count: count == 6)
+        manager.sync.close(timeout=0.1)
+        assert settled(url) == []
+        for thread in threads:
+            thread.join(20)  # the holder still stands in its body
+        assert len(kept) == 6
+        closed.set()
+        holder.join()
+        assert len(kept) == 7
+        assert refused(kept), kept
+        assert settled(url) == []
+        manager.sync.init()
+    manager.sync.close()
+    assert len(log.messages) == 14, log.messages
+    assert stored(url) == []
+
+
+@pytest.mark.parametrize("url", ["psycopg", "psycopg2"], indirect=True)
+def test_synchronous_close_sends_away_who_waits_for_a_connection(url: str) -> None:
+    run(sync_waiting, url)
+
+
+def striking(url: str, loop: str) -> None:
+    """Close at one moment after another of what a first use does: connecting above all."""
+    log = Log()
+    manager = opened(url, pool_size=1, max_overflow=0, pool_timeout=LONG)
+    manager.sync.close()
+
+    async def use(verb: str, number: int, closed: asyncio.Event, entered: set[int]) -> None:
+        async with getattr(manager, verb)() as db:
+            entered.add(number)
+            await db.execute(insert(Item).values(id=number))
+            await closed.wait()
+
+    async def main() -> None:
+        for milliseconds in range(0, 30, 6):
+            for verb in ("session", "connect"):
+                manager.init()
+                closed, entered = asyncio.Event(), set[int]()
+                tasks = [asyncio.create_task(use(verb, n, closed, entered)) for n in range(3)]
+                await asyncio.sleep(milliseconds / 1000)
+                await manager.close(timeout=0)
+                assert manager.stats().pools == ()
+                closed.set()
+                async with asyncio.timeout(20):
+                    results = await asyncio.gather(*tasks, return_exceptions=True)
+                for number, result in enumerate(results):
+                    allowed: Any = (ManagerClosed, SessionClosed)
+                    if number in entered:  # it may have been in the middle of its statement
+                        allowed = (*allowed, DBAPIError)
+                    assert isinstance(result, allowed), repr(result)
+                assert await asyncio.to_thread(settled, url) == []
+                assert manager.stats().scopes == ()
+
+    run_on(loop, main())
+    assert stored(url) == []
+    assert not [line for line in log.messages if "part of close() failed" in line], log.messages
+
+
+@server_driver_and_loop
+def test_close_at_any_moment_of_a_first_use(url: str, loop: str) -> None:
+    run(striking, url, loop)
+
+
+def sync_striking(url: str) -> None:
+    log = Log()
+    manager = opened(url, pool_size=1, max_overflow=0, pool_timeout=LONG)
+    manager.sync.close()
+    for milliseconds in range(0, 30, 6):
+        for verb in ("session", "connect"):
+            manager.sync.init()
+            closed = threading.Event()
+            results: dict[int, tuple[bool, BaseException | None]] = {}
+
+            def use(
+                number: int, verb: str = verb, closed: Any = closed, results: Any = results
+            ) -> None:
+                entered = False
+                try:
+                    with getattr(manager.sync, verb)() as db:
+                        entered = True
+                        db.execute(insert(Item).values(id=number))
+                        closed.wait()
+                except BaseException as error:
+                    results[number] = entered, error
+                else:
+                    results[number] = entered, None
+
+            threads = [threading.Thread(target=use, args=(number,)) for number in range(3)]
+            for thread in threads:
+                thread.start()
+            time.sleep(milliseconds / 1000)
+            manager.sync.close(timeout=0)
+            assert manager.stats().pools == ()
+            closed.set()
+            for thread in threads:
+                thread.join(20)
+            assert len(results) == 3
+            for inside, raised in results.values():
+                allowed: Any = (ManagerClosed, SessionClosed)
+                assert isinstance(raised, (*allowed, DBAPIError) if inside else allowed), raised
+            assert settled(url) == []
+            assert manager.stats().scopes == ()
+    assert stored(url) == []
+    assert not [line for line in log.messages if "part of close() failed" in line], log.messages
+
+
+@pytest.mark.parametrize("url", ["psycopg", "psycopg2"], indirect=True)
+def test_synchronous_close_at_any_moment_of_a_first_use(url: str) -> None:
+    run(sync_striking, url)
+
+
+def slowly_connecting(url: str, slow: str, loop: str) -> None:
+    """Close before a connection is opened that takes longer than close() waits for it."""
+    log = Log()
+    manager = DatabaseSessionManager().init(slow, metadata=Model.metadata, sync_in_async="allow")
+
+    async def use(verb: str) -> None:
+        async with getattr(manager, verb)() as db:
+            await db.execute(insert(Item).values(id=1))
+
+    def sync_use(verb: str) -> None:
+        with getattr(manager.sync, verb)() as db:
+            db.execute(insert(Item).values(id=1))
+
+    async def main() -> None:
+        verbs = ("session", "connect")
+        tasks = [asyncio.create_task(use(verb)) for verb in verbs]
+        tasks += [asyncio.create_task(asyncio.to_thread(sync_use, verb)) for verb in verbs]
+        while sum(pool.lent for pool in manager.stats().pools) < 2:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        await manager.close(timeout=0)
+        async with asyncio.timeout(20):
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert refused(results), results
+        assert await asyncio.to_thread(settled, url) == []
+
+    run_on(loop, main())
+    assert len(log.messages) == 4, log.messages
+
+
+@server_driver_and_loop
+def test_close_before_a_slow_connection_is_opened(
+    pg18: PostgresServer, url: str, loop: str
+) -> None:
+    with WireProxy(pg18.host, pg18.port, delay=0.4) as wire:
+        opened(url).sync.close()
+        run(slowly_connecting, url, wire.url(url), loop)
+    assert stored(url) == []
+
+
+# -- what comes out of a scope that close() has ended ------------------------------------------
+
+RAISED = [None, ValueError("mine"), asyncio.CancelledError("mine"), KeyError("mine")]
+
+
+def raising(url: str, loop: str) -> None:
+    log, manager = Log(), opened(url)
+
+    async def body(verb: str, number: int, mine: BaseException | None, at: Any) -> None:
+        async with getattr(manager, verb)() as db:
+            await db.execute(insert(Item).values(id=number))
+            await at.wait()  # inside
+            await at.wait()  # closed
+            if mine is not None:
+                raise mine
+
+    async def main() -> None:
+        cases = [(verb, mine) for verb in ("session", "connect") for mine in RAISED]
+        at = asyncio.Barrier(len(cases) + 2)
+        tasks = [
+            asyncio.create_task(body(verb, number, mine, at))
+            for number, (verb, mine) in enumerate(cases)
+        ]
+        cancelled = asyncio.create_task(body("session", 100, None, at))
+        await at.wait()
+        await manager.close(timeout=0)
+        cancelled.cancel("from outside")
+        with pytest.raises(asyncio.CancelledError, match="from outside"):
+            await cancelled
+        await asyncio.wait_for(asyncio.gather(at.wait(), at.wait()), 20)
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        for (_, mine), result in zip(cases, results, strict=True):
+            if mine is None:
+                assert isinstance(result, SessionClosed)
+            elif isinstance(mine, asyncio.CancelledError):  # (its task makes another one of it)
+                assert isinstance(result, asyncio.CancelledError)
+                assert result.__context__ is None or not isinstance(
+                    result.__context__, SessionClosed
+                )
+            else:
+                assert result is mine, repr(result)
+
+    run_on(loop, main())
+    assert len(log.messages) == 9, log.messages
+    assert settled(url) == []
+    assert stored(url) == []
+
+
+@server_driver_and_loop
+def test_the_bodys_exception_comes_out_of_a_scope_that_close_ended(url: str, loop: str) -> None:
+    run(raising, url, loop)
+
+
+def sync_raising(url: str) -> None:
+    log, manager = Log(), opened(url)
+    cases = [(verb, mine) for verb in ("session", "connect") for mine in RAISED]
+    at = threading.Barrier(len(cases) + 1)
+    results: dict[int, BaseException | None] = {}
+
+    def work(number: int) -> None:
+        if number == len(cases):
+            at.wait(20)
+            manager.sync.close(timeout=0)
+            at.wait(20)
+            return
+        verb, mine = cases[number]
+        try:
+            with getattr(manager.sync, verb)() as db:
+                db.execute(insert(Item).values(id=number))
+                at.wait(20)
+                at.wait(20)
+                if mine is not None:
+                    raise mine
+        except BaseException as error:
+            results[number] = error
+
+    in_threads(len(cases) + 1, work)
+    for number, (_, mine) in enumerate(cases):
+        if mine is None:
+            assert isinstance(results[number], SessionClosed)
+        else:
+            assert results[number] is mine, repr(results[number])
+    assert len(log.messages) == 8, log.messages
+    assert settled(url) == []
+    assert stored(url) == []
+
+
+@pytest.mark.parametrize("url", ["psycopg", "psycopg2"], indirect=True)
+def test_the_bodys_exception_comes_out_of_a_synchronous_scope_that_close_ended(url: str) -> None:
+    run(sync_raising, url)
+
+
+# -- a server that takes no more connections ---------------------------------------------------
+
+
+@pytest.fixture
+def role(pg18: PostgresServer, database: str) -> Iterator[str]:
+    """A role that may have two connections, and is no superuser."""
+    name = f"limited_{database}"
+    pg18.execute(f'CREATE ROLE "{name}" LOGIN CONNECTION LIMIT 2')
+    yield name
+    pg18.execute(f'DROP OWNED BY "{name}"; DROP ROLE "{name}"', database)
+
+
+def at_its_limit(url: str, limited: str, loop: str) -> None:
+    log = Log()
+    manager = DatabaseSessionManager().init(limited, pool_size=2, max_overflow=0)
+
+    async def idle(inside: asyncio.Event, closed: asyncio.Event) -> None:
+        with pytest.raises(SessionClosed):
+            async with manager.session() as db:
+                await db.execute(insert(Item).values(id=1))
+                inside.set()
+                await closed.wait()
+
+    async def busy(inside: asyncio.Event) -> None:
+        with pytest.raises((DBAPIError, SessionClosed)):
+            async with manager.connect() as db:
+                await db.execute(insert(Item).values(id=2))
+                inside.set()
+                await db.execute(slow_statement(url))
+
+    async def main() -> None:
+        one, two, closed = (asyncio.Event() for _ in range(3))
+        tasks = [asyncio.create_task(idle(one, closed)), asyncio.create_task(busy(two))]
+        await asyncio.gather(one.wait(), two.wait())
+        assert len(await asyncio.to_thread(backends, url)) == 2
+        await manager.close(timeout=0.1)
+        assert await asyncio.to_thread(settled, url) == []
+        closed.set()
+        async with asyncio.timeout(20):
+            await asyncio.gather(*tasks)
+
+    run_on(loop, main())
+    assert len(log.messages) == 2, log.messages
+    assert settled(url) == []
+    assert stored(url) == []
+
+
+def sync_at_its_limit(url: str, limited: str) -> None:
+    log, database = Log(), Database(limited, pool_size=2, max_overflow=0)
+    closed, at = threading.Event(), threading.Barrier(3)
+
+    def work(number: int) -> None:
+        if number == 0:
+            at.wait(20)
+            assert len(backends(url)) == 2
+            database.close(timeout=0.1)
+            try:
+                assert settled(url) == []
+            finally:
+                closed.set()
+        elif number == 1:
+            with pytest.raises(SessionClosed), database.session() as db:
+                db.execute(insert(Item).values(id=1))
+                at.wait(20)
+                closed.wait(20)
+        else:
+            with pytest.raises((DBAPIError, SessionClosed)), database.connect() as connection:
+                connection.execute(insert(Item).values(id=2))
+                at.wait(20)
+                connection.execute(slow_statement(url))
+
+    in_threads(3, work)
+    assert len(log.messages) == 2, log.messages
+    assert settled(url) == []
+    assert stored(url) == []
+
+
+def limit(url: str, role: str) -> str:
+    """Let the role in, and return its URL."""
+    opened(url).sync.close()
+    with Database(url) as door, door.connect() as connection:
+        connection.execute(text(f'GRANT ALL ON ALL TABLES IN SCHEMA public TO "{role}"'))
+    return make_url(url).set(username=role).render_as_string(hide_password=False)
+
+
+@server_driver_and_loop
+def test_close_of_a_server_at_its_limit_ends_every_backend(url: str, role: str, loop: str) -> None:
+    run(at_its_limit, url, limit(url, role), loop, deadline=LONG - 10)
+
+
+@pytest.mark.parametrize("url", ["psycopg", "psycopg2"], indirect=True)
+def test_synchronous_close_of_a_server_at_its_limit(url: str, role: str) -> None:
+    run(sync_at_its_limit, url, limit(url, role), deadline=LONG - 10)
