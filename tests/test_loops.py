@@ -219,6 +219,35 @@ def test_a_loop_closed_by_hand_is_reaped_at_the_next_use(url: str, loop: str) ->
     run(closed_by_hand, url, loop)
 
 
+def closed_by_hand_beside_another(url: str, loop: str) -> None:
+    manager = opened(url)
+    warm = loop_factory(loop)()
+    assert warm.run_until_complete(increment(manager)) == 1
+    kept, threads = held(url), threading.active_count()
+    for number in range(3):
+        by_hand = loop_factory(loop)()
+        by_hand.run_until_complete(together(manager, 3))
+        assert len(manager.stats().pools) == 4  # two roles, two loops
+        close_by_hand(by_hand)
+        del by_hand
+        assert warm.run_until_complete(increment(manager)) == 5 + 4 * number
+        assert len(manager.stats().pools) == 2
+        if is_postgres(url):
+            assert settled(url, len(kept)) == kept
+        else:  # (SQLite itself keeps descriptors for as long as the file has another one open)
+            until(threading.active_count, lambda count: count == threads)
+    warm.run_until_complete(manager.close())
+    nothing_left(manager, url)
+    warm.run_until_complete(warm.shutdown_asyncgens())
+    warm.close()
+
+
+@every_driver_and_loop
+def test_a_loop_closed_by_hand_is_reaped_by_a_loop_that_is_warm(url: str, loop: str) -> None:
+    """Which has its connections already, and opens nothing."""
+    run(closed_by_hand_beside_another, url, loop)
+
+
 def closed_by_hand_then_close(url: str, loop: str, sync: bool) -> None:
     manager = opened(url)
     by_hand = loop_factory(loop)()

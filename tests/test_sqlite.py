@@ -31,6 +31,14 @@ class Part(Model):
     item_id: Mapped[int] = mapped_column(ForeignKey(Item.id))
 
 
+class Late(Model):
+    """A row that belongs to another, which SQLite looks at when it commits."""
+
+    __tablename__ = "late"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    item_id: Mapped[int] = mapped_column(ForeignKey(Item.id, deferrable=True, initially="DEFERRED"))
+
+
 def opened(url: str, **options: Any) -> DatabaseSessionManager:
     manager = DatabaseSessionManager().init(url, metadata=Model.metadata, **options)
     manager.sync.create_all()
@@ -90,6 +98,46 @@ def test_foreign_keys_are_enforced(url: str) -> None:
         with pytest.raises(IntegrityError, match="FOREIGN KEY"), verb() as db:
             db.execute(insert(Part).values(id=1, item_id=404))
     asyncio.run(main(manager))
+
+
+@pytest.mark.parametrize("verb", ["session", "connect"])
+def test_a_commit_that_fails_leaves_no_transaction_open(url: str, verb: str) -> None:
+    """SQLite stays in it, and the next writer would wait for a lock that nobody holds."""
+    manager = opened(url, busy_timeout=0.5, pool_size=2)
+    orphan = insert(Late).values(id=1, item_id=404)
+    kept = []
+
+    def write(number: int) -> None:
+        with manager.sync_session() as db:
+            db.add(Item(id=number))
+
+    def fail() -> None:
+        with pytest.raises(IntegrityError, match="FOREIGN KEY") as caught:
+            with getattr(manager.sync, verb)() as db:
+                db.execute(orphan)
+        kept.append(caught.value)
+
+    async def main() -> None:
+        for number in (3, 4):
+            with pytest.raises(IntegrityError, match="FOREIGN KEY") as caught:
+                async with getattr(manager, verb)() as db:
+                    await db.execute(orphan)
+            kept.append(caught.value)
+            async with manager.session() as db:
+                db.add(Item(id=number))
+            await asyncio.to_thread(write, number + 10)
+        async with manager.reader() as db:
+            seen = list(await db.scalars(select(Item.id).order_by(Item.id)))
+            assert seen == [1, 2, 3, 4, 13, 14]
+            assert (await db.scalars(select(Late.id))).all() == []
+        await manager.close()
+
+    for number in (1, 2):
+        fail()
+        write(number)
+    fail()
+    asyncio.run(main())
+    assert len(kept) == 5
 
 
 # -- no lost update, no "locked" ---------------------------------------------------------------
@@ -325,6 +373,29 @@ def test_two_databases_in_memory_are_two() -> None:
         other.create_all(Model.metadata)
         with other.reader() as db:
             assert db.scalar(select(func.count()).select_from(Item)) == 0
+
+
+def first_use_at_once(threads: int, verb: str) -> None:
+    manager = DatabaseSessionManager().init("sqlite://")
+    together = threading.Barrier(threads)
+    files: list[str] = []
+
+    def work(number: int) -> None:
+        together.wait()
+        with getattr(manager.sync, verb)() as db:
+            files.append(db.execute(text("PRAGMA database_list")).one()[2])
+
+    in_threads(threads, work)
+    assert len(files) == threads
+    assert set(files) == {files[0]}
+    manager.sync.close()
+    assert not Path(files[0]).parent.exists()
+
+
+@pytest.mark.parametrize("verb", ["session", "reader"])
+def test_threads_that_use_it_first_at_once_see_one_database_in_memory(verb: str) -> None:
+    for number in range(30):
+        first_use_at_once(2 + number % 7, verb)
 
 
 def leaves_no_file(folder: str, end: str) -> None:

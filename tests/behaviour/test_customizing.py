@@ -36,6 +36,45 @@ class AsyncCounting(AsyncSession):
         return await self.scalar(text("SELECT 1"))
 
 
+class Outspoken(Session):
+    """Has attributes of its own, under names that engineroom might want for itself."""
+
+    scope = "mine"
+    obituary = "mine"
+    closed = False
+
+    def __init__(self, *args: Any, **kw: Any) -> None:
+        super().__init__(*args, **kw)
+        self.last_seen = "mine"
+        self.greenlet = self.task = "mine"
+
+    @property
+    def ending(self) -> str:
+        return "mine"
+
+
+def test_a_session_class_may_name_its_attributes_as_it_likes(
+    open_door: Any, shop: Any, plain: Any
+) -> None:
+    door = open_door(session_class=Outspoken)
+    kept = []
+    with door.session() as db:
+        inner = getattr(plain(db), "sync_session", plain(db))
+        kept.append(inner)
+        db.add(Item(sku="a"))
+        db.commit()
+        db.add(Item(sku="b"))
+        db.flush()
+        db.rollback()
+        db.add(Item(sku="c"))
+        assert (inner.scope, inner.ending, inner.last_seen, inner.obituary) == ("mine",) * 4
+    assert (inner.scope, inner.ending, inner.last_seen, inner.obituary) == ("mine",) * 4
+    with pytest.raises(SessionClosed, match="that was opened at"):
+        kept[0].scalar(text("SELECT 1"))
+    with door.reader() as db:
+        assert list(db.scalars(select(Item.sku).order_by(Item.sku))) == ["a", "c"]
+
+
 def test_session_class_is_the_class_of_sessions(open_door: Any, plain: Any) -> None:
     door = open_door(session_class=Counting)
     with door.session() as db:

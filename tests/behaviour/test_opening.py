@@ -84,6 +84,36 @@ def test_a_closed_door_opens_again(open_door: Any, url: str) -> None:
     assert answer(door) == 42
 
 
+@pytest.mark.parametrize("how", ["with", "init"])
+def test_a_door_opens_again_as_it_was(open_door: Any, url: str, how: str) -> None:
+    """Without arguments: not from the environment, which names another database or none."""
+    door = open_door(pool_size=2, max_overflow=0)
+    for _ in range(3):
+        door.close()
+        if how == "init":
+            door.init()
+            assert answer(door) == 42
+            (pool,) = door.stats().pools
+        else:
+            with door:
+                assert answer(door) == 42
+                (pool,) = door.stats().pools
+        assert (pool.size, pool.overflow) == (2, 0)
+    door.close()
+    with door, door.reader() as db:
+        assert db.connection().engine.url.database == make_url(url).database
+
+
+def test_a_door_that_got_new_arguments_opens_again_with_those(open_door: Any, url: str) -> None:
+    door = open_door(pool_size=2)
+    door.close()
+    with door.init(url, max_overflow=1):
+        pass
+    with door:
+        answer(door)
+        assert [(pool.size, pool.overflow) for pool in door.stats().pools] == [(5, 1)]
+
+
 def test_init_again_takes_its_own_options(open_door: Any, url: str) -> None:
     door = open_door(pool_size=2, max_overflow=0)
     answer(door)

@@ -10,6 +10,7 @@ from sqlalchemy import event, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from engineroom import SessionClosed
+from engineroom.errors import AlreadyEntered
 
 
 def skus(door: Any) -> list[str]:
@@ -77,6 +78,52 @@ def test_a_session_may_be_committed_and_rolled_back_in_between(shop: Any) -> Non
         db.rollback()
         db.add(Item(sku="c"))
     assert skus(shop) == ["a", "c"]
+
+
+@pytest.mark.parametrize("where", ["inside", "after"])
+def test_a_session_goes_on_after_an_error_and_a_rollback(shop: Any, where: str) -> None:
+    """Though the exception is kept, and its traceback keeps the old connection's proxy alive."""
+    kept = []
+    with shop.session() as db:
+        db.add(Item(sku="a"))
+        db.commit()
+        try:
+            db.add(Item(sku="a"))
+            db.flush()
+        except IntegrityError as error:
+            kept.append(error)
+            db.rollback()
+            if where == "inside":
+                assert db.scalar(select(Item.sku)) == "a"
+                db.add(Item(sku="b"))
+                db.flush()
+        db.add(Item(sku="c"))
+    with shop.session() as db:
+        db.add(Item(sku="d"))
+    with shop.connect() as connection:
+        connection.execute(text("DELETE FROM behaviour_item WHERE sku = 'b'"))
+    assert len(kept) == 1
+    assert skus(shop) == ["a", "c", "d"]
+
+
+@pytest.mark.parametrize("verb", ["session", "reader", "connect"])
+def test_a_scope_is_not_entered_while_it_is_open(
+    shop: Any, plain: Any, behind: Any, verb: str
+) -> None:
+    """But again after its end; and the first entry goes on, and commits."""
+    scope = getattr(plain(shop), verb)()
+    for number in range(2):
+        with behind(scope) as db:
+            if verb != "reader":
+                db.execute(text(f"INSERT INTO behaviour_item (sku, stock) VALUES ('{number}', 0)"))
+            for _ in range(2):
+                with pytest.raises(AlreadyEntered, match=f"{verb} opened at .*in test_a_scope"):
+                    behind(scope).__enter__()
+            (seen,) = shop.stats().scopes
+            assert seen.kind == verb
+            assert db.scalar(text("SELECT count(*) FROM behaviour_item")) in {0, number + 1}
+        assert shop.stats().scopes == ()
+    assert skus(shop) == ([] if verb == "reader" else ["0", "1"])
 
 
 def test_an_empty_session_sends_nothing(shop: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 
 from engineroom import DatabaseSessionManager, PoolInfo, ScopeInfo, Stats
 
@@ -56,6 +57,35 @@ def test_stats_tell_who_is_connected(door: Any) -> None:
         assert [scope.connected for scope in door.stats().scopes] == [False]
     with door.connect():
         assert [scope.connected for scope in door.stats().scopes] == [True]
+
+
+def test_a_kept_exception_does_not_keep_what_it_held_in_the_stats(door: Any) -> None:
+    """Its traceback keeps alive the connection's proxy, which went back to the pool."""
+    kept = []
+
+    def seen() -> tuple[list[bool], int, int]:
+        stats = door.stats()
+        connected = [scope.connected for scope in stats.scopes]
+        (pool,) = stats.pools
+        return connected, pool.lent, len(pool.holders)
+
+    with door.session() as db:
+        try:
+            db.scalar(text("SELECT nonsense"))
+        except DBAPIError as error:
+            kept.append(error)
+            db.rollback()
+            assert seen() == ([False], 0, 0)
+        assert seen() == ([False], 0, 0)
+        db.scalar(text("SELECT 1"))
+        assert seen() == ([True], 1, 1)
+        (holder,) = door.stats().pools[0].holders
+        assert (holder.kind, holder.where) == ("session", door.stats().scopes[0].where)
+    assert seen() == ([], 0, 0)
+    with pytest.raises(DBAPIError) as caught, door.connect() as connection:
+        connection.scalar(text("SELECT nonsense"))
+    assert caught.value is not kept[0]
+    assert seen() == ([], 0, 0)
 
 
 def test_stats_count_what_is_lent_and_idle(open_door: Any, twin: str) -> None:
