@@ -9,9 +9,11 @@ import inspect
 import os
 import pickle
 import re
+import sqlite3
 import subprocess
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,6 +23,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import select, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
@@ -230,6 +233,83 @@ def test_one_driver_is_enough_for_one_side(hidden: str, url: str, side: str) -> 
     assert without(hidden, url, side) == "opened\n"
 
 
+@pytest.mark.parametrize(
+    ("url", "driver", "known"),
+    [
+        (
+            f"postgresql+pg8000://user:{SECRET}@db.example/app",
+            "pg8000",
+            "asyncpg, psycopg, psycopg2",
+        ),
+        (f"postgres+psycopgg://user:{SECRET}@db.example/app", "psycopgg", "postgresql://"),
+        ("sqlite+aiosqlit:///app.db", "aiosqlit", "aiosqlite, pysqlite"),
+        ("sqlite+asyncpg:///app.db", "asyncpg", "aiosqlite, pysqlite"),
+    ],
+)
+def test_an_unknown_driver_is_refused_at_once(
+    opens: Any, url: str, driver: str, known: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        opens(url)
+    assert_teaches(caught.value, errors.InvalidURL, repr(driver), known)
+
+
+@pytest.mark.parametrize("url", ["sqlite://app.db", "sqlite://app.db/more", "sqlite+aiosqlite://x"])
+def test_a_sqlite_file_with_two_slashes_is_refused_with_three(opens: Any, url: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        opens(url)
+    host = url.partition("//")[2].partition("/")[0]
+    assert_teaches(caught.value, errors.InvalidURL, "three slashes", f"sqlite:///{host}")
+
+
+@pytest.mark.parametrize("other", ["sqlite://", "postgresql://db.example/app"])
+def test_a_url_is_given_once(opens: Any, other: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        opens(url="sqlite://", database_url=other)
+    assert_teaches(caught.value, errors.InvalidOption, "database_url=", "url=")
+    with pytest.raises(UsageError) as caught:
+        opens("sqlite://", url=other)
+    assert_teaches(caught.value, errors.InvalidOption, "database_url=", "url=")
+
+
+@pytest.mark.parametrize("name", ["password", "PASSWORD", "token", "access_token", "sslpassword"])
+@pytest.mark.parametrize("scheme", ["mysql", "postgresql+pg8000"])
+def test_a_secret_in_a_urls_query_is_masked(opens: Any, scheme: str, name: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        opens(f"{scheme}://user@db.example/app?{name}={SECRET}&sslmode=require")
+    assert_teaches(caught.value, errors.InvalidURL, name, "sslmode=require")
+
+
+@pytest.mark.parametrize("misspelt", ["databse_url", "databaseurl", "ur", "urls"])
+def test_a_misspelt_url_is_named_with_its_name(opens: Any, misspelt: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        opens(**{misspelt: f"postgresql://user:{SECRET}@db.example/app"})
+    right = "database_url?" if "data" in misspelt else "url?"
+    assert_teaches(caught.value, errors.UnknownOption, misspelt, f"Did you mean {right}")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("engine_options", [("echo", True)], "a dict, not list"),
+        ("engine_options", None, "a dict, not NoneType"),
+        ("session_class", AsyncSession, "a subclass of Session, not AsyncSession"),
+        ("session_class", "Session", "a subclass of Session, not str"),
+        ("session_class", Session(), "a subclass of Session, not Session"),
+        ("async_session_class", Session, "a subclass of AsyncSession, not Session"),
+        ("async_session_class", None, "a subclass of AsyncSession, not NoneType"),
+        ("metadata", Base, "a MetaData, not Base"),
+        ("metadata", None, "a MetaData, not NoneType"),
+    ],
+)
+def test_an_option_of_another_type_is_refused(
+    opens: Any, name: str, value: Any, wanted: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        opens("sqlite://", **{name: value})
+    assert_teaches(caught.value, errors.InvalidOption, f"{name}=", wanted)
+
+
 def test_an_unknown_option_is_named_with_the_nearest_known_one(opens: Any) -> None:
     with pytest.raises(UsageError) as caught:
         opens("sqlite://", pool_sise=5)
@@ -340,6 +420,36 @@ def test_a_sqlite_file_that_is_read_only_is_named(opens: Any, tmp_path: Path) ->
     file.chmod(0o400)
     error = without_privileges(lambda: enter(opens(f"sqlite:///{file}")))
     assert_teaches(error, errors.InvalidPath, f"{file} is read-only", "right to write")
+
+
+def test_a_sqlite_file_opened_read_only_is_read(opens: Any, tmp_path: Path) -> None:
+    """At once: that it cannot be switched to WAL is nothing to wait for."""
+    file = tmp_path / "app.db"
+    with sqlite3.connect(file) as maker:  # no WAL
+        maker.execute("CREATE TABLE t (n)")
+        maker.execute("INSERT INTO t VALUES (42)")
+    maker.close()
+    door = opens(f"sqlite:///file:{file}?mode=ro&uri=true", busy_timeout=50)
+    started = time.monotonic()
+
+    async def read(manager: DatabaseSessionManager) -> None:
+        async with manager.reader() as db:
+            assert await db.scalar(text("SELECT n FROM t")) == 42
+        async with manager.session(read_only=True) as db:
+            assert await db.scalar(text("SELECT n FROM t")) == 42
+        with pytest.raises(DBAPIError, match="readonly"):
+            async with manager.session() as db:
+                await db.execute(text("INSERT INTO t VALUES (43)"))
+        await manager.close()
+
+    if isinstance(door, DatabaseSessionManager):
+        asyncio.run(read(door))
+    else:
+        with door, door.reader() as db:
+            assert db.scalar(text("SELECT n FROM t")) == 42
+        with door, door.session(read_only=True) as db:
+            assert db.scalar(text("SELECT n FROM t")) == 42
+    assert time.monotonic() - started < 25  # half of what it would wait for a lock
 
 
 def test_a_sqlite_file_in_a_closed_folder_is_named(opens: Any, tmp_path: Path) -> None:
@@ -771,6 +881,51 @@ def test_a_session_used_in_a_forked_child(url: str) -> None:
     assert lines[3:] == ["('returned', [])", "['a']"]
 
 
+# --- a scope entered twice ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_scope_that_another_task_or_thread_has_entered(manager: Any, verb: str) -> None:
+    async def main() -> None:
+        scope = getattr(manager, verb)()
+
+        async def enter() -> None:
+            async with scope:
+                pass
+
+        async with scope as db:
+            with pytest.raises(UsageError) as caught:
+                await asyncio.create_task(enter())
+            words = (f"{verb} opened at", "test_misuse.py", "is inside it", f"{verb}() again")
+            assert_teaches(caught.value, errors.AlreadyEntered, *words)
+            with pytest.raises(errors.AlreadyEntered):
+                await asyncio.to_thread(asyncio.run, enter())
+            assert len(manager.stats().scopes) == 1
+            await db.execute(text("SELECT 1"))
+        await asyncio.create_task(enter())
+        assert manager.stats().scopes == ()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_scope_that_another_thread_has_entered(manager: Any, verb: str) -> None:
+    scope = getattr(manager.sync, verb)()
+
+    def enter() -> None:
+        with scope:
+            pass
+
+    with ThreadPoolExecutor() as threads:
+        with scope as db:
+            with pytest.raises(UsageError) as caught:
+                threads.submit(enter).result()
+            assert_teaches(caught.value, errors.AlreadyEntered, "thread MainThread is inside it")
+            db.execute(text("SELECT 1"))
+        threads.submit(enter).result()
+    assert manager.stats().scopes == ()
+
+
 # --- SQLite's one writer --------------------------------------------------------------------------
 
 
@@ -798,6 +953,47 @@ def test_a_second_sync_writer_inside_the_first(manager: Any, first: str, second:
     with manager.sync.reader() as db:
         assert db.scalar(text("SELECT count(*) FROM misused_thing")) == 2
     assert [pool.lent for pool in manager.stats().pools if pool.role == "primary"] == [0]
+
+
+@pytest.mark.parametrize("second", ["session", "connect", "get_session", "engine"])
+@pytest.mark.parametrize("first", ["get_session", "engine"])
+def test_a_second_sync_writer_inside_one_without_a_scope(
+    manager: Any, first: str, second: str
+) -> None:
+    def begin(verb: str) -> Any:
+        return manager.sync_engine.begin() if verb == "engine" else getattr(manager.sync, verb)()
+
+    with begin(first) as outer:
+        outer.execute(text("INSERT INTO misused_thing VALUES (1, 'a')"))
+        with pytest.raises(UsageError) as caught, begin(second) as inner:
+            inner.execute(text("SELECT 1"))
+        assert_is_told_at_once(caught.value)
+        outer.execute(text("INSERT INTO misused_thing VALUES (2, 'b')"))
+        outer.commit()
+    with manager.sync.reader() as db:
+        assert db.scalar(text("SELECT count(*) FROM misused_thing")) == 2
+    assert [pool.lent for pool in manager.stats().pools if pool.role == "primary"] == [0]
+
+
+@pytest.mark.parametrize("second", ["session", "connect", "engine"])
+def test_a_second_async_writer_inside_one_of_the_engine(manager: Any, second: str) -> None:
+    def begin(verb: str) -> Any:
+        return manager.engine.begin() if verb == "engine" else getattr(manager, verb)()
+
+    async def main() -> None:
+        async with manager.engine.begin() as outer:
+            await outer.execute(text("INSERT INTO misused_thing VALUES (1, 'a')"))
+            with pytest.raises(UsageError) as caught:
+                async with begin(second) as inner:
+                    await inner.execute(text("SELECT 1"))
+            assert_is_told_at_once(caught.value)
+            await outer.execute(text("INSERT INTO misused_thing VALUES (2, 'b')"))
+        async with begin(second) as after:
+            await after.execute(text("INSERT INTO misused_thing VALUES (3, 'c')"))
+
+    asyncio.run(main())
+    with manager.sync.reader() as db:
+        assert db.scalar(text("SELECT count(*) FROM misused_thing")) == 3
 
 
 @pytest.mark.parametrize("second", ["session", "connect"])

@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from sqlalchemy import event, text
 from sqlalchemy.exc import OperationalError
 
 from engineroom import Database, DatabaseSessionManager, DatabaseSettings, PoolExhausted
+from engineroom.errors import InvalidOption
 from engineroom.settings import OBJECTS, Options, read_settings
 
 URL = "postgresql://u:secret@h/d"
@@ -133,6 +135,80 @@ def test_secrets_are_masked() -> None:
 def test_settings_cannot_be_changed_once_read() -> None:
     with pytest.raises(ValueError, match="frozen"):
         read_settings(URL).pool_size = 9  # type: ignore[misc]
+
+
+# --- times ----------------------------------------------------------------------------------------
+
+TIMES: dict[Any, float] = {
+    "30": 30,
+    "2.5": 2.5,
+    "500ms": 0.5,
+    "30s": 30,
+    " 30 sec ": 30,
+    "5min": 300,
+    "1h": 3600,
+    "1H": 3600,
+}
+
+
+@pytest.mark.parametrize("written", TIMES)
+@pytest.mark.parametrize("name", ["pool_timeout", "close_timeout", "busy_timeout"])
+def test_a_time_may_have_a_unit(name: str, written: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: Any = {name: written}
+    assert getattr(read_settings(URL, **options), name) == TIMES[written]
+    monkeypatch.setenv(f"DB_{name.upper()}", written)
+    assert getattr(read_settings(URL), name) == TIMES[written]
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"),
+    [(timedelta(minutes=2), 120), (timedelta(milliseconds=5), 0.005), (7, 7), (0.25, 0.25)],
+)
+def test_a_time_may_be_a_number_or_a_timedelta(given: Any, seconds: float) -> None:
+    assert read_settings(URL, pool_timeout=given).pool_timeout == seconds
+    with Database("sqlite://", busy_timeout=given) as door:
+        assert door._room.settings.busy_timeout == seconds
+
+
+@pytest.mark.parametrize(
+    "written", ["30x", "5m", "inf", "nan", "-inf", "0", "-1", "-5min", "0s", "1e3s", "min", "None"]
+)
+def test_what_is_no_time_is_refused_with_its_name_as_it_was_written(
+    written: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InvalidOption) as caught:
+        read_settings(URL, pool_timeout=written)
+    assert f"pool_timeout={written!r} cannot be used: " in str(caught.value)
+    assert "The default is 30" in str(caught.value)
+    monkeypatch.setenv("DB_POOL_TIMEOUT", written)
+    with pytest.raises(InvalidOption) as caught:
+        read_settings(URL)
+    assert f"DB_POOL_TIMEOUT={written!r} cannot be used: " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "given", [None, True, 0, -1, -0.5, float("inf"), float("nan"), timedelta(0), timedelta(-1), []]
+)
+def test_an_argument_that_is_no_time_is_refused_with_its_name(given: Any) -> None:
+    with pytest.raises(InvalidOption) as caught:
+        read_settings(URL, pool_timeout=given)
+    assert f"pool_timeout={given!r} cannot be used: " in str(caught.value)
+
+
+def test_a_slow_checkout_above_the_timeout_is_refused_where_somebody_asked_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = read_settings(URL, pool_timeout=5)  # below the default of slow_checkout
+    assert settings.slow_after == 5
+    assert read_settings(URL, pool_timeout=5, slow_checkout=2).slow_after == 2
+    assert read_settings(URL, pool_timeout=5, slow_checkout="5s").slow_after == 5
+    with pytest.raises(InvalidOption, match=r"DB_SLOW_CHECKOUT=6 .*DB_POOL_TIMEOUT=5"):
+        read_settings(URL, pool_timeout=5, slow_checkout=6)
+    with pytest.raises(InvalidOption, match=r"DB_SLOW_CHECKOUT=31 .*DB_POOL_TIMEOUT=30"):
+        read_settings(URL, slow_checkout=31)
+    monkeypatch.setenv("DB_SLOW_CHECKOUT", "1min")
+    with pytest.raises(InvalidOption, match="DB_SLOW_CHECKOUT=60 "):
+        read_settings(URL)
 
 
 # --- DEBUG and echo -------------------------------------------------------------------------------
