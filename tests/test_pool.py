@@ -419,7 +419,7 @@ def test_dump_prints_who_holds_and_who_waits(url: str) -> None:
     said = file.getvalue()
     assert "1 of 1 + 0 lent, 0 idle, 1 waiting" in said
     assert "held by the session of thread MainThread, opened at" in said
-    assert f"waits since 0.0 s ago, at {__file__}:" in said.replace("0.1 s", "0.0 s")
+    assert f" s, at {__file__}:" in said.partition("has waited for ")[2]
 
 
 def test_a_signal_dumps_too(url: str, capfd: pytest.CaptureFixture[str]) -> None:

@@ -60,7 +60,7 @@ class PoolInfo:
     lent: int
     """Connections in use, and those being opened."""
     idle: int
-    """Connections that are open and wait to be lent."""
+    """Connections that wait to be lent; one that was lost counts until it is opened anew."""
     waiting: int
     """Callers that wait for a connection."""
     holders: tuple[Holder, ...]
@@ -314,7 +314,7 @@ class EngineRoom:
             )
             lines += [f"    held by {describe(permit, now)}" for permit in slots.held]
             lines += [
-                f"    {name_of(ticket.owner)} waits since {now - ticket.since:.1f} s ago, at "
+                f"    {name_of(ticket.owner)} has waited for {now - ticket.since:.1f} s, at "
                 f"{self.ledger.line_where_waits(ticket.owner)}"
                 for ticket in slots.waiters
             ]

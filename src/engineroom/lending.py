@@ -148,7 +148,7 @@ class Lender(QueuePool):
         """Open connections until the least number is open; the first failure is the last."""
         opened: list[PoolProxiedConnection] = []
         try:
-            while len(self.slots.held) + self.checkedin() < self.least:
+            while len(opened) < self.least and len(self.slots.held) < self.least:
                 opened.append(self.connect())
         except Exception as error:  # noqa: BLE001  # who needs a connection will hear of it
             logger.info("The pool could not be filled to %d connections: %r", self.least, error)
@@ -165,6 +165,8 @@ class Lender(QueuePool):
         """
         info: Any = record.record_info
         lent: Lent | None = info.pop("lent", None)
+        if record.dbapi_connection is None:  # it was lost
+            self.is_filled = self.least == 0
         now = time.monotonic()
         if watch := record.info.get("watch"):
             watch.returned = now
@@ -224,7 +226,6 @@ class Lender(QueuePool):
 
     def _discard(self, connection: PoolProxiedConnection) -> None:
         """Close a connection that was lent, and free its place in the pool."""
-        self.is_filled = self.least == 0
         connection.invalidate()
 
     def _watch(self, driver: Any) -> Watch | None:

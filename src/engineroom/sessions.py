@@ -45,13 +45,17 @@ class Guarded(Session):
             )
         here = getcurrent()
         if here is not self._greenlet and here.parent is not None:  # (a thread's own has no parent)
-            if (other := self._call_in_flight()) is not None:
-                raise in_use(scope, other)
+            self._refuse_overlap()
             self._greenlet, self._task = here, current_task()
 
     def _call_in_flight(self) -> asyncio.Task[Any] | None:
         """Return the task whose call on this session has not returned yet."""
         return None if self._greenlet is None or self._greenlet.dead else self._task
+
+    def _refuse_overlap(self) -> None:
+        other = self._call_in_flight()
+        if other is not None and self._scope is not None and self._greenlet is not getcurrent():
+            raise in_use(self._scope, other)
 
     def _check(self) -> None:
         if self._scope is not None:
@@ -77,8 +81,14 @@ class Guarded(Session):
         self._check()
         super().rollback()
 
+    def invalidate(self) -> None:
+        """Close the session, and its connections with it."""
+        self._refuse_overlap()
+        super().invalidate()
+
     def close(self) -> None:
         """Close the session for good: it refuses further use."""
+        self._refuse_overlap()
         try:
             super().close()
         finally:
