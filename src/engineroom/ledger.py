@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from traceback import walk_stack
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 from sqlalchemy.pool import PoolProxiedConnection
 
@@ -39,6 +39,8 @@ class Entry:
         "task",
         "thread",
     )
+
+    has_greenlets: ClassVar[bool] = False  # each call on what it gives runs in one of its own
 
     kind: str  # the verb that made it
     code: CodeType

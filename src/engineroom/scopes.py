@@ -147,6 +147,7 @@ class AsyncScope(Scope, Generic[R]):
 
     __slots__ = ()
     side = Side.ASYNC
+    has_greenlets = True
     keyword = "async with"
 
     async def _open(self, engine: AsyncEngine) -> R:

@@ -43,6 +43,10 @@ class Guarded(Session):
                 f"{threading.current_thread().name}. A session belongs to the thread that opened "
                 "it: open another one here, and hand over identifiers instead of sessions."
             )
+        # Only where there are greenlets: once asked, the library keeps a state in each thread, whose
+        # end takes a lock that a fork at that moment would leave locked in the child.
+        if not scope.has_greenlets:
+            return
         here = getcurrent()
         if here is not self._greenlet and here.parent is not None:  # (a thread's own has no parent)
             self._refuse_overlap()
@@ -53,9 +57,9 @@ class Guarded(Session):
         return None if self._greenlet is None or self._greenlet.dead else self._task
 
     def _refuse_overlap(self) -> None:
-        other = self._call_in_flight()
-        if other is not None and self._scope is not None and self._greenlet is not getcurrent():
-            raise in_use(self._scope, other)
+        other, scope = self._call_in_flight(), self._scope
+        if other is not None and scope is not None and self._greenlet is not getcurrent():
+            raise in_use(scope, other)
 
     def _check(self) -> None:
         if self._scope is not None:
