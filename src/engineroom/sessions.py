@@ -43,8 +43,8 @@ class Guarded(Session):
                 f"{threading.current_thread().name}. A session belongs to the thread that opened "
                 "it: open another one here, and hand over identifiers instead of sessions."
             )
-        # Only where there are greenlets: once asked, the library keeps a state for the thread, whose
-        # end takes a lock, and a fork at that moment would leave it locked in the child.
+        # Only where there are greenlets: once asked, the library keeps a state for the thread. The
+        # thread's end takes a lock, and a fork at that moment would leave it locked in the child.
         if not scope.has_greenlets:
             return
         here = getcurrent()
