@@ -249,6 +249,23 @@ def test_waiting_for_one_who_works_is_no_deadlock(postgres_url: str) -> None:
     asyncio.run(main())
 
 
+def test_a_thread_may_have_handed_on_what_it_took(postgres_url: str) -> None:
+    """As frameworks do: a request's session is opened, used and closed in threads of a pool."""
+    with opened(postgres_url, **ONE, pool_timeout=30) as manager, ThreadPoolExecutor(1) as others:
+        session = manager.sync.get_session()
+        session.execute(text("SELECT 1"))
+
+        def close_it() -> None:
+            while not manager.stats().pools[0].waiting:
+                time.sleep(0.01)
+            session.close()
+
+        closing = others.submit(close_it)
+        with manager.sync_session() as db:  # in the thread that "holds", and nobody is stuck
+            assert db.scalar(text("SELECT 42")) == 42
+        closing.result()
+
+
 # -- growth --------------------------------------------------------------------------------------
 
 

@@ -320,7 +320,7 @@ class Wait:
         self.name = name
         for slots in holds:
             permit = taken(slots)
-            permit.owner = self
+            permit.owner = permit.entry = self
 
     def waits_for(self, slots: Slots) -> list[Slots]:
         WAITING[self] = slots.queue(self, nothing)

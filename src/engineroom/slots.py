@@ -243,22 +243,27 @@ class Slots:
                 seen.append(slots)
                 yield slots
                 for permit in slots.permits:
-                    ahead += [ticket.slots for ticket in _awaited_by(permit.owner)]
+                    ahead += [ticket.slots for ticket in _awaited_by(permit)]
 
     def _can_serve(self, stuck: list[Slots] | None = None) -> bool:
         """Whether a permit is free, on its way, or held by one who waits for none of `stuck`."""
         return any(
-            not any(stuck is None or ticket.slots in stuck for ticket in _awaited_by(permit.owner))
+            not any(stuck is None or ticket.slots in stuck for ticket in _awaited_by(permit))
             for permit in self.permits
         )
 
 
-def _awaited_by(owner: Any) -> Iterator[Ticket]:
-    """Yield what an owner waits for: its own ticket, and one that its event loop stands still for.
+def _awaited_by(permit: Permit) -> Iterator[Ticket]:
+    """Yield what a holder waits for: its own ticket, and one that its event loop stands still for.
 
-    A ticket that was granted counts no more, though its waiter may not have run yet.
+    A ticket that was granted counts no more, though its waiter may not have run yet. And a thread
+    that took a connection without a scope may have handed it on, and do something else by now.
     """
-    for key in (owner, owner.get_loop() if hasattr(owner, "get_loop") else None):
+    owner = permit.owner
+    in_loop = hasattr(owner, "get_loop")
+    if not in_loop and permit.entry is None:
+        return
+    for key in (owner, owner.get_loop() if in_loop else None):
         ticket = WAITING.get(key)
         if ticket is not None and ticket.waits:
             yield ticket
