@@ -227,6 +227,7 @@ LIBRARIES = (
     *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
     str(Path(__file__).parent),
     "<sqlalchemy generated",  # the wrappers that it writes at run time
+    "<string>",  # (as 2.0 calls them)
 )
 
 
