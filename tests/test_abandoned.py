@@ -83,7 +83,12 @@ def loop_closed_over_its_task(url: str) -> None:
         async with manager.session() as db:
             await db.execute(text("SELECT pg_sleep(100)"))
 
+    async def use() -> None:
+        async with manager.session() as db:
+            assert await db.scalar(text("SELECT 1")) == 1
+
     loop = asyncio.new_event_loop()
+    loop.run_until_complete(use())  # the first connect of an engine is another matter
     task = loop.create_task(sleep())
     task._log_destroy_pending = False  # type: ignore[attr-defined]  # that is the test
 
@@ -94,10 +99,6 @@ def loop_closed_over_its_task(url: str) -> None:
     loop.run_until_complete(wait_for_it())
     loop.run_until_complete(loop.shutdown_default_executor())
     loop.close()
-
-    async def use() -> None:
-        async with manager.session() as db:
-            assert await db.scalar(text("SELECT 1")) == 1
 
     asyncio.run(use())
     until(lambda: at_work(url), lambda busy: not busy)
