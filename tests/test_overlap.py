@@ -229,7 +229,10 @@ def test_a_task_that_was_forgotten_fails_its_scope(on: Any) -> None:
                     tasks.append(asyncio.create_task(db.execute(call)))
                     await asyncio.sleep(0)
         await asyncio.wait(tasks)
-        assert all(task.cancelled() for task in tasks)
+        answered, cut_off = tasks
+        assert cut_off.cancelled()
+        # Where the answer is there as the cancellation comes, Python 3.11's `wait_for` returns it.
+        assert answered.cancelled() or answered.result().scalar() == 42
         assert await stored(manager) == []
 
     on(work)
