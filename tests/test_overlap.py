@@ -232,7 +232,7 @@ def test_a_task_that_was_forgotten_fails_its_scope(on: Any) -> None:
         answered, cut_off = tasks
         assert cut_off.cancelled()
         # Where the answer is there as the cancellation comes, Python 3.11's `wait_for` returns it.
-        assert answered.cancelled() or answered.result().scalar() == 42
+        assert answered.cancelled() or answered.exception() is None
         assert await stored(manager) == []
 
     on(work)
