@@ -139,6 +139,69 @@ def test_ctrl_c_in_a_statement_leaves_nothing_running(postgres_url: str) -> None
     run(interrupted, postgres_url.replace("://", "+psycopg://"))
 
 
+def interrupted_commit(url: str) -> None:
+    def press() -> None:
+        until(lambda: [row[1:] for row in at_work(url)], lambda busy: ("active", "COMMIT") in busy)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with Database(url, pool_size=1, max_overflow=0) as door:
+        with door.session() as db:
+            db.execute(
+                text(
+                    "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS"
+                    " 'BEGIN PERFORM pg_sleep(100); RETURN NULL; END'"
+                )
+            )
+            db.execute(text("CREATE TABLE t (id int)"))
+            db.execute(
+                text(
+                    "CREATE CONSTRAINT TRIGGER late AFTER INSERT ON t DEFERRABLE"
+                    " INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION slow()"
+                )
+            )
+        with pytest.raises(KeyboardInterrupt) as told, door.session() as db:
+            db.execute(text("INSERT INTO t VALUES (1)"))
+            threading.Thread(target=press).start()
+        assert "whether the transaction was committed is unknown" in told.value.__notes__[0]
+
+
+def test_ctrl_c_in_a_commit_says_that_its_outcome_is_unknown(postgres_url: str) -> None:
+    run(interrupted_commit, postgres_url.replace("://", "+psycopg://"))
+
+
+def interrupted_anywhere(url: str) -> None:
+    """Ctrl-C at random moments, most of them outside of the database's own calls."""
+    presses, pressed = 60, 0
+    main_thread, over = threading.get_ident(), threading.Event()
+
+    def press() -> None:
+        while not over.wait(0.013):
+            signal.pthread_kill(main_thread, signal.SIGINT)
+
+    with Database(url, pool_size=1, max_overflow=0, pool_timeout=20) as door:
+        pressing = threading.Thread(target=press)
+        pressing.start()
+        while pressed < presses:
+            try:
+                while True:
+                    with door.session(read_only=True) as db:
+                        db.execute(text("SELECT 1"))
+            except (KeyboardInterrupt, AssertionError):  # (one of SQLAlchemy's own, in its COMMIT)
+                pressed += 1
+        try:
+            over.set()
+            pressing.join()
+        except KeyboardInterrupt:
+            pressing.join()
+        with door.session(read_only=True) as db:  # the whole capacity is there, if after a second
+            assert db.scalar(text("SELECT 42")) == 42
+        assert door.stats().pools[0].lent == 0
+
+
+def test_ctrl_c_anywhere_costs_no_permit(url: str) -> None:
+    run(interrupted_anywhere, url)
+
+
 def interrupted_waiting(url: str) -> None:
     with Database(url, pool_size=1, max_overflow=0) as door:
         holds, done = threading.Event(), threading.Event()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import sys
 import threading
 import warnings
@@ -240,6 +241,39 @@ def closed_by_hand_beside_another(url: str, loop: str) -> None:
     nothing_left(manager, url)
     warm.run_until_complete(warm.shutdown_asyncgens())
     warm.close()
+
+
+def closed_while_it_waits_for_the_first_connect(url: str, loop: str) -> None:
+    """The loop that does connect must not stumble over the one that it cannot wake."""
+    manager = opened(url)
+    other, stands_in_line = loop_factory(loop)(), threading.Event()
+
+    def in_other() -> None:
+        task = other.create_task(increment(manager))
+        task._log_destroy_pending = False  # type: ignore[attr-defined]  # that is the test
+        other.run_until_complete(asyncio.sleep(0.1))
+        close_by_hand(other)
+        kept.append(task)
+        stands_in_line.set()
+
+    def connect_slowly(*_: object) -> None:
+        if not kept and not stands_in_line.is_set():
+            thread.start()
+            assert stands_in_line.wait(20)
+
+    kept: list[object] = []  # a destroyed task cannot be closed in peace
+    thread = threading.Thread(target=in_other)
+    event.listen(manager.engine.sync_engine, "do_connect", connect_slowly)
+    assert run_on(loop, increment(manager)) == 1
+    assert run_on(loop, increment(manager)) == 2
+    assert all(pool.lent == 0 for pool in manager.stats().pools)
+    print("null", flush=True)
+    os._exit(0)
+
+
+@every_driver_and_loop
+def test_a_loop_closed_in_the_queue_for_the_first_connect(url: str, loop: str) -> None:
+    run(closed_while_it_waits_for_the_first_connect, url, loop)
 
 
 @every_driver_and_loop

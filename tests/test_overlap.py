@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
 from scenario import Item, Model, every_driver_and_loop, is_postgres, run_on
 from sqlalchemy import insert, select, text
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from engineroom import DatabaseSessionManager
@@ -309,5 +310,65 @@ def test_after_a_cancelled_call_the_session_can_roll_back_and_go_on(on: Any) -> 
             await db.rollback()
             await db.execute(insert(Item).values(id=2))
         assert await stored(manager) == [2]
+
+    on(work)
+
+
+# -- what no check sees, the pool does: a connection that comes back in the middle of its work -----
+
+
+async def in_a_connect_scope(manager: DatabaseSessionManager) -> None:
+    """It has no guard; another task's statement is ended with it."""
+    async with manager.connect() as connection:
+        async with in_the_middle_of(connection.execute(endless(manager))) as call:
+            await asyncio.sleep(0.1)
+            raise ZeroDivisionError
+    await call
+
+
+async def in_a_transaction_begun_by_hand(manager: DatabaseSessionManager) -> None:
+    """`begin()` commits beside the guarded verbs."""
+    async with manager.session() as db:
+        async with db.begin():
+            await db.execute(insert(Item).values(id=1))
+            async with in_the_middle_of(db.scalar(ANSWER)):
+                pass
+    raise ZeroDivisionError
+
+
+async def in_a_begin_of_its_own(manager: DatabaseSessionManager) -> None:
+    """The driver did not send it, and does not know of it."""
+    async with manager.connect(isolation_level="AUTOCOMMIT") as connection:
+        await connection.execute(text("BEGIN"))
+        await connection.execute(insert(Item).values(id=1))
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("url", ["asyncpg", "psycopg"], indirect=True)
+@pytest.mark.parametrize("loop", ["asyncio"])
+@pytest.mark.parametrize(
+    "leave", [in_a_connect_scope, in_a_transaction_begun_by_hand, in_a_begin_of_its_own]
+)
+def test_a_connection_that_comes_back_at_work_is_not_lent_again(on: Any, leave: Any) -> None:
+    """It would take the next one's rows with it, who was told of success."""
+
+    async def work(manager: DatabaseSessionManager) -> None:
+        with suppress(ZeroDivisionError, SQLAlchemyError):
+            await leave(manager)
+        async with manager.connect(isolation_level="AUTOCOMMIT") as connection:
+            await connection.execute(insert(Item).values(id=7))
+        assert 7 in await stored(manager)  # over another connection
+
+    on(work)
+
+
+@every_driver_and_loop
+def test_reset_in_the_middle_of_a_call_is_told(on: Any) -> None:
+    async def work(manager: DatabaseSessionManager) -> None:
+        async with manager.session() as db:
+            async with in_the_middle_of(db.scalar(ANSWER)) as first:
+                with pytest.raises(SessionInUse):
+                    await db.reset()
+                assert await first == 42
 
     on(work)

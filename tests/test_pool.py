@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import io
 import logging
 import signal
@@ -10,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import event, text
+from sqlalchemy.exc import SQLAlchemyError
 
 from engineroom import Database, DatabaseSessionManager
 from engineroom.errors import ConnectTimeout, PoolDeadlock, PoolExhausted, PoolTimeout
@@ -249,6 +252,105 @@ def test_waiting_for_one_who_works_is_no_deadlock(postgres_url: str) -> None:
     asyncio.run(main())
 
 
+async def a_child_runs_the_first_statement(manager: DatabaseSessionManager) -> None:
+    """It is the parent's session all the same, and the parent is about to leave it."""
+    async with manager.session() as db:
+
+        async def child() -> int:
+            await db.execute(text("SELECT 1"))
+            return await one(manager)
+
+        task = asyncio.create_task(child())
+        while not manager.stats().pools or not manager.stats().pools[0].waiting:
+            await asyncio.sleep(0.001)
+    assert await task == 1
+
+
+async def a_connection_is_handed_on(manager: DatabaseSessionManager) -> None:
+    connection = await manager.engine.connect()
+
+    async def use() -> None:
+        while not manager.stats().pools[0].waiting:
+            await asyncio.sleep(0.001)
+        await connection.close()
+
+    task = asyncio.create_task(use())
+    assert await one(manager) == 1
+    await task
+
+
+async def the_holder_was_cancelled(manager: DatabaseSessionManager) -> None:
+    """It does not know yet, and still stands in the queue."""
+
+    async def nest() -> None:
+        async with manager.session() as db:
+            await db.execute(text("SELECT 1"))
+            await one(manager.other)  # type: ignore[attr-defined]
+
+    other = manager.other  # type: ignore[attr-defined]
+    async with other.session() as db:
+        await db.execute(text("SELECT 1"))
+        nested = asyncio.create_task(nest())
+        while not other.stats().pools[0].waiting:
+            await asyncio.sleep(0.001)
+        nested.cancel()
+        assert await one(manager) == 1
+
+
+@pytest.mark.parametrize(
+    "case",
+    [a_child_runs_the_first_statement, a_connection_is_handed_on, the_holder_was_cancelled],
+)
+def test_no_false_alarm(postgres_url: str, case: Any) -> None:
+    async def main() -> None:
+        manager = DatabaseSessionManager().init(postgres_url, **ONE, pool_timeout=30)
+        manager.other = DatabaseSessionManager()  # type: ignore[attr-defined]
+        manager.other.init(postgres_url, **ONE, pool_timeout=30)  # type: ignore[attr-defined]
+        async with asyncio.timeout(20):
+            await case(manager)
+        await manager.other.close()  # type: ignore[attr-defined]
+        await manager.close()
+
+    asyncio.run(main())
+
+
+def test_who_nests_is_told_though_a_helper_ran_the_first_statement(postgres_url: str) -> None:
+    """On Python 3.11 `asyncio.wait_for` runs it in a task of its own."""
+
+    async def main() -> None:
+        manager = DatabaseSessionManager().init(postgres_url, **ONE, pool_timeout=30)
+        async with manager.session() as db:
+            await asyncio.create_task(db.execute(text("SELECT 1")))
+            with pytest.raises(PoolDeadlock):
+                await one(manager)
+        await manager.close()
+
+    asyncio.run(main())
+
+
+def test_a_connection_of_a_scope_may_be_handed_on_between_threads(postgres_url: str) -> None:
+    """A framework enters a generator in one thread of its pool, and uses it in another."""
+    with opened(postgres_url, **ONE, pool_timeout=30) as manager, ThreadPoolExecutor(1) as others:
+
+        @contextmanager
+        def dependency() -> Iterator[Any]:
+            with manager.sync.connect() as connection:
+                yield connection
+
+        entered = dependency()
+        entered.__enter__()
+
+        def use_and_leave() -> None:
+            while not manager.stats().pools[0].waiting:
+                time.sleep(0.01)
+            entered.__exit__(None, None, None)
+
+        leaving = others.submit(use_and_leave)
+        with manager.sync_session() as db:
+            db.execute(text("SELECT 1"))
+        leaving.result()
+
+
 def test_a_thread_may_have_handed_on_what_it_took(postgres_url: str) -> None:
     """As frameworks do: a request's session is opened, used and closed in threads of a pool."""
     with opened(postgres_url, **ONE, pool_timeout=30) as manager, ThreadPoolExecutor(1) as others:
@@ -453,6 +555,52 @@ def test_a_signal_dumps_too(url: str, capfd: pytest.CaptureFixture[str]) -> None
 # -- ten thousand callers ------------------------------------------------------------------------
 
 
+def test_who_gave_up_leaves_nothing_behind(postgres_url: str) -> None:
+    async def main() -> None:
+        manager = DatabaseSessionManager().init(postgres_url, **ONE, pool_timeout="50ms")
+        async with manager.session() as db:
+            await db.execute(text("SELECT 1"))
+            tasks = weakref.WeakSet(asyncio.create_task(one(manager)) for _ in range(100))
+            await asyncio.gather(*tasks, return_exceptions=True)
+            assert manager.stats().pools[0].waiting == 0
+            async with asyncio.timeout(10):
+                while tasks:
+                    await asyncio.sleep(0.01)
+                    gc.collect()
+        await manager.close()
+
+    asyncio.run(main())
+
+
+def test_a_loop_that_always_lags_grows_all_the_same(postgres_url: str) -> None:
+    async def main() -> None:
+        manager = DatabaseSessionManager().init(
+            postgres_url, pool_size=1, max_overflow=2, pool_timeout=20
+        )
+        loop, done = asyncio.get_running_loop(), asyncio.Event()
+
+        def lag() -> None:
+            time.sleep(0.016)
+            if not done.is_set():
+                loop.call_soon(lag)
+
+        async with manager.session() as db:
+            await db.execute(text("SELECT 1"))
+            lag()
+            holder = asyncio.create_task(hold(manager, done))
+            assert await asyncio.wait_for(asyncio.create_task(one(manager)), 15) == 1
+            done.set()
+            await holder
+        await manager.close()
+
+    async def hold(manager: DatabaseSessionManager, done: asyncio.Event) -> None:
+        async with manager.session() as db:
+            await db.execute(text("SELECT 1"))
+            await done.wait()
+
+    asyncio.run(main())
+
+
 def crowd(url: str, callers: int) -> None:
     """Half of them give up; the others are served in the order in which they came."""
     served: list[int] = []
@@ -528,3 +676,29 @@ def test_a_hook_that_raises_costs_no_connection(url: str) -> None:
             event.remove(manager.sync_engine, name, hook)
             manager.sync.create_all()
             assert manager.stats().pools[0].lent == 0, name
+
+
+@pytest.mark.filterwarnings("ignore:.*was deleted while still open:ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_hook_that_raises_at_the_end_of_a_failed_scope_costs_no_connection(
+    driver_url: str,
+) -> None:
+    """The error's traceback keeps alive what never went back: the garbage collector is too late."""
+
+    def hook(*_: object) -> None:
+        raise ZeroDivisionError
+
+    async def main() -> None:
+        manager = DatabaseSessionManager().init(driver_url, **ONE, pool_timeout=5)
+        event.listen(manager.engine.sync_engine, "checkin", hook)
+        try:
+            async with manager.session() as db:
+                await db.execute(text("SELECT no_such_column"))
+        except SQLAlchemyError as error:
+            assert manager.stats().pools[0].lent == 0
+            event.remove(manager.engine.sync_engine, "checkin", hook)
+            assert await one(manager) == 1
+            del error
+        await manager.close()
+
+    asyncio.run(main())

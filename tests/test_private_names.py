@@ -22,6 +22,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import AsyncAdaptedQueuePool, QueuePool
 from sqlalchemy.util import await_only, greenlet_spawn
 
+from engineroom.lending import Rack
+
 
 class Counting(QueuePool):
     """Counts what passes the one private method that `engineroom.lending.Lender` overrides."""
@@ -93,17 +95,59 @@ def test_do_return_conn_is_the_queue_pools_own() -> None:
         assert list(inspect.signature(pool._do_return_conn).parameters) == ["self", "record"]
 
 
-def test_record_info_outlives_invalidation_and_info_does_not(engine: Engine) -> None:
-    """The permit is kept in `record_info`; the kept `poll` in `info`, for it is the socket's."""
+def test_info_outlives_invalidation_until_the_next_connection(engine: Engine) -> None:
+    """The berth is kept there, and asked for its permit when an invalidated connection returns."""
     connection = engine.raw_connection()
-    connection.record_info["permit"] = "mine"  # type: ignore[index]
-    connection.info["poll"] = "mine"
+    connection.info["berth"] = "mine"
     record = connection._connection_record  # type: ignore[attr-defined]
     connection.invalidate()
-    assert record.record_info == {"permit": "mine"}
+    assert record.info == {"berth": "mine"}
     connection = engine.raw_connection()
-    assert "poll" not in connection.info
+    assert "berth" not in connection.info
     connection.close()
+
+
+def test_the_creator_may_write_into_info(engine: Engine) -> None:
+    """Relied on by `lending.Opener`: what it writes belongs to the connection that it opens."""
+    opened: list[Any] = []
+
+    def creator(record: Any) -> sqlite3.Connection:
+        record.info["berth"] = len(opened)
+        opened.append(record)
+        return sqlite3.connect(":memory:")
+
+    pool = QueuePool(creator)
+    connection = pool.connect()
+    assert connection.info == {"berth": 0}
+    connection.invalidate()
+    connection = pool.connect()
+    assert connection.info == {"berth": 1}
+    connection.invalidate()
+
+
+def test_queue_class_makes_the_queue_of_a_pool() -> None:
+    """Relied on by `lending.Rack`: the pool asks for nothing but what it has."""
+    asked: set[str] = set()
+
+    class Racked(QueuePool):
+        def _queue_class(self, maxsize: int, use_lifo: bool = False) -> Any:  # type: ignore[override]
+            rack = Rack[Any](maxsize, use_lifo)
+
+            class Spy:
+                def __getattr__(self, name: str) -> Any:
+                    asked.add(name)
+                    return getattr(rack, name)
+
+            return Spy()
+
+    made = create_engine("sqlite://", poolclass=Racked, pool_size=1, max_overflow=-1)
+    first, second = made.raw_connection(), made.raw_connection()
+    first.close()
+    second.close()
+    assert (made.pool.checkedin(), made.pool.size(), made.pool.overflow()) == (1, 1, 0)  # type: ignore[attr-defined]
+    made.dispose()
+    made.dispose()
+    assert asked == {"get", "put", "qsize", "maxsize", "use_lifo"}
 
 
 def test_what_a_pool_class_is_given_is_what_recreate_passes_on() -> None:

@@ -305,9 +305,59 @@ def test_who_is_dismissed_is_woken_without_a_permit() -> None:
     woken: list[int] = []
     ticket = slots.queue(None, lambda: woken.append(1))
     slots.dismiss()
-    assert (woken, ticket.give_up(), slots.waiting) == ([1], True, 0)
+    assert (woken, slots.leave(ticket), slots.waiting) == ([1], True, 0)
     slots.give(permit)
     assert slots.take() is permit
+
+
+def test_whose_loop_was_closed_is_skipped() -> None:
+    def closed() -> None:
+        raise RuntimeError("Event loop is closed")
+
+    slots = Slots(1)
+    permit = taken(slots)
+    slots.queue("dead", closed)
+    woken: list[int] = []
+    slots.queue("alive", lambda: woken.append(1))
+    slots.give(permit)
+    assert (woken, permit.owner, slots.waiting) == ([1], "alive", 0)
+
+
+def test_who_gave_up_costs_nothing() -> None:
+    slots = Slots(1)
+    taken(slots)
+    assert slots.leave(slots.queue("impatient", nothing))
+    assert (slots.waiting, slots.waiters) == (0, [])
+
+
+def test_what_an_owner_was_about_to_use_is_taken_back() -> None:
+    slots = Slots(3)
+    first, second, other = (slots.take(owner) for owner in ("us", "us", "them"))
+    assert first is not None
+    assert second is not None
+    assert other is not None
+    first.connection = "a connection"
+    slots.queue("us", nothing)
+    slots.forsake("us")
+    assert (second.owner, first.owner, other.owner) == (None, "us", "them")
+    assert (slots.take(), slots.waiting) == (second, 0)
+
+
+def test_what_was_lost_between_two_lines_is_recovered(monkeypatch: pytest.MonkeyPatch) -> None:
+    slots = Slots(2)
+    kept = slots.take("us")
+    slots._free.pop()  # Ctrl-C struck before it was anybody's
+    slots._handing_out.acquire()  # or here
+    woken: list[int] = []
+    slots.queue("waits", lambda: woken.append(1))
+    slots.recover()
+    assert woken == []  # it may just be changing hands
+    monkeypatch.setattr("engineroom.slots.RECOVER_AFTER", 0.0)
+    slots.recover()
+    slots.recover()
+    assert woken == [1]
+    assert kept is not None
+    assert kept.owner == "us"
 
 
 # -- who waits for whom --------------------------------------------------------------------------
@@ -320,7 +370,14 @@ class Wait:
         self.name = name
         for slots in holds:
             permit = taken(slots)
-            permit.owner = permit.entry = self
+            permit.owner, permit.entry = self, lambda: self
+
+    @property
+    def holder(self) -> Wait:
+        return self
+
+    def may_be_elsewhere(self) -> bool:
+        return False
 
     def waits_for(self, slots: Slots) -> list[Slots]:
         WAITING[self] = slots.queue(self, nothing)
@@ -390,6 +447,9 @@ def test_a_loop_that_stands_still_holds_up_its_tasks() -> None:
     class InLoop(Wait):
         def get_loop(self) -> Loop:
             return loop
+
+        def cancelling(self) -> int:
+            return 0
 
     loop, slots, others = Loop(), Slots(1), Slots(1)
     InLoop("holds", slots)  # and waits for nothing itself

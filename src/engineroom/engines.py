@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from traceback import walk_tb
 from typing import Any
 
 from sqlalchemy import MetaData, NullPool, create_engine, event
@@ -29,7 +28,15 @@ from .backends import Backend, Role, Side, find_backend
 from .cancellation import settle
 from .errors import Holder, InvalidOption, SelfDeadlock
 from .forks import make_immortal, part_event_loops
-from .ledger import Ledger, ScopeInfo, current_owner, describe, name_of
+from .ledger import (
+    Ledger,
+    ScopeInfo,
+    current_owner,
+    describe,
+    describe_held,
+    line_of,
+    name_of,
+)
 from .lending import Lender
 from .lifecycle import Life, State
 from .models import Base
@@ -184,7 +191,7 @@ class EngineRoom:
             return create(side, url, poolclass=NullPool, **options)
         knows: dict[str, Any] = {
             "backend": self.backend,
-            "end_apart": staticmethod(partial(self._end_apart, role)),
+            "end_apart": staticmethod(partial(self.end_apart, role)),
             "least": settings.pool_min if role is Role.PRIMARY else 0,
             "spare": settings.max_overflow,
             "slow_after": settings.slow_after,
@@ -209,19 +216,26 @@ class EngineRoom:
         lender.engine = engine
         note_statements(engine.dialect)
         if side is Side.SYNC and "connect_timeout" not in {**url.query, **arguments}:
-            event.listen(engine, "do_connect", partial(self._limit_connect, engine))
+            self._limit_connect(engine)
         self.backend.attach(engine, role, self._refuse_self_deadlock)
         if side is Side.ASYNC:
             event.listen(engine, "handle_error", self._break_off_cancelled)
         return engine
 
-    def _limit_connect(
-        self, engine: Engine, dialect: object, record: object, args: object, kw: dict[str, Any]
-    ) -> None:
-        """Tell a synchronous driver how long it may connect: nobody can stop it from outside."""
-        pool = engine.pool
-        if isinstance(pool, Lender):
-            self.backend.limit_connect(kw, pool.seconds_left())
+    def _limit_connect(self, engine: Engine) -> None:
+        """Tell a synchronous driver how long it may connect: nobody can stop it from outside.
+
+        Around the dialect's verb, for one `do_connect` event makes every statement slower.
+        """
+        dialect: Any = engine.dialect
+        connect = dialect.connect
+
+        def connect_in_time(*args: Any, **kw: Any) -> Any:
+            if isinstance(engine.pool, Lender):
+                self.backend.limit_connect(kw, engine.pool.seconds_left())
+            return connect(*args, **kw)
+
+        dialect.connect = connect_in_time
 
     def _break_off_cancelled(self, context: ExceptionContext) -> None:
         """End on the server what a cancelled call began there; its connection is lost anyway."""
@@ -231,8 +245,6 @@ class EngineRoom:
             and connection is not None
             and not connection.invalidated
         ):
-            if was_commit(error):
-                error.add_note(UNKNOWN_OUTCOME)
             call = context.execution_context
             losing = self._lose(connection.connection, None if call is None else call.cursor)
             with suppress(asyncio.CancelledError, Exception):
@@ -254,9 +266,10 @@ class EngineRoom:
         owner, now = current_owner(), time.monotonic()
         for _, _, _, lender in self.lenders():
             for permit in lender.slots.held:
+                entry = None if permit.entry is None else permit.entry()
                 held = None if permit.connection is None else permit.connection()
                 if (
-                    permit.owner == owner
+                    (permit.owner if entry is None else entry.holder) == owner
                     and held is not None
                     and held is not connection.connection
                     and self.backend.holds_write_lock(held)
@@ -296,7 +309,7 @@ class EngineRoom:
                     lent=len(lender.slots.held),
                     idle=lender.checkedin(),
                     waiting=lender.slots.waiting,
-                    holders=tuple(describe(permit, now) for permit in lender.slots.held),
+                    holders=describe_held(lender.slots.permits, now),
                 )
                 for side, role, loop, lender in self.lenders()
             ),
@@ -312,10 +325,10 @@ class EngineRoom:
                 f"  {side} {role} pool: {len(slots.held)} of {slots.size} + {slots.overflow} lent, "
                 f"{lender.checkedin()} idle, {slots.waiting} waiting"
             )
-            lines += [f"    held by {describe(permit, now)}" for permit in slots.held]
+            lines += [f"    held by {holder}" for holder in describe_held(slots.permits, now)]
             lines += [
                 f"    {name_of(ticket.owner)} has waited for {now - ticket.since:.1f} s, at "
-                f"{self.ledger.line_where_waits(ticket.owner)}"
+                f"{line_of(ticket.owner)}"
                 for ticket in slots.waiters
             ]
         return "\n".join(lines)
@@ -325,7 +338,7 @@ class EngineRoom:
         for session in list(self.loose):
             retire(session, why)
 
-    def _end_apart(self, role: Role, connections: Sequence[PoolProxiedConnection]) -> None:
+    def end_apart(self, role: Role, connections: Sequence[PoolProxiedConnection]) -> None:
         """End what runs on connections whose loop has ended, from another loop or a thread."""
         side = Side.SYNC if asyncio._get_running_loop() is None else Side.ASYNC
         self.backend.end(connections, partial(self.run_apart, side, role))
@@ -387,20 +400,6 @@ def dump_on(number: signal.Signals) -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
-
-
-UNKNOWN_OUTCOME = (
-    "The cancellation struck while COMMIT was under way: whether the transaction was committed is "
-    "unknown. Look for what it wrote, or make the work such that it may be done again."
-)
-
-
-def was_commit(error: BaseException) -> bool:
-    """Whether an error came out of a COMMIT: the event does not say, the dialect's verb in it does.
-
-    A flush on the way to it is none, nor is a ROLLBACK.
-    """
-    return any(frame.f_code.co_name == "do_commit" for frame, _ in walk_tb(error.__traceback__))
 
 
 def discard(connection: PoolProxiedConnection, cursor: DBAPICursor | None) -> None:

@@ -8,7 +8,7 @@ import sysconfig
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from traceback import walk_stack
@@ -57,20 +57,33 @@ class Entry:
         return f"{self.code.co_filename}:{self.line} in {self.code.co_name}"
 
     @property
+    def holder(self) -> Any:
+        """The task that entered the scope, or the identifier of the thread."""
+        return self.task or self.thread
+
+    @property
     def owner(self) -> str:
-        """The task or the thread that entered the scope, by name."""
-        return name_of(self.task or self.thread)
+        """The holder, by name."""
+        return name_of(self.holder)
 
     def retire(self, why: str) -> None:
         """End the scope from outside: from now on, using what it gave raises."""
         raise NotImplementedError
 
     def hold(self, connection: PoolProxiedConnection) -> None:
-        """Note which connection the scope uses; and to the pool, whose scope that is."""
+        """Note which connection the scope uses; and to the pool, whose scope that is.
+
+        From here on the scope is the owner, though a helper of it may have run the first statement;
+        it is known weakly, so that a task that is dropped is not kept alive.
+        """
         self.connection = weakref.ref(connection)
-        lent = (connection.record_info or {}).get("lent")
-        if lent is not None:
-            lent.permit.entry = weakref.ref(self)
+        berth = connection.info.get("berth")
+        if berth is not None and berth.permit is not None:
+            berth.permit.entry = berth.permit.owner = weakref.ref(self)
+
+    def may_be_elsewhere(self) -> bool:
+        """Whether its thread may have handed on what it gave, and do something else now."""
+        return False
 
     def held(self) -> PoolProxiedConnection | None:
         """Return the connection that the scope holds, if it holds one now.
@@ -156,15 +169,6 @@ class Ledger:
         for entry in self:
             self.leave(entry)
 
-    def line_where_waits(self, owner: Any) -> str:
-        """Return the line of the scope for which an owner waits; without one, where it is now."""
-        lines = [
-            entry.where
-            for entry in self
-            if owner in (entry.task, entry.thread) and entry.held() is None
-        ]
-        return lines[-1] if lines else line_of(owner)
-
     def scopes(self) -> tuple[ScopeInfo, ...]:
         """Return the open scopes, oldest first."""
         now = time.monotonic()
@@ -188,7 +192,9 @@ def current_task() -> asyncio.Task[Any] | None:
 
 def current_owner() -> Any:
     """Return the running task, or the thread's identifier outside of tasks."""
-    return current_task() or threading.get_ident()
+    if asyncio._get_running_loop() is None:  # written out: every checkout asks
+        return threading.get_ident()
+    return asyncio.current_task() or threading.get_ident()
 
 
 def has_ended(owner: Any) -> bool:
@@ -200,6 +206,8 @@ def name_of(owner: Any) -> str:
     """Name a task, or a thread by its identifier."""
     if isinstance(owner, asyncio.Task):
         return f"task {owner.get_name()}"
+    if isinstance(owner, weakref.ref):
+        return "a scope that was dropped"
     for candidate in threading.enumerate():
         if candidate.ident == owner:
             return f"thread {candidate.name}"
@@ -207,15 +215,25 @@ def name_of(owner: Any) -> str:
 
 
 def line_of(owner: Any) -> str:
-    """Return the line at which a task is suspended, or at which a thread is."""
+    """Return the application's innermost line at which a task is suspended, or a thread is."""
     if isinstance(owner, asyncio.Task):
-        frame = next(iter(owner.get_stack(limit=1)), None)
+        frames = list(suspended_frames(owner.get_coro()))[::-1]
     else:
-        frame = sys._current_frames().get(owner)
-    if frame is None:
+        running = sys._current_frames().get(owner)
+        frames = [frame for frame, _ in walk_stack(running)] if running else []
+    if not frames:
         return "an unknown line"
-    line = next((one for one, _ in walk_stack(frame) if is_applications(one)), frame)
+    line = next(filter(is_applications, frames), frames[0])
     return f"{line.f_code.co_filename}:{line.f_lineno} in {line.f_code.co_name}"
+
+
+def suspended_frames(awaited: Any) -> Iterator[FrameType]:
+    """Yield the frames of a suspended coroutine and of what it awaits, outermost first."""
+    while awaited is not None:
+        frame = getattr(awaited, "cr_frame", None) or getattr(awaited, "gi_frame", None)
+        if frame is not None:
+            yield frame
+        awaited = getattr(awaited, "cr_await", None) or getattr(awaited, "gi_yieldfrom", None)
 
 
 def is_applications(frame: FrameType) -> bool:
@@ -231,11 +249,20 @@ LIBRARIES = (
 )
 
 
-def describe(permit: Any, now: float) -> Holder:
+def describe_held(permits: Iterable[Any], now: float) -> tuple[Holder, ...]:
+    """Say who holds these permits; one that comes back meanwhile is left out."""
+    holders = [describe(permit, now) for permit in permits if permit.owner is not None]
+    return tuple(holder for holder in holders if holder is not None)
+
+
+def describe(permit: Any, now: float) -> Holder | None:
     """Say who holds a permit of `slots`, since when, from which line, and what it does."""
     owner, connection, statement = permit.owner, permit.connection, permit.statement
-    entry: Entry | None = None if permit.entry is None else permit.entry()
-    seconds = now - (permit.statement_since if statement else permit.since)
+    known, since = permit.entry, permit.since or now  # (it changes hands at any moment)
+    entry: Entry | None = None if known is None else known()
+    if owner is None:
+        return None
+    seconds = max(0.0, now - (permit.statement_since if statement else since))
     if connection is None:
         doing = "connecting"
     elif permit.running:
@@ -248,6 +275,6 @@ def describe(permit: Any, now: float) -> Holder:
         owner=name_of(owner) if entry is None else entry.owner,
         kind="connection" if entry is None else entry.kind,
         where=line_of(owner) if entry is None else entry.where,
-        seconds=now - permit.since,
+        seconds=max(0.0, now - since),
         doing=doing,
     )

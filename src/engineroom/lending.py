@@ -7,17 +7,19 @@ import logging
 import select
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 from sqlalchemy.engine import Engine
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, QueuePool
+from sqlalchemy.util.queue import Empty, Full
 
 from .backends import Backend
 from .errors import Holder, ManagerClosed, PoolDeadlock, PoolExhausted
 from .forks import make_immortal
-from .ledger import current_owner, describe
+from .ledger import current_owner, describe, describe_held, has_ended
 from .slots import WAITING, Permit, Slots
 
 logger: logging.Logger = logging.getLogger("engineroom.pool")
@@ -26,29 +28,76 @@ logger: logging.Logger = logging.getLogger("engineroom.pool")
 HUNG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR | select.POLLNVAL
 SPOKE = select.POLLIN
 
+T = TypeVar("T")
+
 LEAST_CONNECT = 0.1  # seconds that connecting has, though waiting took all but that of the time
 SLACK = 0.01  # seconds by which a timer may be early
 
 
-class Watch:
-    """What a pool needs to look at one of its connections without asking the server."""
+class Berth:
+    """What a pool knows of one connection: against which permit it is lent, and how it is seen.
 
-    __slots__ = ("driver", "poll", "returned")
+    It lies in the connection's `info`, from its opening to the next one in that place.
+    """
 
-    def __init__(self, driver: Any, descriptor: int) -> None:
-        self.driver: weakref.ref[Any] = weakref.ref(driver)
-        self.returned: float = 0.0
-        watcher = select.poll()
-        watcher.register(descriptor, SPOKE | HUNG_UP)
-        self.poll: Callable[[int], list[tuple[int, int]]] = watcher.poll
+    __slots__ = ("driver", "lent", "permit", "poll", "returned", "slots")
+
+    driver: Callable[[], Any]  # a weak reference; of a driver without them, what returns None
+    poll: Callable[[int], list[tuple[int, int]]] | None  # None: it has no socket to look at
+
+    def __init__(self, slots: Slots, driver: Callable[[], Any], descriptor: int | None) -> None:
+        self.slots = slots
+        self.driver = driver
+        self.returned: float = 0.0  # 0: it was never lent
+        self.permit: Permit | None = None
+        self.lent: weakref.ref[PoolProxiedConnection] | None = None
+        self.poll = None
+        if descriptor is not None:
+            watcher = select.poll()
+            watcher.register(descriptor, SPOKE | HUNG_UP)
+            self.poll = watcher.poll
 
 
-class Lent(weakref.ref[PoolProxiedConnection]):
-    """What was lent against which permit: a reference that keeps nothing alive."""
+def forfeit(connection: PoolProxiedConnection) -> None:
+    """Close a connection that a hook at `checkin` kept from going back; its permit goes back."""
+    berth: Berth | None = connection.info.get("berth")
+    permit = None if berth is None else berth.permit
+    if berth is not None and permit is not None:
+        berth.permit = None
+        try:
+            connection.invalidate()
+        finally:
+            berth.slots.give(permit)
 
-    __slots__ = ("permit",)
 
-    permit: Permit
+class Rack(Generic[T]):
+    """Where idle connections lie, the one used last on top: it is the surest to live.
+
+    It stands in for the queue of SQLAlchemy's pool, whose callers wait, on locks that a fork may
+    find taken. The permits see to all that: here each step is a single one, of a deque.
+    """
+
+    def __init__(self, maxsize: int = 0, use_lifo: bool = True) -> None:
+        self.maxsize: int = maxsize
+        self.use_lifo: bool = use_lifo  # (`recreate()` passes it on)
+        self.items: deque[T] = deque()
+
+    def get(self, block: bool = True, timeout: float | None = None) -> T:
+        """Take the one used last."""
+        try:
+            return self.items.pop()
+        except IndexError:
+            raise Empty from None
+
+    def put(self, item: T, block: bool = True, timeout: float | None = None) -> None:
+        """Put one back."""
+        if len(self.items) >= self.maxsize:
+            raise Full
+        self.items.append(item)
+
+    def qsize(self) -> int:
+        """How many lie here."""
+        return len(self.items)
 
 
 class Opener:
@@ -70,6 +119,7 @@ class Opener:
             opened = lender.open_in_time(partial(self.creator, record), lender.seconds_left())
         finally:
             connecting.discard(record)
+        record.info["berth"] = lender.berth_of(opened)
         lender.slots.connected()
         return opened
 
@@ -97,6 +147,7 @@ class Lender(QueuePool):
         timeout: float = 30.0,
         **kw: Any,
     ) -> None:
+        self.rack: Rack[ConnectionPoolEntry]
         opener: Any = Opener(self, creator)
         super().__init__(opener, pool_size, max_overflow, timeout, **kw)
         self.slots: Slots = Slots(pool_size, self.spare)
@@ -116,10 +167,10 @@ class Lender(QueuePool):
             ConnectTimeout: none was opened in time.
             ManagerClosed: it was closed meanwhile.
         """
-        permit = self.slots.take() or self.wait_for(self.slots)
-        permit.since = now = time.monotonic()
-        permit.owner = current_owner()
+        owner = current_owner()
         try:
+            permit = self.slots.take(owner) or self.wait_for(self.slots)
+            permit.since = now = time.monotonic()
             connection = super().connect()
             while not self._lives(connection, now):
                 self._discard(connection)
@@ -127,12 +178,12 @@ class Lender(QueuePool):
             if self.refusal:
                 self._discard(connection)
                 raise ManagerClosed(self.refusal)
+            berth: Berth = connection.info["berth"]
+            berth.lent = permit.connection = weakref.ref(connection)
+            berth.permit = permit
         except BaseException:
-            self.slots.give(permit)
+            self.slots.forsake(owner)
             raise
-        permit.connection = lent = Lent(connection)
-        lent.permit = permit
-        connection.record_info["lent"] = lent  # type: ignore[index]
         if now >= self.next_look:
             self.look_for_slow(now)
         if not self.is_filled:
@@ -156,62 +207,83 @@ class Lender(QueuePool):
             for connection in opened:
                 connection.close()
 
+    def _queue_class(  # type: ignore[override]
+        self, maxsize: int, use_lifo: bool = True
+    ) -> Rack[ConnectionPoolEntry]:
+        """Make the queue of SQLAlchemy's pool: the other private name that we need."""
+        self.rack = Rack[ConnectionPoolEntry](maxsize)
+        return self.rack
+
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         """Take a connection back, and give its permit to the next in the queue.
 
-        The one private name of SQLAlchemy's pool that we need: it is the only point that every
+        The one private method of SQLAlchemy's pool that we need: it is the only point that every
         return passes, `detach()` and the garbage collector's included; the `checkin` event is not.
         `tests/test_private_names.py` fails when it goes.
         """
-        info: Any = record.record_info
-        lent: Lent | None = info.pop("lent", None)
-        if record.dbapi_connection is None:  # it was lost
-            self.is_filled = self.least == 0
+        berth: Berth | None = record.info.get("berth")
         now = time.monotonic()
-        if watch := record.info.get("watch"):
-            watch.returned = now
-        if lent is not None and now - lent.permit.since > self.slow_after:
-            self.report_slow(lent.permit, now)
+        if berth is None or (permit := berth.permit) is None:  # it was never lent
+            return super()._do_return_conn(record)
+        berth.permit, berth.returned = None, now
         try:
             try:
-                if self.ended or (self.overflow() > 0 and self.checkedin() >= self.size()):
+                if now - permit.since > self.slow_after:
+                    self.report_slow(permit, now)
+                if record.dbapi_connection is None:  # it was lost
+                    self.is_filled = self.least == 0
+                elif not self.backend.is_at_rest(berth.driver()):
+                    self._end(record)
+                elif self.ended or len(self.rack.items) >= self.rack.maxsize:
                     self._close(record)  # SQLAlchemy would, but where it can be interrupted
             finally:
                 super()._do_return_conn(record)
         finally:
-            if lent is not None and lent.permit.connection is lent:
-                self.slots.give(lent.permit)
+            if permit.connection is berth.lent:
+                self.slots.give(permit)
+
+    def _end(self, record: ConnectionPoolEntry) -> None:
+        """End a connection that came back while it does something, or is in a transaction."""
+        logger.info("A connection was returned in the middle of its work, and is ended")
+        try:
+            self.end_apart([record])
+        except Exception as error:  # noqa: BLE001  # the server ends it, if later
+            logger.info("What a returned connection does could not be ended: %r", error)
+        finally:
+            record.invalidate()
 
     def _reclaim(self) -> None:
         """Take back the permits of connections that are gone and never came back.
 
-        A listener that raises at `checkin` keeps SQLAlchemy from returning the connection.
+        A listener that raises at `checkin` keeps SQLAlchemy from returning the connection; and a
+        loop may be closed over a task that just connects.
         """
         for permit in self.slots.held:
-            if permit.connection is not None and permit.connection() is None:
+            connection, owner = permit.connection, permit.owner
+            if has_ended(owner) if connection is None else connection() is None:
                 self.slots.give(permit)
+        self.slots.recover()
 
     def _lives(self, connection: PoolProxiedConnection, now: float) -> bool:
         """Look at a connection: its socket first, which costs nothing; the server when in doubt."""
-        watch = connection.info.get("watch", self)
-        if watch is self:  # it was opened just now
-            connection.info["watch"] = self._watch(connection.driver_connection)
+        berth: Berth = connection.info["berth"]
+        poll = berth.poll
+        if poll is None or not berth.returned:  # it has no socket, or was opened just now
             return True
-        if watch is None:  # it has no socket
-            return True
-        if self.backend.is_closed(watch.driver()):
+        if self.backend.is_closed(berth.driver()):
             return False
-        events = watch.poll(0)
+        events = poll(0)
         if events and events[0][1] & HUNG_UP:
             return False
-        if not events and now - watch.returned < self.ping_after:
+        if not events and now - berth.returned < self.ping_after:
             return True
         return self._answers(connection)
 
     def _answers(self, connection: PoolProxiedConnection) -> bool:
         """Ask the server, in one round trip."""
         try:
-            self.backend.ping(connection, self.engine)
+            ping = partial(self.backend.ping, connection, self.engine)
+            self.open_in_time(ping, self.seconds_left())
         except Exception as error:  # noqa: BLE001  # whatever it says, it is dead
             logger.info("A pooled connection was found dead and is replaced: %r", error)
             return False
@@ -228,11 +300,14 @@ class Lender(QueuePool):
         """Close a connection that was lent, and free its place in the pool."""
         connection.invalidate()
 
-    def _watch(self, driver: Any) -> Watch | None:
+    def berth_of(self, opened: Any) -> Berth:
+        """Make the berth of a connection that was opened just now."""
+        driver = self.engine.dialect.get_driver_connection(opened)
         descriptor = self.backend.descriptor(driver)
-        if descriptor is not None or self._is_asyncio:
-            self._drivers.add(driver)  # (sqlite3 has no weak references, and needs none of this)
-        return None if descriptor is None else Watch(driver, descriptor)
+        if descriptor is None and not self._is_asyncio:  # sqlite3 has no weak references
+            return Berth(self.slots, lambda: None, None)
+        self._drivers.add(driver)
+        return Berth(self.slots, weakref.ref(driver), descriptor)
 
     def wait_for(self, slots: Slots) -> Permit:
         """Wait in the queue for a permit.
@@ -253,16 +328,18 @@ class Lender(QueuePool):
                     raise self._deadlock(stuck)
                 self.await_bell(bell, slots)
         except BaseException:
-            slots.leave(ticket)
+            if not slots.leave(ticket):
+                slots.give(ticket.granted)
             raise
         finally:
             for key in keys:
                 if WAITING.get(key) is ticket:
                     del WAITING[key]
         if self.refusal:
-            slots.leave(ticket)  # the next one in the queue is to be told as well
+            if not slots.leave(ticket):  # the next one in the queue is to be told as well
+                slots.give(ticket.granted)
             raise ManagerClosed(self.refusal)
-        if ticket.give_up():
+        if slots.leave(ticket):
             raise self._exhausted(slots)
         ticket.granted.waited = time.monotonic() - ticket.since
         return ticket.granted
@@ -295,9 +372,16 @@ class Lender(QueuePool):
 
     def _exhausted(self, slots: Slots) -> PoolExhausted:
         holders = self._holders([slots])
+        lent, unopened = len(holders), len(slots.permits) - len(holders)
+        counted = (
+            f"{lent} of {len(slots.permits)} are lent and {unopened} were not opened, since some "
+            f"came back all the time or opening takes long (pool_size {slots.size} and overflow "
+            f"{slots.overflow})"
+            if unopened
+            else f"all {lent} are lent (pool_size {slots.size} and overflow {slots.overflow})"
+        )
         return PoolExhausted(
-            f"No connection came free within {self.limit:g} s: all {len(slots.permits)} are lent "
-            f"(pool_size {slots.size} and overflow {slots.overflow}), and {slots.waiting} more "
+            f"No connection came free within {self.limit:g} s: {counted}, and {slots.waiting} more "
             f"callers wait. Held by {'; '.join(map(str, holders))}. Hold connections for a shorter "
             "time, or raise pool_size.",
             slots.size,
@@ -322,7 +406,7 @@ class Lender(QueuePool):
 
     def _holders(self, of: list[Slots]) -> list[Holder]:
         now = time.monotonic()
-        return [describe(permit, now) for slots in of for permit in slots.held]
+        return [holder for slots in of for holder in describe_held(slots.permits, now)]
 
     def look_for_slow(self, now: float) -> None:
         """Report what is held for too long, and plan the next look."""
@@ -344,13 +428,13 @@ class Lender(QueuePool):
 
     def report_slow(self, permit: Permit, now: float) -> None:
         """Say once who holds a connection for too long."""
-        if not permit.is_reported and permit.owner is not None:
+        if not permit.is_reported and (holder := describe(permit, now)) is not None:
             permit.is_reported = True
             logger.warning(
                 "A connection is held for longer than %g s (DB_SLOW_CHECKOUT), by %s. Do slow work "
                 "outside of the scope, or raise the limit.",
                 self.slow_after,
-                describe(permit, now),
+                holder,
             )
 
     def lent(self) -> list[PoolProxiedConnection]:

@@ -18,7 +18,9 @@ from .cancellation import settle
 from .errors import ConnectTimeout, PoolExhausted
 from .ledger import current_owner, has_ended
 from .lending import Lender
-from .slots import GROW_AFTER, Slots
+from .slots import GROW_AFTER, RECOVER_AFTER, Slots
+
+GROW_ANYWAY = 0.5  # seconds that the first in the queue waits, on a loop that always lags
 
 
 class ThreadPool(Lender):
@@ -36,9 +38,11 @@ class ThreadPool(Lender):
         end = time.monotonic() + self.limit
         growing = slots.may_grow
         while (left := end - time.monotonic()) > 0:
-            if bell.acquire(timeout=min(left, step) if growing else left):
+            if bell.acquire(timeout=min(left, step if growing else RECOVER_AFTER)):
                 return
             growing = slots.grow()
+            if not growing:
+                slots.recover()
 
     def stopped_loops(self) -> Iterable[object]:
         """A thread that waits for a lock stops its event loop, if it runs one."""
@@ -60,6 +64,8 @@ class ThreadPool(Lender):
 
 class Shelf(AsyncAdaptedQueuePool, Lender):
     """The connections of one event loop: a task waits for its permit on an event."""
+
+    _queue_class = Lender._queue_class  # type: ignore[assignment]
 
     keeper: AsyncGenerator[None]  # ends the shelf with its loop
     _growth: asyncio.TimerHandle | None = None
@@ -122,7 +128,9 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
         """
         due, self._growth = cast(asyncio.TimerHandle, self._growth).when(), None
         lags = asyncio.get_running_loop().time() - due > GROW_AFTER / 2
-        if lags or self.slots.grow():
+        first = next(iter(self.slots.waiters), None)
+        waits_long = first is not None and time.monotonic() - first.since > GROW_ANYWAY
+        if (lags and not waits_long) or self.slots.grow():
             self._plan_growth(GROW_AFTER)
 
     def open_in_time(self, connect: Callable[[], Any], seconds: float) -> Any:
@@ -189,14 +197,15 @@ class LoopPool(AsyncAdaptedQueuePool):
         SQLAlchemy guards that moment with a lock of one event loop, and there may be several.
         """
         try:
-            turn = self._first.take() or shelf.wait_for(self._first)
+            turn = self._first.take(current_owner()) or shelf.wait_for(self._first)
         except PoolExhausted as error:
+            first = "".join(f", for {holder}" for holder in error.holders)
             raise ConnectTimeout(
                 f"No connection was opened within {shelf.limit:g} s: the first one is still on its "
-                f"way, for {error.holders[0]}. See whether the server is up and can be reached, or "
-                "raise pool_timeout."
+                f"way{first}. See whether the server is up and can be reached, or raise "
+                "pool_timeout."
             ) from None
-        turn.owner, turn.since = current_owner(), time.monotonic()
+        turn.since = time.monotonic()
         try:
             if not self._initialized:
                 connection = shelf.connect()

@@ -6,8 +6,10 @@ import asyncio
 import logging
 import sys
 import warnings
+import weakref
 from collections.abc import Coroutine
 from contextlib import suppress
+from traceback import walk_stack
 from types import CodeType, TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NoReturn, TypeVar
 
@@ -15,14 +17,18 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import ResourceClosedError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
+from sqlalchemy.pool import PoolProxiedConnection
+from sqlalchemy.util import greenlet_spawn
 
 from .backends import Role, Side
 from .cancellation import settle
 from .engines import EngineRoom
 from .errors import NotEntered, SessionClosed, SyncInAsync, SyncInAsyncWarning, WrongWith
 from .ledger import Entry
+from .lending import forfeit
 from .retiring import retire
 from .sessions import Guarded, in_use, recall
+from .statements import permit_of
 
 logger: logging.Logger = logging.getLogger("engineroom")
 
@@ -130,7 +136,7 @@ class SyncScope(Scope, Generic[R]):
         if self.is_open:
             failed = error is not None or bool(self.obituary)
             try:
-                finish(self._resource, failed)
+                finish(self._resource, failed, self.connection)
             finally:
                 self._leave(error is not None)
 
@@ -173,7 +179,7 @@ class AsyncScope(Scope, Generic[R]):
         if self.is_open:
             failed = error is not None or bool(self.obituary)
             try:
-                finishing = self._resource.run_sync(finish, failed)
+                finishing = self._resource.run_sync(finish, failed, self.connection)
                 if failed:
                     await settle_quietly(finishing)
                 else:
@@ -254,6 +260,13 @@ class ConnectScope(SyncScope[Connection]):
     def _open(self, engine: Engine) -> Connection:
         return begin(engine.connect(), self)
 
+    def may_be_elsewhere(self) -> bool:
+        """Whether its thread has left the function that opened it: a connection may be handed on,
+        as a session may not.
+        """
+        frame = sys._current_frames().get(self.thread)
+        return all(one.f_code is not self.code for one, _ in walk_stack(frame))
+
 
 class AsyncConnectScope(AsyncScope[AsyncConnection]):
     """A connection in a transaction, without the ORM."""
@@ -264,6 +277,19 @@ class AsyncConnectScope(AsyncScope[AsyncConnection]):
         connection = await engine.connect()
         await connection.run_sync(begin, self)
         return connection
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """End the scope; a statement that another task runs on it is ended on the server before."""
+        held = self.held() if self.is_open else None
+        permit = None if held is None else permit_of(held)
+        if permit is not None and permit.running:
+            await settle_quietly(greenlet_spawn(self._room.end_apart, self._target[1], [held]))
+        await super().__aexit__(kind, error, traceback)
 
 
 def begin(connection: Connection, scope: Scope) -> Connection:
@@ -277,7 +303,9 @@ def begin(connection: Connection, scope: Scope) -> Connection:
     return connection
 
 
-def finish(resource: Guarded | Connection, failed: bool) -> None:
+def finish(
+    resource: Guarded | Connection, failed: bool, held: weakref.ref[PoolProxiedConnection] | None
+) -> None:
     """Commit, or roll back, and close: the end of every scope, in one call for both twins.
 
     A session that its user closed is not in a transaction any more: nothing is left to do.
@@ -305,6 +333,9 @@ def finish(resource: Guarded | Connection, failed: bool) -> None:
             logger.debug("A failed scope could not be closed: %r", error)
             with suppress(ResourceClosedError):  # SQLAlchemy may have closed it all the same
                 resource.invalidate()
+        finally:
+            if held is not None and (connection := held()) is not None and connection.is_valid:
+                forfeit(connection)
         if session is not None and session._last_seen is not None:
             recall(session)
 

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.orm.attributes import set_committed_value
 
 from .errors import SessionInUse, WrongThread
-from .ledger import Entry, current_owner, current_task, name_of
+from .ledger import Entry, current_owner, name_of
 from .retiring import ENDED, retire
 
 
@@ -30,8 +30,7 @@ class Guarded(Session):
 
     def get_bind(self, *args: Any, **kw: Any) -> Engine | Connection:
         """Return the engine for a statement; every one passes here, before anything is sent."""
-        scope = self._scope
-        if scope is not None:
+        if (scope := self._scope) is not None:
             self._check_caller(scope)
         return super().get_bind(*args, **kw)
 
@@ -47,10 +46,11 @@ class Guarded(Session):
         # thread's end takes a lock, and a fork at that moment would leave it locked in the child.
         if not scope.has_greenlets:
             return
-        here = getcurrent()
-        if here is not self._greenlet and here.parent is not None:  # (a thread's own has no parent)
-            self._refuse_overlap()
-            self._greenlet, self._task = here, current_task()
+        here, last = getcurrent(), self._greenlet
+        if here is not last and here.parent is not None:  # (a thread's own has no parent)
+            if last is not None and not last.dead:
+                self._refuse_overlap()
+            self._greenlet, self._task = here, asyncio.current_task()
 
     def _call_in_flight(self) -> asyncio.Task[Any] | None:
         """Return the task whose call on this session has not returned yet."""
@@ -77,13 +77,19 @@ class Guarded(Session):
 
     def commit(self) -> None:
         """Send pending changes and commit."""
-        self._check()
+        if (scope := self._scope) is not None:  # `_check()`, written out for every session's end
+            self._check_caller(scope)
         super().commit()
 
     def rollback(self) -> None:
         """Roll back."""
         self._check()
         super().rollback()
+
+    def reset(self) -> None:
+        """Roll back, and forget every object."""
+        self._check()
+        super().reset()
 
     def invalidate(self) -> None:
         """Close the session, and its connections with it."""
@@ -92,7 +98,8 @@ class Guarded(Session):
 
     def close(self) -> None:
         """Close the session for good: it refuses further use."""
-        self._refuse_overlap()
+        if self._greenlet is not None:
+            self._refuse_overlap()
         try:
             super().close()
         finally:

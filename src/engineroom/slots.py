@@ -14,6 +14,7 @@ from typing import Any, cast
 
 GROW_AFTER = 0.01  # seconds without a return before a connection beyond `pool_size` is opened
 CONNECTS_AT_ONCE = 5  # beyond `pool_size`: a server that is slow to connect gets no more of them
+RECOVER_AFTER = 1.0  # seconds that a permit was nobody's, before it is taken for lost
 
 
 class Permit:
@@ -36,7 +37,7 @@ class Permit:
 
     def clear(self) -> None:
         """Forget the holder."""
-        self.owner: Any = None  # the task, or the thread's identifier; None: nobody holds it
+        self.owner: Any = None  # a task, or a thread's identifier; a scope's `entry`; None: nobody
         self.connection: Any = None  # a weak reference, once it is open
         self.entry: Any = None  # a weak reference to the scope that uses it
         self.since: float = 0.0
@@ -73,20 +74,28 @@ class Ticket:
         return cast(Permit, self._outcome["first"])
 
     def grant(self, permit: Permit) -> bool:
-        """Hand over a permit and wake the waiter; False if it has given up."""
-        if self._outcome.setdefault("first", permit) is not permit:
-            return False
-        self._wake()
-        return True
+        """Hand over a permit and wake the waiter; False if it has given up, or is no more."""
+        permit.owner, permit.since = self.owner, time.monotonic()
+        if self._outcome.setdefault("first", permit) is permit and self._is_woken():
+            return True
+        permit.clear()
+        return False
 
     def give_up(self) -> bool:
-        """Leave the queue; False if a permit came first: then it is the caller's to give back."""
+        """Want a permit no more; False if one came first: then it is the caller's to give back."""
         return self._outcome.setdefault("first", None) in (None, DISMISSED)
 
     def dismiss(self) -> None:
         """Wake the waiter without a permit."""
         if self._outcome.setdefault("first", DISMISSED) is DISMISSED:
+            self._is_woken()
+
+    def _is_woken(self) -> bool:
+        try:
             self._wake()
+        except RuntimeError:  # its event loop was closed: it never goes on
+            return False
+        return True
 
 
 # Where each owner waits that does; and an event loop, where a thread that runs it waits.
@@ -113,32 +122,73 @@ class Slots:
         self._queue: deque[Ticket] = deque()
         self._handing_out = threading.Lock()
         self._again = False
+        self._suspects: dict[object, float] = {}  # what `recover` thinks lost, and since when
 
-    def take(self) -> Permit | None:
+    def take(self, owner: object = None) -> Permit | None:
         """Take a permit at once; None if there is none, or if others were here first."""
         if self._queue:
             return None
         try:
-            return self._free.pop()
+            permit = self._free.pop()
         except IndexError:
             return None
+        permit.owner = owner
+        return permit
 
     def queue(self, owner: object, wake: Callable[[], object]) -> Ticket:
-        """Stand in the queue; `wake` is called, from any thread, once the ticket has its permit."""
+        """Stand in the queue; `wake` is called, from any thread, once the ticket has its permit.
+
+        It raises RuntimeError where nobody can be woken any more.
+        """
         ticket = Ticket(self, owner, wake)
         self._queue.append(ticket)
         self._hand_out()
         return ticket
 
-    def leave(self, ticket: Ticket) -> None:
-        """Leave the queue; a permit that came just before goes back."""
+    def leave(self, ticket: Ticket) -> bool:
+        """Leave the queue; False if a permit came first: then it is the caller's to give back."""
         if not ticket.give_up():
-            self.give(ticket.granted)
+            return False
+        with suppress(ValueError):  # it was dismissed, or is just being skipped
+            self._queue.remove(ticket)
+        return True
+
+    def forsake(self, owner: object) -> None:
+        """Take back what an owner was about to connect with, at whatever line it was interrupted.
+
+        What it has connected with already is passed over.
+        """
+        for ticket in self.waiters:
+            if ticket.owner == owner:
+                self.leave(ticket)
+        for permit in self.permits:
+            if permit.owner == owner and permit.connection is None:
+                self.give(permit)
+
+    def recover(self) -> None:
+        """Take back what was lost between two lines, where Ctrl-C can strike: asked now and then.
+
+        For a moment a permit is nobody's whenever it changes hands. So it must have been for long.
+        """
+        ours = {*self._free, *self._spare}
+        lost: list[Any] = [one for one in self.permits if one.owner is None and one not in ours]
+        if self._queue and self._free:
+            lost.append(self._handing_out)
+        now = time.monotonic()
+        self._suspects = {one: self._suspects.get(one, now) for one in lost}
+        for one, since in list(self._suspects.items()):
+            if now - since >= RECOVER_AFTER:
+                del self._suspects[one]
+                if isinstance(one, Permit):
+                    self.give(one)
+                else:  # it was left locked
+                    self._handing_out = threading.Lock()
+                    self._hand_out()
 
     def give(self, permit: Permit) -> None:
         """Give a permit back, and with it serve whoever waits longest."""
         permit.owner = permit.connection = permit.entry = None
-        permit.waited = permit.since = 0.0
+        permit.waited = permit.since = permit.statement_since = 0.0
         permit.statement = ""
         permit.running = permit.is_reported = False
         self.came_back = time.monotonic()
@@ -185,7 +235,7 @@ class Slots:
 
     def _hand_out(self) -> None:
         self._again = True
-        while self._again and self._handing_out.acquire(blocking=False):
+        while self._again and (turn := self._handing_out).acquire(blocking=False):
             try:
                 self._again = False
                 while self._queue and self._free:
@@ -198,7 +248,7 @@ class Slots:
                     if not ticket.grant(permit):  # it gave up: skip it
                         self._free.append(permit)
             finally:
-                self._handing_out.release()
+                turn.release()
 
     @property
     def overflow(self) -> int:
@@ -212,8 +262,8 @@ class Slots:
 
     @property
     def waiting(self) -> int:
-        """How many wait in the queue."""
-        return len(self.waiters)
+        """How many wait in the queue: who gives up leaves it."""
+        return len(self._queue)
 
     @property
     def held(self) -> list[Permit]:
@@ -256,14 +306,16 @@ class Slots:
 def _awaited_by(permit: Permit) -> Iterator[Ticket]:
     """Yield what a holder waits for: its own ticket, and one that its event loop stands still for.
 
-    A ticket that was granted counts no more, though its waiter may not have run yet. And a thread
-    that took a connection without a scope may have handed it on, and do something else by now.
+    A ticket that was granted counts no more, nor one whose task is cancelled, though neither may
+    have run yet. And who took a connection without a scope, or may have handed his scope on, may do
+    something else by now, while somebody works with it.
     """
-    owner = permit.owner
-    in_loop = hasattr(owner, "get_loop")
-    if not in_loop and permit.entry is None:
+    entry = None if permit.entry is None else permit.entry()
+    if entry is None or entry.may_be_elsewhere():
         return
+    owner = entry.holder
+    in_loop = hasattr(owner, "get_loop")
     for key in (owner, owner.get_loop() if in_loop else None):
         ticket = WAITING.get(key)
-        if ticket is not None and ticket.waits:
+        if ticket is not None and ticket.waits and not (in_loop and owner.cancelling()):
             yield ticket

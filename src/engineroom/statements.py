@@ -1,4 +1,4 @@
-"""What each lent connection is running: noted around the dialect's own three ways to execute."""
+"""What each lent connection is running: noted around the dialect's own verbs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy.engine import Dialect
+from sqlalchemy.pool import PoolProxiedConnection
+
+UNKNOWN_OUTCOME = (
+    "The cancellation struck while COMMIT was under way: whether the transaction was committed is "
+    "unknown. Look for what it wrote, or make the work such that it may be done again."
+)
 
 
 def note_statements(dialect: Dialect) -> None:
@@ -14,27 +20,69 @@ def note_statements(dialect: Dialect) -> None:
 
     Instead of SQLAlchemy's events, which cost every statement several times as much.
     """
-    for name in ("do_execute", "do_executemany", "do_execute_no_params"):
-        setattr(dialect, name, noting(getattr(dialect, name)))
+    overridden: Any = dialect
+    overridden.do_execute = noting(dialect.do_execute)
+    overridden.do_executemany = noting(dialect.do_executemany)
+    overridden.do_execute_no_params = noting_no_parameters(dialect.do_execute_no_params)
+    overridden.do_commit = noting_commit(dialect.do_commit)
+
+
+def permit_of(connection: PoolProxiedConnection) -> Any:
+    """Return the permit against which a connection is lent; None if it is not."""
+    try:
+        berth = connection.info.get("berth")
+    except NotImplementedError:  # what SQLAlchemy initializes a dialect with has no `info`
+        return None
+    return None if berth is None else berth.permit
 
 
 def noting(execute: Callable[..., None]) -> Callable[..., None]:
-    """Wrap one way to execute."""
+    """Wrap a way to execute."""
 
-    def noted(cursor: Any, statement: str, *rest: Any) -> None:
-        info = rest[-1].root_connection.connection.record_info  # the last one is the context
-        lent = None if info is None else info.get("lent")
-        if lent is None:
-            return execute(cursor, statement, *rest)
-        permit = lent.permit
+    def noted(cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
+        permit = permit_of(context.root_connection.connection)
+        if permit is None:
+            return execute(cursor, statement, parameters, context)
         permit.statement = statement
         permit.statement_since = time.monotonic()
         permit.running = True
         try:
-            execute(cursor, statement, *rest)
+            execute(cursor, statement, parameters, context)
         finally:
             permit.running = False
             permit.statement_since = time.monotonic()
         return None
+
+    return noted
+
+
+def noting_no_parameters(execute: Callable[..., None]) -> Callable[..., None]:
+    """Wrap the way to execute that takes no parameters."""
+
+    def without(cursor: Any, statement: str, parameters: Any, context: Any) -> None:
+        execute(cursor, statement, context)
+
+    noted = noting(without)
+    return lambda cursor, statement, context=None: noted(cursor, statement, None, context)
+
+
+def noting_commit(commit: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Wrap COMMIT, which leaves its caller without an answer where it is interrupted."""
+
+    def noted(connection: Any) -> None:
+        permit = permit_of(connection)
+        if permit is not None:
+            permit.statement, permit.statement_since = "COMMIT", time.monotonic()
+            permit.running = True
+        try:
+            commit(connection)
+        except Exception:
+            raise
+        except BaseException as error:
+            error.add_note(UNKNOWN_OUTCOME)
+            raise
+        finally:
+            if permit is not None:
+                permit.running = False
 
     return noted

@@ -27,6 +27,9 @@ DRIVERS = {
 }
 READ_ONLY = "default_transaction_read_only"
 
+IDLE = 0  # libpq's PQTRANS_IDLE
+AT_REST = (IDLE, 4)  # and PQTRANS_UNKNOWN: it is closed
+
 CANCEL_EVERY = 0.02  # seconds
 BREAK_OFF_LIMIT = 1.0  # seconds for the server to take a cancel request
 
@@ -69,7 +72,10 @@ class PostgreSQL:
     def attach(
         self, engine: Engine, role: Role, before_write: Callable[[Connection], None]
     ) -> None:
-        """PostgreSQL behaves as it is."""
+        """PostgreSQL behaves as it is; psycopg is spared a rollback where nothing has begun."""
+        dialect: Any = engine.dialect
+        if dialect.driver == "psycopg":
+            dialect.do_rollback = _rolling_back(dialect.do_rollback, dialect.is_async)
 
     def limit_connect(self, arguments: dict[str, Any], seconds: float) -> None:
         """Set libpq's parameter, in whole seconds; fewer than two it does not know."""
@@ -89,6 +95,14 @@ class PostgreSQL:
         """Ask the driver: none of them forgets its socket before it knows that it is closed."""
         closed: bool | None = getattr(driver, "closed", None)
         return bool(driver.is_closed() if closed is None else closed)
+
+    def is_at_rest(self, driver: Any) -> bool:
+        """Ask the driver, which knows what the server said last."""
+        if hasattr(driver, "pgconn"):
+            return driver.pgconn.transaction_status in AT_REST
+        if hasattr(driver, "get_transaction_status"):  # psycopg2
+            return driver.get_transaction_status() in AT_REST
+        return not driver.is_in_transaction()
 
     def ping(self, connection: PoolProxiedConnection, engine: Engine) -> None:
         """Ask the server in one round trip."""
@@ -216,6 +230,23 @@ def _settling_connection() -> Any:
             return bool(self.pgconn.is_busy())
 
     return SettlingConnection
+
+
+def _rolling_back(rollback: Callable[[Any], None], is_async: bool) -> Callable[[Any], None]:
+    """Wrap ROLLBACK, which SQLAlchemy repeats after each COMMIT.
+
+    psycopg sends nothing either, but takes a lock and runs a generator to find that out.
+    """
+
+    def roll_back_what_has_begun(connection: Any) -> None:
+        driver = connection.dbapi_connection
+        if is_async and driver is not None:
+            driver = driver.driver_connection
+        pgconn = None if driver is None else driver.pgconn
+        if pgconn is None or pgconn.transaction_status != IDLE or pgconn.pipeline_status:
+            rollback(connection)
+
+    return roll_back_what_has_begun
 
 
 def _asyncpg_transport(driver: Any) -> Any:
