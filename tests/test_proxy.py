@@ -59,13 +59,15 @@ async def test_asyncpg_counts(proxy: WireProxy, postgres_url: str) -> None:
     assert (proxy.round_trips, proxy.connections) == (0, 0)
 
 
-async def test_copy_waits_twice(proxy: WireProxy, postgres_url: str) -> None:
+async def test_copy_is_counted(proxy: WireProxy, postgres_url: str) -> None:
     connection = await asyncpg.connect(proxy.url(postgres_url))
     await connection.execute("CREATE TABLE t (a text)")
     proxy.reset()
     rows = [("x" * 1000,)] * 5000
     await connection.copy_records_to_table("t", records=rows, columns=["a"])
-    assert trips(proxy) == 3  # asyncpg asks for the columns' types; COPY; the data
+    # asyncpg asks for the columns' types, then sends COPY and the data. It does not wait for the
+    # leave to send them, but may get it in between: then the rest counts once more.
+    assert trips(proxy) in {2, 3}
     assert len(await connection.fetch("TABLE t")) == 5000
     assert trips(proxy) == 2
     await connection.close()
