@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import signal
+import sqlite3
 import threading
 import time
 from collections.abc import AsyncGenerator
@@ -174,3 +175,37 @@ def interrupted_waiting(url: str) -> None:
 
 def test_ctrl_c_in_the_queue_costs_no_permit(url: str) -> None:
     run(interrupted_waiting, url)
+
+
+def interrupted_locked_out(url: str) -> None:
+    with Database(url, pool_size=1, max_overflow=0) as door:
+        door.check()
+        stranger = sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None)
+        stranger.execute("BEGIN IMMEDIATE")
+        pressed = []
+
+        def press() -> None:
+            until(
+                lambda: [holder for pool in door.stats().pools for holder in pool.holders],
+                lambda held: any("BEGIN IMMEDIATE" in holder.doing for holder in held),
+            )
+            time.sleep(0.1)
+            pressed.append(time.monotonic())
+            os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Thread(target=press).start()
+        try:
+            with door.session() as db:
+                db.execute(text("SELECT 1"))
+        except KeyboardInterrupt:
+            assert time.monotonic() - pressed[0] < 5
+        else:
+            raise AssertionError("Ctrl-C was lost")
+        stranger.close()
+        assert not any(pool.lent for pool in door.stats().pools)
+        with door.session() as db:
+            assert db.scalar(text("PRAGMA busy_timeout")) == 30000
+
+
+def test_ctrl_c_does_not_wait_for_the_lock_of_a_sqlite_file(sqlite_url: str) -> None:
+    run(interrupted_locked_out, sqlite_url)
