@@ -7,17 +7,19 @@ import gc
 import logging
 import os
 import signal
+import sqlite3
 import threading
 import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
-from scenario import run, run_on, server, until
+from scenario import backends, run, run_on, server, settled, until
 from sqlalchemy import text
 from sqlalchemy.engine import make_url
 
 from engineroom import Database, DatabaseSessionManager
+from engineroom.testing import WireProxy
 
 every_loop = pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 
@@ -114,6 +116,50 @@ def loop_closed_over_its_task(url: str) -> None:
 
 def test_a_loop_closed_over_its_task_leaves_nothing_running(driver_url: str) -> None:
     run(loop_closed_over_its_task, driver_url)
+
+
+def connect_cancelled(url: str, loop: str, how: str) -> None:
+    """Struck where the server has the connection, and the client not yet."""
+    gc.disable()
+    kept = []  # as a log or a debugger keeps it, with all that its traceback leads to
+
+    async def use(manager: DatabaseSessionManager) -> None:
+        async with manager.session() as db:
+            await db.execute(text("SELECT 1"))
+
+    async def main(manager: DatabaseSessionManager) -> None:
+        async with asyncio.timeout(None) as limit:
+            task = asyncio.create_task(use(manager))
+            while not await asyncio.to_thread(backends, url):
+                assert not task.done()
+                await asyncio.sleep(0.01)
+            if how == "cancel":
+                task.cancel()
+            else:
+                limit.reschedule(0)
+            await task
+
+    async def whole(proxy: WireProxy) -> None:
+        manager = DatabaseSessionManager().init(proxy.url(url))
+        try:
+            await main(manager)
+        except (asyncio.CancelledError, TimeoutError) as error:
+            kept.append(error)
+        proxy.delay = 0
+        await asyncio.to_thread(settled, url)
+        await manager.close()
+
+    where = make_url(url)
+    assert where.host is not None
+    assert where.port is not None
+    with WireProxy(where.host, where.port, delay=2) as proxy:
+        run_on(loop, whole(proxy))
+    assert len(kept) == 1
+
+
+@pytest.mark.parametrize(("loop", "how"), [("asyncio", "cancel"), ("uvloop", "timeout")])
+def test_a_cancelled_connect_leaves_no_backend(driver_url: str, loop: str, how: str) -> None:
+    run(connect_cancelled, driver_url, loop, how)
 
 
 def interrupted(url: str) -> None:
@@ -237,3 +283,37 @@ def interrupted_waiting(url: str) -> None:
 
 def test_ctrl_c_in_the_queue_costs_no_permit(url: str) -> None:
     run(interrupted_waiting, url)
+
+
+def interrupted_locked_out(url: str) -> None:
+    with Database(url, pool_size=1, max_overflow=0) as door:
+        door.check()
+        stranger = sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None)
+        stranger.execute("BEGIN IMMEDIATE")
+        pressed = []
+
+        def press() -> None:
+            until(
+                lambda: [holder for pool in door.stats().pools for holder in pool.holders],
+                lambda held: any("BEGIN IMMEDIATE" in holder.doing for holder in held),
+            )
+            time.sleep(0.1)
+            pressed.append(time.monotonic())
+            os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Thread(target=press).start()
+        try:
+            with door.session() as db:
+                db.execute(text("SELECT 1"))
+        except KeyboardInterrupt:
+            assert time.monotonic() - pressed[0] < 5
+        else:
+            raise AssertionError("Ctrl-C was lost")
+        stranger.close()
+        assert not any(pool.lent for pool in door.stats().pools)
+        with door.session() as db:
+            assert db.scalar(text("PRAGMA busy_timeout")) == 30000
+
+
+def test_ctrl_c_does_not_wait_for_the_lock_of_a_sqlite_file(sqlite_url: str) -> None:
+    run(interrupted_locked_out, sqlite_url)

@@ -388,6 +388,41 @@ def test_synchronous_close_frees_the_lock_of_a_sqlite_file(sqlite_url: str, slow
     run(sqlite_sync, sqlite_url, slow)
 
 
+def locked_out(url: str, loop: str) -> None:
+    """A stranger holds the lock all the time."""
+    log, manager = Log(), opened(url)
+    file = make_url(url).database
+    assert file is not None
+    stranger = sqlite3.connect(file, isolation_level=None)
+
+    async def writer() -> None:
+        with pytest.raises((SessionClosed, DBAPIError)):
+            async with manager.session() as db:
+                await db.execute(insert(Item).values(id=1))
+
+    async def main() -> None:
+        stranger.execute("BEGIN IMMEDIATE")
+        task = asyncio.create_task(writer())
+        while not any("BEGIN" in h.doing for pool in manager.stats().pools for h in pool.holders):
+            await asyncio.sleep(0.01)
+        started = time.monotonic()
+        await manager.close(timeout=0.1)
+        assert time.monotonic() - started < 3
+        await task
+        assert time.monotonic() - started < 4
+        assert is_named(log, "writer") == len(log.messages) == 1, log.messages
+
+    run_on(loop, main())
+    stranger.close()
+    assert settled(url) == []
+    assert stored(url) == []
+
+
+@every_loop
+def test_close_does_not_wait_for_the_lock_of_a_sqlite_file(sqlite_url: str, loop: str) -> None:
+    run(locked_out, sqlite_url, loop)
+
+
 # -- the smaller promises ----------------------------------------------------------------------
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import logging
 import os
+import signal
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -195,6 +198,41 @@ def test_an_argument_that_is_no_time_is_refused_with_its_name(given: Any) -> Non
     assert f"pool_timeout={given!r} cannot be used: " in str(caught.value)
 
 
+LONGEST = 2_147_483  # seconds, which are as many milliseconds as a C int counts
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLES if name.endswith("_timeout")])
+@pytest.mark.parametrize("given", [1e10, LONGEST + 1, timedelta(days=36500), timedelta.max, "600h"])
+def test_a_time_that_nothing_can_wait_for_is_refused(
+    name: str, given: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: Any = {name: given}
+    with pytest.raises(InvalidOption) as caught:
+        read_settings(URL, **options)
+    assert f"{name}={given!r} cannot be used: " in str(caught.value)
+    assert str(LONGEST) in str(caught.value)
+    monkeypatch.setenv(f"DB_{name.upper()}", "1000000h")
+    with pytest.raises(InvalidOption, match=f"DB_{name.upper()}='1000000h'.* {LONGEST}"):
+        read_settings(URL)
+
+
+def test_the_longest_time_can_be_waited_for(sqlite_url: str) -> None:
+    """By a thread, whose locks know a limit, and in SQLite."""
+    with (
+        Database(
+            sqlite_url, pool_size=1, max_overflow=0, pool_timeout=LONGEST, busy_timeout=LONGEST
+        ) as door,
+        ThreadPoolExecutor() as threads,
+    ):
+        with door.session() as db:
+            assert db.scalar(text("PRAGMA busy_timeout")) == LONGEST * 1000
+            waiting = threads.submit(door.create_all)
+            while not any(pool.waiting for pool in door.stats().pools):
+                time.sleep(0.01)
+                assert not waiting.done()
+        waiting.result(20)
+
+
 def test_a_slow_checkout_above_the_timeout_is_refused_where_somebody_asked_for_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -364,6 +402,43 @@ def test_busy_timeout_is_how_long_a_sqlite_writer_waits(sqlite_url: str) -> None
                 other.execute(text("CREATE TABLE u (n)"))
         with second.session() as db:
             assert db.scalar(text("PRAGMA busy_timeout")) == 50
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGSTOP", "SIGNAL", "10"])
+def test_what_is_no_signal_to_handle_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InvalidOption, match=f"dump_signal={name!r} cannot be used: .*SIGUSR1"):
+        Database("sqlite://", dump_signal=name)
+    monkeypatch.setenv("DB_DUMP_SIGNAL", name)
+    with pytest.raises(InvalidOption, match=f"DB_DUMP_SIGNAL={name!r} cannot be used: .*SIGUSR1"):
+        Database("sqlite://")
+
+
+class Broken(io.StringIO):
+    """A stream whose reader has gone."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
+def closed() -> io.StringIO:
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
+@pytest.mark.parametrize("stderr", [None, closed(), Broken()], ids=["none", "closed", "broken"])
+def test_dump_signal_without_a_standard_error_stream_does_no_harm(
+    stderr: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        with Database("sqlite://", dump_signal="SIGUSR1") as door:
+            with monkeypatch.context() as patch:
+                patch.setattr(sys, "stderr", stderr)
+                signal.raise_signal(signal.SIGUSR1)  # would raise here, in the application
+            assert door.check() > 0
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_every_option_is_tried_by_a_test() -> None:

@@ -6,16 +6,20 @@ import asyncio
 import gc
 import multiprocessing
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from scenario import Item, Model, fork, in_threads, run
+from scenario import LOOPS, Item, Model, fork, in_threads, run, run_on, until
 from sqlalchemy import ForeignKey, delete, func, insert, select, text, update
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.orm import Mapped, mapped_column
 
 from engineroom import Database, DatabaseSessionManager
@@ -473,3 +477,131 @@ def test_a_writer_waits_for_another_process(sqlite_url: str) -> None:
         assert done.wait(20)
         thread.join()
     manager.sync.close()
+
+
+@contextmanager
+def locked(url: str) -> Iterator[None]:
+    """Hold the lock of the file, as a stranger would."""
+    file = url.removeprefix("sqlite:///")
+    stranger = sqlite3.connect(file, isolation_level=None, check_same_thread=False)
+    stranger.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    finally:
+        stranger.close()
+
+
+def doing(manager: DatabaseSessionManager) -> list[str]:
+    return [holder.doing for pool in manager.stats().pools for holder in pool.holders]
+
+
+def waits_for_the_lock(manager: DatabaseSessionManager) -> bool:
+    """Whether a writer has sent its BEGIN, and has had no answer for a while."""
+    return any(
+        words.endswith(": BEGIN IMMEDIATE") and not words.startswith("running for 0.0 s")
+        for words in doing(manager)
+    )
+
+
+def cancelled_writer(url: str, loop: str, verb: str, how: str) -> None:
+    manager = opened(url, pool_size=2, max_overflow=0)
+
+    async def write() -> None:
+        async with (
+            asyncio.timeout(0.3 if how == "timeout" else None),
+            getattr(manager, verb)() as db,
+        ):
+            await db.execute(insert(Item).values(id=1))
+
+    async def main() -> None:
+        await manager.check()
+        with locked(url):
+            for _ in range(2):
+                threads = threading.active_count()
+                task = asyncio.create_task(write())
+                while not task.done() and not waits_for_the_lock(manager):
+                    await asyncio.sleep(0.01)
+                started = time.monotonic()
+                if how == "cancel":
+                    task.cancel()
+                with pytest.raises(TimeoutError if how == "timeout" else asyncio.CancelledError):
+                    await task
+                assert time.monotonic() - started < 3  # 1 s is promised; the lock is never free
+                assert doing(manager) == []
+                until(threading.active_count, lambda seen, most=threads: seen <= most)
+        await write()
+        async with manager.reader() as db:
+            assert (await db.scalars(select(Item.id))).all() == [1]
+        await manager.close()
+
+    run_on(loop, main())
+
+
+@pytest.mark.parametrize("how", ["cancel", "timeout"])
+@pytest.mark.parametrize("verb", ["session", "connect"])
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_cancelled_writer_does_not_wait_for_the_lock(
+    sqlite_url: str, loop: str, verb: str, how: str
+) -> None:
+    run(cancelled_writer, sqlite_url, loop, verb, how)
+
+
+def given_up(url: str, options: dict[str, Any]) -> None:
+    """The driver's own error, and a connection that is as it was."""
+    manager = opened(url, pool_size=1, max_overflow=0, **options)
+
+    async def main() -> None:
+        for verb in (manager.session, manager.connect):
+            with locked(url), pytest.raises(OperationalError, match="database is locked") as caught:
+                async with verb() as db:
+                    await db.execute(insert(Item).values(id=1))
+            assert caught.value.statement == "BEGIN IMMEDIATE"
+            assert caught.value.orig.sqlite_errorname == "SQLITE_BUSY"  # type: ignore[union-attr]
+            async with manager.session(read_only=True) as db:
+                assert await db.scalar(text("PRAGMA busy_timeout")) == 200
+            async with verb() as db:
+                assert await db.scalar(text("PRAGMA busy_timeout")) == 200
+        await manager.close()
+
+    for sync_verb in (manager.sync.session, manager.sync.connect):
+        with locked(url), pytest.raises(OperationalError, match="database is locked"):
+            with sync_verb() as db:
+                db.execute(insert(Item).values(id=1))
+        with manager.sync.session(read_only=True) as db:
+            assert db.scalar(text("PRAGMA busy_timeout")) == 200
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "options", [{"busy_timeout": 0.2}, {"engine_options": {"connect_args": {"timeout": 0.2}}}]
+)
+def test_a_writer_gives_up_with_the_drivers_error_after_the_busy_timeout(
+    sqlite_url: str, options: dict[str, Any]
+) -> None:
+    run(given_up, sqlite_url, options)
+
+
+def other_error(url: str) -> None:
+    """What is no lock is no reason to wait: the driver's error comes at once."""
+    manager = opened(url, pool_size=1, max_overflow=0)
+    nested = text("BEGIN IMMEDIATE")
+
+    async def main() -> None:
+        with pytest.raises(OperationalError, match="within a transaction"):
+            async with manager.connect() as db:
+                await db.execute(nested)
+        await manager.check()
+        await manager.close()
+
+    started = time.monotonic()
+    with (
+        pytest.raises(OperationalError, match="within a transaction"),
+        manager.sync.connect() as db,
+    ):
+        db.execute(nested)
+    asyncio.run(main())
+    assert time.monotonic() - started < 20  # the busy timeout is 30 s
+
+
+def test_a_begin_that_fails_otherwise_is_not_tried_again(sqlite_url: str) -> None:
+    run(other_error, sqlite_url)

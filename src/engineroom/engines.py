@@ -389,8 +389,11 @@ def dump_on(number: signal.Signals) -> None:
     """Have a signal print the report of every manager, to the standard error stream."""
 
     def dump(number: int, frame: object) -> None:
-        for room in list(ROOMS):
-            sys.stderr.write(f"{room.report()}\n")
+        # What this raised would strike the application in any of its lines. The stream may be
+        # closed, or None, or without a reader, or in the middle of another write.
+        with suppress(Exception):
+            for room in list(ROOMS):
+                sys.stderr.write(f"{room.report()}\n")
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(number, dump)

@@ -43,7 +43,9 @@ def read_seconds(value: object) -> object:
 
 
 UNITS: dict[str, float] = {"": 1, "ms": 0.001, "s": 1, "sec": 1, "min": 60, "h": 3600}
-Seconds = Annotated[float, BeforeValidator(read_seconds), Field(allow_inf_nan=False)]
+# As many milliseconds as a C int counts, in which SQLite and libpq wait; 24 days, and portable.
+LONGEST = 2_147_483
+Seconds = Annotated[float, BeforeValidator(read_seconds), Field(allow_inf_nan=False, le=LONGEST)]
 
 
 class DatabaseSettings(BaseSettings):
@@ -104,6 +106,8 @@ class DatabaseSettings(BaseSettings):
     def _is_a_signal(cls, name: str) -> str:
         if name and name not in signal.Signals.__members__:
             raise ValueError("it is not the name of a signal here (SIGUSR1 is a common one)")
+        if name in {"SIGKILL", "SIGSTOP"}:
+            raise ValueError("no process can handle this signal (SIGUSR1 is a common one)")
         return name
 
     @model_validator(mode="after")

@@ -7,9 +7,10 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
+from traceback import clear_frames
 from typing import Any
 
 from sqlalchemy.engine import URL, Connection, Engine
@@ -189,17 +190,22 @@ def _settling_connection() -> Any:
     psycopg asks the server to cancel when its task is; but a second cancellation interrupts that
     request, and the statement runs on with its locks.
     """
-    from psycopg import AsyncConnection, AsyncServerCursor, Error, waiting
+    from psycopg import AsyncConnection, Error, waiting
     from psycopg.pq import TransactionStatus
-
-    class SettlingCursor(AsyncServerCursor[Any]):
-        async def close(self) -> None:
-            await settle(super().close())  # interrupted, psycopg would warn that it is open still
 
     class SettlingConnection(AsyncConnection[Any]):
         def __init__(self, *args: Any, **kw: Any) -> None:
             super().__init__(*args, **kw)
-            self.server_cursor_factory = SettlingCursor
+            self.server_cursor_factory = _settling_cursor()
+
+        @classmethod
+        async def connect(cls, *args: Any, **kw: Any) -> Any:
+            """Connect; a connection that is half made ends with the frames that hold it.
+
+            psycopg closes it nowhere: whoever keeps the error would keep the backend as well.
+            """
+            with _clearing_frames():
+                return await super().connect(*args, **kw)
 
         async def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
             options = {} if timeout is None else {"timeout": timeout}  # psycopg 3.2 has none
@@ -247,6 +253,28 @@ def _rolling_back(rollback: Callable[[Any], None], is_async: bool) -> Callable[[
             rollback(connection)
 
     return roll_back_what_has_begun
+
+
+@cache
+def _settling_cursor() -> Any:
+    """Make psycopg's cursor a class that is closed though its closing is cancelled."""
+    from psycopg import AsyncServerCursor
+
+    class SettlingCursor(AsyncServerCursor[Any]):
+        async def close(self) -> None:
+            await settle(super().close())  # interrupted, psycopg would warn that it is open still
+
+    return SettlingCursor
+
+
+@contextmanager
+def _clearing_frames() -> Generator[None]:
+    """Let go of what the frames hold that an error has come through."""
+    try:
+        yield
+    except BaseException as error:
+        clear_frames(error.__traceback__)
+        raise
 
 
 def _asyncpg_transport(driver: Any) -> Any:

@@ -11,8 +11,10 @@ import time
 import weakref
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
+from itertools import chain, repeat
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from sqlalchemy import event
@@ -28,7 +30,12 @@ DRIVERS = {Side.ASYNC: {"aiosqlite": "aiosqlite"}, Side.SYNC: {"pysqlite": "sqli
 READ_ONLY = "engineroom_read_only"
 QUERY_ONLY = "engineroom_query_only"
 
+BEGIN_WRITE = "BEGIN IMMEDIATE"
+
 SQLITE_BUSY, SQLITE_READONLY = 5, 8  # of SQLite's result codes
+# Seconds between two tries for a lock, the last for all that follow. SQLite's own begin like this,
+# but go on to 0.1, with which a caller who waits through an event loop would come too late.
+PAUSES = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.025)
 INTERRUPT_EVERY = 0.02  # seconds
 ROLLBACKS = 3
 
@@ -67,6 +74,7 @@ class SQLite:
         self, side: Side, role: Role, connect_args: dict[str, Any]
     ) -> dict[str, Any]:
         """Return the options of a role: a reader's statements stand alone."""
+        self._busy_timeout = connect_args.get("timeout", self._busy_timeout)  # theirs comes first
         options: dict[str, Any] = {"connect_args": {"timeout": self._busy_timeout} | connect_args}
         if role is Role.READER:
             options["isolation_level"] = "AUTOCOMMIT"
@@ -108,33 +116,66 @@ class SQLite:
                 # cannot help it any more: IMMEDIATE waits where waiting helps.
                 before_write(connection)
                 self._refuse_inherited()
-                connection.exec_driver_sql("BEGIN IMMEDIATE")
+                connection.exec_driver_sql(BEGIN_WRITE)
 
         if engine.dialect.is_async:
             event.listen(engine, "connect", _steady, insert=True)
         event.listen(engine, "connect", connect)
         if role is Role.PRIMARY:
             event.listen(engine, "begin", begin)
+            self._wait_for_the_lock_here(engine)
+
+    def _wait_for_the_lock_here(self, engine: Engine) -> None:
+        """Wait for the lock in SQLite's place: its waiting ends for no cancellation, nor Ctrl-C."""
+        execute = engine.dialect.do_execute
+
+        def execute_here(cursor: Any, statement: str, parameters: Any, context: Any) -> None:
+            if statement == BEGIN_WRITE:
+                lent = context.root_connection.connection
+                if not lent.driver_connection.in_transaction:  # else SQLite refuses it at once
+                    begin = partial(self._begin_write, lent.dbapi_connection, engine)
+                    cursor = SimpleNamespace(execute=begin)
+            execute(cursor, statement, parameters, context)
+
+        engine.dialect.do_execute = execute_here  # type: ignore[method-assign,assignment]
+
+    def _begin_write(self, connection: Any, engine: Engine, *_: object) -> None:
+        """Take the lock in one call: each would cost the asynchronous side a turn of the loop."""
+        usual = f"PRAGMA busy_timeout={int(self._busy_timeout * 1000)}"
+        script = f"PRAGMA busy_timeout=0; {BEGIN_WRITE}; {usual}"
+        try:
+            self._insist(connection, engine, partial(_run_script, connection, script))
+        except Exception:  # (after any other SQLAlchemy parts with the connection)
+            with suppress(Exception):
+                _run_script(connection, usual)
+            raise
 
     def _use_wal(self, connection: Any, cursor: Any, engine: Engine) -> None:
         """Switch the file to WAL; the switch ignores the busy timeout, so the wait is here."""
+
+        def switch() -> None:
+            cursor.execute("PRAGMA journal_mode")
+            if cursor.fetchone()[0] != "wal":
+                cursor.execute("PRAGMA journal_mode=WAL")
+
+        try:
+            self._insist(connection, engine, switch)
+        except engine.dialect.loaded_dbapi.OperationalError as error:
+            if _code(error) != SQLITE_READONLY:  # somebody opened it so, and reads
+                raise
+
+    def _insist(self, connection: Any, engine: Engine, attempt: Callable[[], None]) -> None:
+        """Try until nobody holds the lock, or the busy timeout is over."""
         deadline = time.monotonic() + self._busy_timeout
-        while True:
+        for pause in chain(PAUSES, repeat(PAUSES[-1])):
             try:
-                cursor.execute("PRAGMA journal_mode")
-                if cursor.fetchone()[0] != "wal":
-                    cursor.execute("PRAGMA journal_mode=WAL")
-                return
+                return attempt()
             except engine.dialect.loaded_dbapi.OperationalError as error:
-                kind = getattr(error, "sqlite_errorcode", SQLITE_BUSY) & 0xFF
-                if kind == SQLITE_READONLY:
-                    return  # somebody opened it so, and reads
-                if kind != SQLITE_BUSY or time.monotonic() > deadline:
+                left = deadline - time.monotonic()
+                if _code(error) != SQLITE_BUSY or left <= 0:
                     raise
-                if hasattr(connection, "run_async"):
-                    connection.run_async(lambda driver: asyncio.sleep(0.01))
-                else:
-                    time.sleep(0.01)
+            _sleep(connection, min(pause, left))
+        return None
 
     def _refuse_inherited(self) -> None:
         """Refuse to wait for a lock that this process inherited, and nobody in it will release."""
@@ -256,6 +297,25 @@ def _errors() -> type[Exception]:
     return sqlite3.Error
 
 
+def _code(error: Any) -> int:
+    """Return SQLite's result code; 0 if the error is the driver's own."""
+    return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
+
+
+def _run_script(connection: Any, script: str) -> None:
+    if hasattr(connection, "run_async"):
+        connection.run_async(lambda driver: driver.run_script(script))
+    else:
+        connection.executescript(script)
+
+
+def _sleep(connection: Any, seconds: float) -> None:
+    if hasattr(connection, "run_async"):
+        connection.run_async(lambda driver: asyncio.sleep(seconds))
+    else:
+        time.sleep(seconds)
+
+
 async def _interrupting(driver: Any, call: Coroutine[Any, Any, object]) -> None:
     """Await a call of aiosqlite's thread; interrupt what still runs in front of it there."""
     turn = asyncio.ensure_future(call)
@@ -273,7 +333,7 @@ def _steady(connection: Any, record: Any) -> None:
 @cache
 def _steady_connection() -> Any:
     """Make aiosqlite's connection a class that can be cancelled at the end of a scope."""
-    from aiosqlite import Connection
+    from aiosqlite import Connection, OperationalError
 
     class SteadyConnection(Connection):
         closing = False
@@ -290,6 +350,13 @@ def _steady_connection() -> Any:
             """Close; from here on there is nothing to roll back."""
             self.closing = True
             await super().close()
+
+        async def run_script(self, script: str) -> None:
+            """Run statements in one call; a connection that was closed is the driver's error."""
+            try:
+                await self.executescript(script)
+            except ValueError as error:
+                raise OperationalError(str(error)) from error
 
         def stop(self) -> Any:
             """Stop once: a second time, `close()` would wait for a thread that has ended."""
