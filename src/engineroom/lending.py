@@ -46,7 +46,7 @@ class Berth:
     poll: Callable[[int], list[tuple[int, int]]] | None  # None: it has no socket to look at
 
     def __init__(self, slots: Slots, driver: Callable[[], Any], descriptor: int | None) -> None:
-        self.slots = slots
+        self.slots: Slots = slots
         self.driver = driver
         self.returned: float = 0.0  # 0: it was never lent
         self.permit: Permit | None = None
