@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import select
 import time
@@ -20,7 +21,7 @@ from .backends import Backend
 from .errors import Holder, ManagerClosed, PoolDeadlock, PoolExhausted
 from .forks import make_immortal
 from .ledger import current_owner, describe, describe_held, has_ended
-from .slots import WAITING, Permit, Slots
+from .slots import WAITING, Permit, Slots, Ticket
 
 logger: logging.Logger = logging.getLogger("engineroom.pool")
 
@@ -324,8 +325,7 @@ class Lender(QueuePool):
         try:
             if ticket.waits and not self.refusal:  # (who comes later is not sent away by it)
                 WAITING.update(dict.fromkeys(keys, ticket))
-                if stuck := slots.deadlocked():
-                    raise self._deadlock(stuck)
+                self._refuse_deadlock(slots, ticket)
                 self.await_bell(bell, slots)
         except BaseException:
             if not slots.leave(ticket):
@@ -343,6 +343,12 @@ class Lender(QueuePool):
             raise self._exhausted(slots)
         ticket.granted.waited = time.monotonic() - ticket.since
         return ticket.granted
+
+    def _refuse_deadlock(self, slots: Slots, ticket: Ticket) -> None:
+        if slots.deadlocked():
+            gc.collect()  # a scope that Ctrl-C ended in its last lines may hold one still
+            if ticket.waits and (stuck := slots.deadlocked()):
+                raise self._deadlock(stuck)
 
     def new_bell(self) -> tuple[Any, Callable[[], object]]:
         """Return what a caller waits on, and what ends that from any thread."""

@@ -137,6 +137,10 @@ class SyncScope(Scope, Generic[R]):
             failed = error is not None or bool(self.obituary)
             try:
                 finish(self._resource, failed, self.connection)
+            except BaseException as struck:
+                if not isinstance(struck, Exception) and (held := self.held()) is not None:
+                    forfeit(held)  # Ctrl-C, in the middle of the end
+                raise
             finally:
                 self._leave(error is not None)
 
