@@ -238,7 +238,7 @@ def interrupted_anywhere(url: str) -> None:
                         db.execute(text("SELECT 1"))
             except PoolTimeout:
                 raise
-            except BaseException:  # noqa: BLE001  # Ctrl-C, or what SQLAlchemy makes of it midway
+            except BaseException:  # Ctrl-C, or what SQLAlchemy makes of it midway
                 pressed += 1
         try:
             over.set()

@@ -26,7 +26,7 @@ from .engines import EngineRoom
 from .errors import NotEntered, SessionClosed, SyncInAsync, SyncInAsyncWarning, WrongWith
 from .ledger import Entry
 from .lending import forfeit
-from .retiring import retire
+from .retiring import ENDED, retire
 from .sessions import Guarded, in_use, recall
 from .statements import permit_of
 
@@ -315,22 +315,24 @@ def finish(
     A session that its user closed is not in a transaction any more: nothing is left to do.
     """
     session = resource if isinstance(resource, Guarded) else None
+    ending: Any = resource
     if session is not None:
         session._ending = True
+        ending = super(Guarded, session)  # nobody else is in it any more: its guards are not asked
     try:
         if resource.in_transaction():
             if failed:
                 roll_back(resource)
             else:
                 try:
-                    resource.commit()
+                    ending.commit()
                 except BaseException:
                     failed = True
                     roll_back(resource)  # SQLite is still in its transaction, and locks the file
                     raise
     finally:
         try:
-            resource.close()
+            ending.close()
         except Exception as error:
             if not failed:
                 raise
@@ -340,8 +342,10 @@ def finish(
         finally:
             if held is not None and (connection := held()) is not None and connection.is_valid:
                 forfeit(connection)
-        if session is not None and session._last_seen is not None:
-            recall(session)
+            if session is not None:
+                retire(session, ENDED)
+                if session._last_seen is not None:
+                    recall(session)
 
 
 async def settle_quietly(finishing: Coroutine[Any, Any, None]) -> None:

@@ -76,10 +76,9 @@ def noting_commit(commit: Callable[[Any], None]) -> Callable[[Any], None]:
             permit.running = True
         try:
             commit(connection)
-        except Exception:
-            raise
         except BaseException as error:
-            error.add_note(UNKNOWN_OUTCOME)
+            if not isinstance(error, Exception):
+                error.add_note(UNKNOWN_OUTCOME)
             raise
         finally:
             if permit is not None:

@@ -28,6 +28,7 @@ DRIVERS = {
 }
 READ_ONLY = "default_transaction_read_only"
 
+BAD = 1  # libpq's CONNECTION_BAD
 IDLE = 0  # libpq's PQTRANS_IDLE
 AT_REST = (IDLE, 4)  # and PQTRANS_UNKNOWN: it is closed
 
@@ -94,6 +95,8 @@ class PostgreSQL:
 
     def is_closed(self, driver: Any) -> bool:
         """Ask the driver: none of them forgets its socket before it knows that it is closed."""
+        if hasattr(driver, "pgconn"):  # psycopg's own property is the same, and Python
+            return bool(driver.pgconn.status == BAD)
         closed: bool | None = getattr(driver, "closed", None)
         return bool(driver.is_closed() if closed is None else closed)
 
