@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
@@ -42,19 +42,16 @@ def close(room: EngineRoom, timeout: float | None) -> None:
             time.sleep(LOOK_EVERY)
     finally:
         retire_overdue(room)
-        opened_by = time.monotonic() + CONNECT_LIMIT
-        while connecting(room) and time.monotonic() < opened_by:
-            time.sleep(LOOK_EVERY)
-        for side, role, loop, lender in list(room.lenders()):
-            work = partial(end_pool, room, side, role, lender)
-            with log_failure():
-                if loop is None:
-                    work()
-                elif loop.is_running():
-                    run_in(loop, work).result(POOL_LIMIT)
-                else:
-                    lender.reap(loop)
-        room.clear()
+        try:
+            opened_by = time.monotonic() + CONNECT_LIMIT
+            while connecting(room) and time.monotonic() < opened_by:
+                time.sleep(LOOK_EVERY)
+            for pool in list(room.lenders()):
+                with log_failure():
+                    if elsewhere := end_where_it_belongs(room, *pool):
+                        elsewhere.result(POOL_LIMIT)
+        finally:
+            room.clear()
 
 
 async def aclose(room: EngineRoom, timeout: float | None) -> None:
@@ -73,22 +70,15 @@ async def aclose(room: EngineRoom, timeout: float | None) -> None:
 
 async def end_pools(room: EngineRoom) -> None:
     """End every pool, each in the loop that its connections belong to."""
-    deadline = time.monotonic() + CONNECT_LIMIT
-    while connecting(room) and time.monotonic() < deadline:  # noqa: ASYNC110
-        await asyncio.sleep(LOOK_EVERY)
     try:
-        for side, role, loop, lender in list(room.lenders()):
-            work = partial(end_pool, room, side, role, lender)
+        deadline = time.monotonic() + CONNECT_LIMIT
+        while connecting(room) and time.monotonic() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(LOOK_EVERY)
+        for pool in list(room.lenders()):
             with log_failure():
                 async with asyncio.timeout(POOL_LIMIT):
-                    if loop is None:
-                        work()
-                    elif loop is asyncio.get_running_loop():
-                        await greenlet_spawn(work)
-                    elif loop.is_running():
-                        await asyncio.wrap_future(run_in(loop, work))
-                    else:
-                        await greenlet_spawn(lender.reap, loop)
+                    if elsewhere := await greenlet_spawn(end_where_it_belongs, room, *pool):
+                        await asyncio.wrap_future(elsewhere)
     finally:
         room.clear()
 
@@ -98,9 +88,26 @@ def connecting(room: EngineRoom) -> bool:
     return any(lender.slots.connecting for _, _, _, lender in room.lenders())
 
 
-def run_in(loop: asyncio.AbstractEventLoop, work: Callable[[], None]) -> Future[None]:
-    """Run a pool's work in its loop, which runs in another thread."""
-    return asyncio.run_coroutine_threadsafe(greenlet_spawn(work), loop)
+def end_where_it_belongs(
+    room: EngineRoom,
+    side: Side,
+    role: Role,
+    loop: asyncio.AbstractEventLoop | None,
+    lender: Lender,
+) -> Future[None] | None:
+    """End a pool in the loop of its connections, or without it where that does not run.
+
+    Returns:
+        What ends with it, if that is another thread's work.
+    """
+    work = partial(end_pool, room, side, role, lender)
+    if loop is None or loop is asyncio._get_running_loop():
+        work()
+    elif loop.is_running():
+        return asyncio.run_coroutine_threadsafe(greenlet_spawn(work), loop)
+    else:
+        lender.reap(loop)
+    return None
 
 
 def end_pool(room: EngineRoom, side: Side, role: Role, lender: Lender) -> None:
