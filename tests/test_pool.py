@@ -343,6 +343,7 @@ def test_a_connection_of_a_scope_may_be_handed_on_between_threads(postgres_url: 
         def use_and_leave() -> None:
             while not manager.stats().pools[0].waiting:
                 time.sleep(0.01)
+            time.sleep(0.5)  # long after an alarm would have come
             entered.__exit__(None, None, None)
 
         leaving = others.submit(use_and_leave)
