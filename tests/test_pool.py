@@ -252,7 +252,9 @@ def test_waiting_for_one_who_works_is_no_deadlock(postgres_url: str) -> None:
     asyncio.run(main())
 
 
-async def a_child_runs_the_first_statement(manager: DatabaseSessionManager) -> None:
+async def a_child_runs_the_first_statement(
+    manager: DatabaseSessionManager, other: DatabaseSessionManager
+) -> None:
     """It is the parent's session all the same, and the parent is about to leave it."""
     async with manager.session() as db:
 
@@ -266,7 +268,9 @@ async def a_child_runs_the_first_statement(manager: DatabaseSessionManager) -> N
     assert await task == 1
 
 
-async def a_connection_is_handed_on(manager: DatabaseSessionManager) -> None:
+async def a_connection_is_handed_on(
+    manager: DatabaseSessionManager, other: DatabaseSessionManager
+) -> None:
     connection = await manager.engine.connect()
 
     async def use() -> None:
@@ -279,15 +283,16 @@ async def a_connection_is_handed_on(manager: DatabaseSessionManager) -> None:
     await task
 
 
-async def the_holder_was_cancelled(manager: DatabaseSessionManager) -> None:
+async def the_holder_was_cancelled(
+    manager: DatabaseSessionManager, other: DatabaseSessionManager
+) -> None:
     """It does not know yet, and still stands in the queue."""
 
     async def nest() -> None:
         async with manager.session() as db:
             await db.execute(text("SELECT 1"))
-            await one(manager.other)  # type: ignore[attr-defined]
+            await one(other)
 
-    other = manager.other  # type: ignore[attr-defined]
     async with other.session() as db:
         await db.execute(text("SELECT 1"))
         nested = asyncio.create_task(nest())
@@ -304,11 +309,10 @@ async def the_holder_was_cancelled(manager: DatabaseSessionManager) -> None:
 def test_no_false_alarm(postgres_url: str, case: Any) -> None:
     async def main() -> None:
         manager = DatabaseSessionManager().init(postgres_url, **ONE, pool_timeout=30)
-        manager.other = DatabaseSessionManager()  # type: ignore[attr-defined]
-        manager.other.init(postgres_url, **ONE, pool_timeout=30)  # type: ignore[attr-defined]
+        other = DatabaseSessionManager().init(postgres_url, **ONE, pool_timeout=30)
         async with asyncio.timeout(20):
-            await case(manager)
-        await manager.other.close()  # type: ignore[attr-defined]
+            await case(manager, other)
+        await other.close()
         await manager.close()
 
     asyncio.run(main())

@@ -332,18 +332,16 @@ class Lender(QueuePool):
                 WAITING.update(dict.fromkeys(keys, ticket))
                 self._refuse_deadlock(slots, ticket)
                 self.await_bell(bell, slots)
+            if self.refusal:
+                raise ManagerClosed(self.refusal)
         except BaseException:
-            if not slots.leave(ticket):
+            if not slots.leave(ticket):  # the next one in the queue is to be told as well
                 slots.give(ticket.granted)
             raise
         finally:
             for key in keys:
                 if WAITING.get(key) is ticket:
                     del WAITING[key]
-        if self.refusal:
-            if not slots.leave(ticket):  # the next one in the queue is to be told as well
-                slots.give(ticket.granted)
-            raise ManagerClosed(self.refusal)
         if slots.leave(ticket):
             raise self._exhausted(slots)
         ticket.granted.waited = time.monotonic() - ticket.since
