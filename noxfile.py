@@ -11,6 +11,7 @@ import subprocess
 from pathlib import Path
 
 import nox
+from nox.command import CommandFailed
 
 ROOT = Path(__file__).parent
 PROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
@@ -101,10 +102,12 @@ def run_tests(session: nox.Session, sqlalchemy: str, *options: str) -> None:
     pins = floors() if sqlalchemy == "2.0" else ["sqlalchemy~=2.1.0"]
     groups = nox.project.dependency_groups(PROJECT, "tests")
     session.install(f"engineroom[{extras}] @ {wheel.resolve().as_uri()}", *groups, *pins)
-    session.run(
-        *("python", "-m", "pytest", "--numprocesses", "4", "--dist", "loadfile"),
-        *(*options, *session.posargs),
-    )
+    cache = f"cache_dir={session.create_tmp()}/pytest"
+    pytest = ("python", "-m", "pytest", "-o", cache, *options, *session.posargs)
+    try:
+        session.run(*pytest, "--numprocesses", "4", "--dist", "loadfile")
+    except CommandFailed:  # as in .ci/run: what failed beside others runs once more alone
+        session.run(*pytest, "--last-failed", "--last-failed-no-failures", "none")
 
 
 @nox.session(python=PYTHONS)

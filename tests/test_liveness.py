@@ -267,8 +267,10 @@ def test_a_notification_costs_a_ping_and_not_the_connection(
     units.unit("LISTEN somebody")
 
     def notify() -> None:
+        seen = proxy.notifications
         pg18.execute("NOTIFY somebody", database)
-        time.sleep(0.05)  # until it has come through the proxy
+        until(lambda: proxy.notifications, lambda now: now > seen)
+        time.sleep(0.05)  # from the proxy's hands into the client's socket
 
     assert units(5, notify) == UNIT + 1
     assert units(5) == UNIT  # and it was read: the socket is silent again

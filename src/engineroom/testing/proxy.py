@@ -77,6 +77,11 @@ class WireProxy:
         return sum(wire.is_new for wire in list(self._wires))
 
     @property
+    def notifications(self) -> int:
+        """How many NOTIFYs were passed on to clients since the last `reset()`."""
+        return sum(wire.notifications for wire in list(self._wires))
+
+    @property
     def statements(self) -> list[str]:
         """The SQL that was executed since the last `reset()`, in order.
 
@@ -129,7 +134,7 @@ class WireProxy:
         self._statements.clear()
         self._wires = [wire for wire in self._wires if wire.is_open]
         for wire in self._wires:
-            wire.trips = wire.startup_trips = 0
+            wire.trips = wire.startup_trips = wire.notifications = 0
             wire.is_new = False
 
     async def _cut(self) -> None:
@@ -217,6 +222,7 @@ class _Wire:
     def __init__(self, statements: list[str], *writers: asyncio.StreamWriter) -> None:
         self.trips = 0
         self.startup_trips = 0
+        self.notifications = 0
         self.is_new = False  # set by the startup packet, which a cancel request has not
         self.is_open = True
         self._statements = statements
@@ -248,7 +254,9 @@ class _Wire:
                 self._phase = "session"
                 self._ready_due = max(0, self._ready_due - 1)
                 self._is_waiting = self._ready_due > 0
-            elif kind in b"NSA":  # a notice, a setting, a notification: they may come unasked
+            elif kind == b"A":
+                self.notifications += 1
+            elif kind in b"NS":  # a notice, a setting: they may come unasked, as "A" does
                 pass
             elif kind in b"RGW" or self._ready_due == 0:
                 # The client's turn: it has to log in or to send COPY data, or had asked to Flush.
