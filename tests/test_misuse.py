@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scenario import in_threads
 from sqlalchemy import select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -784,27 +785,52 @@ THREAD_USES: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("use", THREAD_USES)
-def test_a_session_used_in_another_thread(manager: Any, use: str) -> None:
-    """The error names both threads' parts, and the session's own thread can go on."""
-    caught: list[BaseException] = []
-
-    def intrude(db: Session) -> None:
-        try:
-            THREAD_USES[use](db)
-        except BaseException as error:
-            caught.append(error)
-
+def test_another_thread_goes_on_with_a_session(manager: Any, use: str) -> None:
+    """A framework enters, uses and leaves a scope in a thread each."""
     with manager.sync.session() as db:
         db.info["thing"] = Thing(id=1, name="a")
         db.add(db.info["thing"])
         db.flush()
         db.add(Thing(id=2, name="b"))
+        in_threads(1, lambda _: THREAD_USES[use](db))
+        entry = db._scope
+        assert entry.thread != threading.get_ident()
+        db.execute(text("SELECT 1"))  # and back
+        assert entry.thread == threading.get_ident()
+
+
+@pytest.mark.parametrize("use", THREAD_USES)
+def test_a_session_used_in_the_middle_of_another_threads_call(manager: Any, use: str) -> None:
+    """The error names both threads, and the one that was there first can go on."""
+    caught: list[BaseException] = []
+    inside, go_on = threading.Event(), threading.Event()
+
+    def intrude(db: Session) -> None:
+        inside.wait()
+        try:
+            THREAD_USES[use](db)
+        except BaseException as error:
+            caught.append(error)
+        go_on.set()
+
+    def pause() -> int:
+        inside.set()
+        go_on.wait(20)
+        return 7
+
+    with manager.sync.session() as db:
+        db.info["thing"] = Thing(id=1, name="a")
+        db.add(db.info["thing"])
+        db.flush()
+        db.connection().connection.driver_connection.create_function("pause", 0, pause)
         thread = threading.Thread(target=intrude, args=(db,), name="intruder")
         thread.start()
+        assert db.scalar(text("SELECT pause()")) == 7
         thread.join()
         assert caught, f"{use} was let through"
-        words = ("intruder", "thread MainThread", "test_misuse.py", "open another one")
-        assert_teaches(caught[0], errors.WrongThread, *words)
+        words = ("intruder", "thread MainThread", "test_misuse.py", "open one in each thread")
+        assert_teaches(caught[0], errors.SessionInUse, *words)
+        db.add(Thing(id=2, name="b"))
     with manager.sync.session(read_only=True) as db:
         assert sorted(db.scalars(select(Thing.name))) == ["a", "b"]
 

@@ -10,6 +10,7 @@ from .errors import (
     SyncInAsyncWarning,
     UsageError,
 )
+from .hooks import on_commit, on_rollback, rollback_only
 from .ledger import ScopeInfo
 from .manager import DatabaseSessionManager, session_manager
 from .models import Base
@@ -29,5 +30,8 @@ __all__ = [
     "Stats",
     "SyncInAsyncWarning",
     "UsageError",
+    "on_commit",
+    "on_rollback",
+    "rollback_only",
     "session_manager",
 ]

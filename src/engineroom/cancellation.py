@@ -11,29 +11,35 @@ T = TypeVar("T")
 SETTLE_LIMIT = 5.0  # seconds; on a server that answers, every clean-up takes milliseconds
 
 
-async def settle(coroutine: Coroutine[Any, Any, T], limit: float = SETTLE_LIMIT) -> T:
+async def settle(coroutine: Coroutine[Any, Any, T], limit: float | None = SETTLE_LIMIT) -> T:
     """Run a clean-up to its end in a task of its own; then let the last cancellation go on.
 
-    After `limit` seconds the clean-up itself is cancelled, and its own clean-up waited for: no task
-    is left behind.
+    After the limit the clean-up itself is cancelled, and its own clean-up waited for: no task is
+    left behind.
+
+    Args:
+        limit: Seconds; without one, the usual limit holds from the first cancellation on.
 
     Raises:
         TimeoutError: it did not end in time.
     """
     task = asyncio.ensure_future(coroutine)
     loop = asyncio.get_running_loop()
-    giving_up = loop.call_later(limit, task.cancel)
+    giving_up = None if limit is None else loop.call_later(limit, task.cancel)
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
         try:
             await asyncio.wait((task,))
         except asyncio.CancelledError as error:
             cancelled = error
-    giving_up.cancel()
+            giving_up = giving_up or loop.call_later(SETTLE_LIMIT, task.cancel)
+    if giving_up is not None:
+        giving_up.cancel()
     if cancelled is not None:
         if not task.cancelled():
             task.exception()  # seen, or asyncio would report it: the cancellation says more
         raise cancelled
     if task.cancelled():
-        raise TimeoutError(f"A clean-up did not end within {limit:g} s, and was given up.")
+        seconds = SETTLE_LIMIT if limit is None else limit
+        raise TimeoutError(f"A clean-up did not end within {seconds:g} s, and was given up.")
     return task.result()

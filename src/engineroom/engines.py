@@ -29,6 +29,7 @@ from .cancellation import settle
 from .errors import Holder, InvalidOption, SelfDeadlock
 from .forks import make_immortal, part_event_loops
 from .ledger import (
+    Entry,
     Ledger,
     ScopeInfo,
     current_owner,
@@ -45,7 +46,7 @@ from .retiring import retire
 from .sessions import Guarded, guarded
 from .settings import DatabaseSettings, Options, read_settings
 from .slots import WAITING
-from .statements import note_statements
+from .statements import note_statements, permit_of
 
 logger: logging.Logger = logging.getLogger("engineroom")
 
@@ -342,6 +343,13 @@ class EngineRoom:
         """End what runs on connections whose loop has ended, from another loop or a thread."""
         side = Side.SYNC if asyncio._get_running_loop() is None else Side.ASYNC
         self.backend.end(connections, partial(self.run_apart, side, role))
+
+    def interrupt(self, entry: Entry) -> None:
+        """Stop the statement that a thread runs for a scope, from another thread."""
+        connection = entry.held()
+        permit = None if connection is None else permit_of(connection)
+        if connection is not None and permit is not None and permit.running:
+            self.backend.interrupt(connection.driver_connection)
 
     def run_apart(self, side: Side, role: Role, statement: str) -> None:
         """Run a statement on a connection of its own, which no pool lends."""

@@ -20,7 +20,10 @@
     │   ├── WrongWith              `with` where `async with` belongs, or the other way
     │   ├── SessionClosed          a session used after its end
     │   ├── SessionInUse           a session used in the middle of another call of it
-    │   ├── WrongThread            a session used from another thread than its own
+    │   ├── WrongThread            an asynchronous session used outside of its event loop
+    │   ├── OutsideRequest         a framework's dependency called outside of a request
+    │   ├── RollbackOnly           `commit()` after `rollback_only()`
+    │   ├── AsyncCallback          a coroutine function where nobody can await it
     │   ├── SyncInAsync            a synchronous session inside a running event loop
     │   └── SelfDeadlock           a SQLite writer that would wait for itself
     └── PoolTimeout                no connection in time (also SQLAlchemy's `TimeoutError`)
@@ -154,15 +157,33 @@ class SessionClosed(UsageError):
 
 
 class SessionInUse(UsageError):
-    """A session was used by one task in the middle of another one's call."""
+    """A session was used by one task or thread in the middle of another one's call."""
 
     code = "session-in-use"
 
 
 class WrongThread(UsageError):
-    """A session was used from another thread than the one that opened it."""
+    """An asynchronous session was used in another thread than its event loop's."""
 
     code = "wrong-thread"
+
+
+class OutsideRequest(UsageError):
+    """A dependency of a framework was called outside of a request."""
+
+    code = "outside-request"
+
+
+class RollbackOnly(UsageError):
+    """`commit()` was called on a session that `rollback_only()` had marked."""
+
+    code = "rollback-only"
+
+
+class AsyncCallback(UsageError):
+    """`on_commit()` or `on_rollback()` of a synchronous session got a coroutine function."""
+
+    code = "async-callback"
 
 
 class SyncInAsync(UsageError):

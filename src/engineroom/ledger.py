@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from traceback import walk_stack
@@ -20,6 +21,9 @@ from sqlalchemy.pool import PoolProxiedConnection
 from .errors import AlreadyEntered, Holder
 
 STATEMENT_LENGTH = 80  # characters of a statement that a report shows
+
+# What a framework works on here: an object whose text names it ("GET /items").
+REQUEST: ContextVar[Any] = ContextVar("engineroom_request", default=None)
 
 
 class Entry:
@@ -35,6 +39,7 @@ class Entry:
         "is_open",
         "kind",
         "line",
+        "request",
         "since",
         "task",
         "thread",
@@ -49,6 +54,7 @@ class Entry:
     is_open: bool  # whether it stands in the ledger
     thread: int
     task: asyncio.Task[Any] | None
+    request: Any  # what it serves, if a framework said so
     connection: weakref.ref[Any] | None  # what the pool lent to it, once a transaction began
 
     @property
@@ -63,8 +69,14 @@ class Entry:
 
     @property
     def owner(self) -> str:
-        """The holder, by name."""
-        return name_of(self.holder)
+        """The holder, by name, and the request that it serves."""
+        name, request = name_of(self.holder), self.request
+        return name if request is None or request is self.holder else f"{name} ({request})"
+
+    def move_here(self) -> None:
+        """Note that another thread goes on with what the scope gave."""
+        self.thread = threading.get_ident()
+        self.task = current_task()
 
     def retire(self, why: str) -> None:
         """End the scope from outside: from now on, using what it gave raises."""
@@ -143,6 +155,7 @@ class Ledger:
         entry.since = time.monotonic()
         entry.thread = threading.get_ident()
         entry.task = None if asyncio._get_running_loop() is None else asyncio.current_task()
+        entry.request = REQUEST.get()
         entry.connection = None
         entry.is_open = True
         self._entries[id(entry)] = weakref.ref(entry)
@@ -203,11 +216,13 @@ def has_ended(owner: Any) -> bool:
 
 
 def name_of(owner: Any) -> str:
-    """Name a task, or a thread by its identifier."""
+    """Name a task, a thread by its identifier, or a request."""
     if isinstance(owner, asyncio.Task):
         return f"task {owner.get_name()}"
     if isinstance(owner, weakref.ref):
         return "a scope that was dropped"
+    if not isinstance(owner, int):
+        return str(owner)
     for candidate in threading.enumerate():
         if candidate.ident == owner:
             return f"thread {candidate.name}"
@@ -225,6 +240,16 @@ def line_of(owner: Any) -> str:
         return "an unknown line"
     line = next(filter(is_applications, frames), frames[0])
     return f"{line.f_code.co_filename}:{line.f_lineno} in {line.f_code.co_name}"
+
+
+def is_inside(thread: int, opened: object) -> bool:
+    """Whether a thread is in the middle of a method of this session."""
+    running = sys._current_frames().get(thread)
+    frames = walk_stack(running) if running else ()
+    return any(
+        frame.f_code.co_varnames[:1] == ("self",) and frame.f_locals.get("self") is opened
+        for frame, _ in frames
+    )
 
 
 def suspended_frames(awaited: Any) -> Iterator[FrameType]:
@@ -263,8 +288,8 @@ def describe(permit: Any, now: float) -> Holder | None:
     if owner is None:
         return None
     seconds = max(0.0, now - (permit.statement_since if statement else since))
-    if connection is None:
-        doing = "connecting"
+    if connection is None:  # (a permit that was reserved knows its scope before)
+        doing = "connecting" if entry is None else "with nothing begun yet"
     elif permit.running:
         doing = f"running for {seconds:.1f} s: {' '.join(statement.split())[:STATEMENT_LENGTH]}"
     elif entry is None or entry.kind == "reader":

@@ -11,7 +11,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, ClassVar, Generic, TypeVar, cast
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
 
 from sqlalchemy.engine import Engine
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, QueuePool
@@ -126,6 +126,19 @@ class Opener:
         record.info["berth"] = lender.berth_of(opened)
         lender.slots.connected()
         return opened
+
+
+class Bell(Protocol):
+    """What a caller in the queue waits for."""
+
+    def ring(self) -> object:
+        """End the wait, from any thread; RuntimeError where nobody can be woken any more."""
+
+    def wait(self, slots: Slots) -> None:
+        """Wait until it rings, or the limit has passed; now and then see to growth."""
+
+    def also_stopped(self) -> Iterable[object]:
+        """Return what stands still together with the caller."""
 
 
 class Lender(QueuePool):
@@ -315,8 +328,11 @@ class Lender(QueuePool):
         self._drivers.add(driver)
         return Berth(self.slots, weakref.ref(driver), descriptor)
 
-    def wait_for(self, slots: Slots) -> Permit:
+    def wait_for(self, slots: Slots, bell: Bell | None = None) -> Permit:
         """Wait in the queue for a permit.
+
+        Args:
+            bell: What to wait with; one of the pool's own kind without it.
 
         Raises:
             PoolExhausted: none came free in time.
@@ -324,14 +340,14 @@ class Lender(QueuePool):
         """
         self._reclaim()
         owner = current_owner()
-        bell, ring = self.new_bell()
-        ticket = slots.queue(owner, ring)
-        keys = [owner, *self.stopped_loops()]
+        bell = bell or self.new_bell()
+        ticket = slots.queue(owner, bell.ring)
+        keys = [owner, *bell.also_stopped()]
         try:
             if ticket.waits and not self.refusal:  # (who comes later is not sent away by it)
                 WAITING.update(dict.fromkeys(keys, ticket))
                 self._refuse_deadlock(slots, ticket)
-                self.await_bell(bell, slots)
+                bell.wait(slots)
             if self.refusal:
                 raise ManagerClosed(self.refusal)
         except BaseException:
@@ -353,17 +369,9 @@ class Lender(QueuePool):
             if ticket.waits and (stuck := slots.deadlocked()):
                 raise self._deadlock(stuck)
 
-    def new_bell(self) -> tuple[Any, Callable[[], object]]:
-        """Return what a caller waits on, and what ends that from any thread."""
+    def new_bell(self) -> Bell:
+        """Return what a caller waits with."""
         raise NotImplementedError
-
-    def await_bell(self, bell: Any, slots: Slots) -> None:
-        """Wait until the bell rings, or the limit has passed."""
-        raise NotImplementedError
-
-    def stopped_loops(self) -> Iterable[object]:
-        """Return the event loop that stands still while the caller waits, if there is one."""
-        return ()
 
     def open_in_time(self, connect: Callable[[], Any], seconds: float) -> Any:
         """Open a connection; give up after so many seconds."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable
+import weakref
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from math import inf
@@ -16,38 +17,116 @@ from sqlalchemy.util import await_only, greenlet_spawn
 
 from .cancellation import settle
 from .errors import ConnectTimeout, PoolExhausted
-from .ledger import current_owner, has_ended
+from .ledger import REQUEST, Entry, current_owner, has_ended
 from .lending import Lender
-from .slots import GROW_AFTER, RECOVER_AFTER, Slots
+from .slots import GROW_AFTER, RECOVER_AFTER, Reservation, Slots
 
 GROW_ANYWAY = 0.5  # seconds that the first in the queue waits, on a loop that always lags
+
+
+def steps(limit: float, slots: Slots) -> Iterator[float]:
+    """Yield how long to wait, again and again until the limit; see to growth after each."""
+    step = min(GROW_AFTER, limit / 4)
+    end = time.monotonic() + limit
+    growing = slots.may_grow
+    while (left := end - time.monotonic()) > 0:
+        yield min(left, step if growing else RECOVER_AFTER)
+        growing = slots.grow()
+        if not growing:
+            slots.recover()
+
+
+class ThreadBell:
+    """A thread waits on a lock."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit: float = limit
+        self.lock: threading.Lock = threading.Lock()
+        self.lock.acquire()
+
+    def ring(self) -> None:
+        """Open the lock."""
+        self.lock.release()
+
+    def wait(self, slots: Slots) -> None:
+        """Wait on the lock; now and then, see whether the pool should grow."""
+        for seconds in steps(self.limit, slots):
+            if self.lock.acquire(timeout=seconds):
+                return
+
+    def also_stopped(self) -> Iterable[object]:
+        """Name the event loop that the thread runs, and the request that it serves."""
+        return filter(None, (asyncio._get_running_loop(), REQUEST.get()))
+
+
+class LoopBell:
+    """A task waits on an event of its loop."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit: float = limit
+        self.event: asyncio.Event = asyncio.Event()
+        self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
+
+    def ring(self) -> None:
+        """Set the event."""
+        if asyncio._get_running_loop() is self.loop:
+            self.event.set()
+        else:
+            self.loop.call_soon_threadsafe(self.event.set)
+
+    def wait(self, slots: Slots) -> None:
+        """Wait on the event; now and then, see whether the pool should grow."""
+        for seconds in steps(self.limit, slots):
+            if await_only(self.rings_within(seconds)):
+                return
+
+    async def rings_within(self, seconds: float) -> bool:
+        """Wait for so long; whether it rang."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self.event.wait()
+        return self.event.is_set()
+
+    def also_stopped(self) -> Iterable[object]:
+        """Nothing: the loop goes on."""
+        return ()
+
+
+class ShelfBell(LoopBell):
+    """One timer of the shelf sees to growth, for all who wait there."""
+
+    def __init__(self, shelf: Shelf) -> None:
+        super().__init__(shelf.limit)
+        self.shelf: Shelf = shelf
+
+    def wait(self, slots: Slots) -> None:
+        """Wait on the event."""
+        self.shelf.mind_growth(slots)
+        await_only(self.rings_within(self.limit))
 
 
 class ThreadPool(Lender):
     """The synchronous side's pool: a thread waits for its permit on a lock."""
 
-    def new_bell(self) -> tuple[threading.Lock, Callable[[], object]]:
-        """Return a lock that is taken, and what opens it."""
-        bell = threading.Lock()
-        bell.acquire()
-        return bell, bell.release
+    def new_bell(self) -> ThreadBell:
+        """Return a lock to wait on."""
+        return ThreadBell(self.limit)
 
-    def await_bell(self, bell: threading.Lock, slots: Slots) -> None:
-        """Wait on the lock; now and then, see whether the pool should grow."""
-        step = min(GROW_AFTER, self.limit / 4)
-        end = time.monotonic() + self.limit
-        growing = slots.may_grow
-        while (left := end - time.monotonic()) > 0:
-            if bell.acquire(timeout=min(left, step if growing else RECOVER_AFTER)):
-                return
-            growing = slots.grow()
-            if not growing:
-                slots.recover()
+    async def reserve(self, entry: Entry) -> Reservation:
+        """Wait on the event loop for a permit, which a thread will connect with.
 
-    def stopped_loops(self) -> Iterable[object]:
-        """A thread that waits for a lock stops its event loop, if it runs one."""
-        loop = asyncio._get_running_loop()
-        return () if loop is None else (loop,)
+        Args:
+            entry: The scope that is to use it.
+
+        Raises:
+            PoolExhausted: none came free in time.
+            PoolDeadlock: none ever would.
+        """
+        permit = self.slots.take(current_owner())
+        if permit is None:
+            permit = await greenlet_spawn(self.wait_for, self.slots, LoopBell(self.limit))
+        permit.since = time.monotonic()
+        return Reservation(self.slots, permit, weakref.ref(entry))
 
     def open_in_time(self, connect: Callable[[], Any], seconds: float) -> Any:
         """Open a connection; the driver keeps the time (`Backend.limit_connect` told it)."""
@@ -96,28 +175,14 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
     def _discard(self, connection: PoolProxiedConnection) -> None:
         await_only(settle(greenlet_spawn(super()._discard, connection)))
 
-    def new_bell(self) -> tuple[asyncio.Event, Callable[[], object]]:
-        """Return an event of the running loop, and what sets it from any thread."""
-        bell, loop = asyncio.Event(), asyncio.get_running_loop()
+    def new_bell(self) -> ShelfBell:
+        """Return an event of the running loop to wait on."""
+        return ShelfBell(self)
 
-        def ring() -> None:
-            if asyncio._get_running_loop() is loop:
-                bell.set()
-            else:
-                loop.call_soon_threadsafe(bell.set)
-
-        return bell, ring
-
-    def await_bell(self, bell: asyncio.Event, slots: Slots) -> None:
-        """Wait on the event; one timer for all who wait sees whether the pool should grow."""
+    def mind_growth(self, slots: Slots) -> None:
+        """Have one timer, for all who wait, see whether the pool should grow."""
         if self._growth is None and slots.may_grow:
             self._plan_growth(min(GROW_AFTER, self.limit / 4))
-        await_only(self._await_event(bell))
-
-    async def _await_event(self, bell: asyncio.Event) -> None:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(self.limit):
-                await bell.wait()
 
     def _plan_growth(self, seconds: float) -> None:
         self._growth = asyncio.get_running_loop().call_later(seconds, self._grow)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import sys
 import warnings
@@ -24,10 +25,12 @@ from .backends import Role, Side
 from .cancellation import settle
 from .engines import EngineRoom
 from .errors import NotEntered, SessionClosed, SyncInAsync, SyncInAsyncWarning, WrongWith
-from .ledger import Entry
+from .hooks import Hooks
+from .ledger import Entry, is_inside
 from .lending import forfeit
 from .retiring import ENDED, retire
 from .sessions import Guarded, in_use, recall
+from .slots import Reservation
 from .statements import permit_of
 
 logger: logging.Logger = logging.getLogger("engineroom")
@@ -42,7 +45,7 @@ class Scope(Entry):
     any order.
     """
 
-    __slots__ = ("_resource", "_room", "_target", "obituary")
+    __slots__ = ("_resource", "_room", "_target", "hooks", "is_rollback_only", "obituary")
 
     side: ClassVar[Side]
     keyword: ClassVar[str]  # what it is entered with
@@ -61,9 +64,17 @@ class Scope(Entry):
         self.line: int = caller.f_lineno
         self.is_open: bool = False
         self.obituary: str = ""  # why it was ended from outside, once it was
+        self.hooks: Hooks | None = None  # what is called after its end
+        self.is_rollback_only: bool = False
         self._resource: Any = None  # while it is open
         self._room = room
         self._target = (self.side, role, read_only, isolation_level)
+
+    def stand_at(self, function: Any) -> None:
+        """Take the first line of this function for the caller's: a framework calls for it."""
+        code = getattr(inspect.unwrap(function), "__code__", None)
+        if code is not None:
+            self.code, self.line = code, code.co_firstlineno
 
     def retire(self, why: str) -> None:
         """End the scope from outside: from now on, using its session raises."""
@@ -83,12 +94,16 @@ class Scope(Entry):
             raise room.life.refusal(f"{self.kind}()")
         return room.binds.get(self._target) or room.bind(*self._target)
 
-    def _leave(self, failed: bool = True) -> None:
-        """Forget the scope; one that was ended from outside must not pass for a success."""
+    def _must_fail(self, error: BaseException | None, *, ending: bool = False) -> bool:
+        """Whether it is to be rolled back; or was, where the error came from its own end."""
+        if error is not None and self.hooks is not None:
+            self.hooks.doubt(error, ending)
+        return error is not None or self.is_rollback_only or bool(self.obituary)
+
+    def _leave(self) -> None:
+        """Forget the scope."""
         self._room.ledger.leave(self)
         self._resource = None
-        if self.obituary and not failed:
-            raise SessionClosed(self.obituary)
 
     def __getattr__(self, name: str) -> NoReturn:
         raise NotEntered(
@@ -119,7 +134,7 @@ class SyncScope(Scope, Generic[R]):
         self._room.ledger.enter(self)  # before the question whether the manager is open: it may
         try:  # just be closing, and waits for all who stand there
             if asyncio._get_running_loop() is not None:
-                mind_the_loop(self._room, self)
+                self.mind_the_loop()
             self._resource = opened = self._open(self._bind())
         except BaseException:
             self._leave()
@@ -134,15 +149,24 @@ class SyncScope(Scope, Generic[R]):
     ) -> None:
         """Commit, or roll back on any exception; then close for good."""
         if self.is_open:
-            failed = error is not None or bool(self.obituary)
+            failed = self._must_fail(error)
             try:
                 finish(self._resource, failed, self.connection)
             except BaseException as struck:
+                failed = self._must_fail(struck, ending=True)
                 if not isinstance(struck, Exception) and (held := self.held()) is not None:
                     forfeit(held)  # Ctrl-C, in the middle of the end
                 raise
             finally:
-                self._leave(error is not None)
+                self._leave()
+                if self.hooks is not None:
+                    self.hooks.run(failed)
+            if self.obituary and error is None:  # it must not pass for a success
+                raise SessionClosed(self.obituary)
+
+    def mind_the_loop(self) -> None:
+        """Say that it is about to stop the event loop it is opened in."""
+        mind_the_loop(self._room, self)
 
     if not TYPE_CHECKING:  # a type checker finds this mistake by itself
 
@@ -181,15 +205,22 @@ class AsyncScope(Scope, Generic[R]):
     ) -> None:
         """Commit, or roll back on any exception, cancellation included; then close for good."""
         if self.is_open:
-            failed = error is not None or bool(self.obituary)
+            failed = self._must_fail(error)
             try:
                 finishing = self._resource.run_sync(finish, failed, self.connection)
                 if failed:
                     await settle_quietly(finishing)
                 else:
                     await finishing
+            except BaseException as struck:
+                failed = self._must_fail(struck, ending=True)
+                raise
             finally:
-                self._leave(error is not None)
+                self._leave()
+                if self.hooks is not None:
+                    await self.hooks.run_async(failed)
+            if self.obituary and error is None:  # it must not pass for a success
+                raise SessionClosed(self.obituary)
 
     if not TYPE_CHECKING:
 
@@ -219,15 +250,85 @@ class SessionScope(SyncScope[Session]):
         return session
 
 
+class HandedScope(SessionScope):
+    """A synchronous session that a framework hands from thread to thread, for one request.
+
+    It is entered and left on the framework's event loop; statements and its end run in threads.
+    """
+
+    __slots__ = ("_reservation",)
+
+    def __enter__(self) -> Session:
+        """Open the session; no thread has it yet."""
+        self._reservation: Reservation | None = None
+        session = super().__enter__()
+        self.thread, self.task = 0, None
+        return session
+
+    @property
+    def holder(self) -> Any:
+        """The request: its threads change."""
+        return self.request
+
+    def mind_the_loop(self) -> None:
+        """Say so if it serves a coroutine function: in threads it stops no event loop."""
+        if self.code.co_flags & inspect.CO_COROUTINE:
+            mind_the_loop(self._room, self, "Declare AsyncSessionDep there, or write def")
+
+    @property
+    def has_work(self) -> bool:
+        """Whether its end sends anything, or calls what may."""
+        return self.hooks is not None or self._resource.in_transaction()
+
+    async def reserve(self) -> None:
+        """Wait on the event loop for the permit of its first connection, instead of in a thread.
+
+        Raises:
+            PoolExhausted: none came free in time.
+            PoolDeadlock: none ever would.
+        """
+        pool: Any = self._room.engine(*self._target[:2]).pool
+        self._reservation = await pool.reserve(self)
+
+    def move_here(self) -> None:
+        """Note that a thread goes on with the session; it takes what was reserved."""
+        super().move_here()
+        if self._reservation is not None:
+            self._reservation.hand_to(self.thread)
+
+    async def leave_threads(self) -> None:
+        """Have the thread that is left alone with the session leave it, and its statement end."""
+        session = self._resource
+        while is_inside(self.thread, session):
+            await asyncio.to_thread(self._room.interrupt, self)
+            await asyncio.sleep(0.01)
+
+    def _leave(self) -> None:
+        super()._leave()
+        if self._reservation is not None:
+            self._reservation.cancel()
+
+
 class AsyncSessionScope(AsyncScope[AsyncSession]):
     """A session and its transaction. Nothing is sent before its first statement."""
 
     __slots__ = ()
 
-    async def _open(self, engine: AsyncEngine) -> AsyncSession:
-        session = self._room.new_async_session(engine)
-        session.sync_session._scope = self  # type: ignore[attr-defined]  # Guarded
+    def open(self) -> AsyncSession:
+        """Open the session, for which nothing has to be awaited."""
+        self._room.ledger.enter(self)
+        try:
+            bind = self._bind()
+            self._resource = session = self._room.new_async_session(bind)
+            session.sync_session._scope = self  # type: ignore[attr-defined]  # Guarded
+        except BaseException:
+            self._leave()
+            raise
         return session
+
+    async def __aenter__(self) -> AsyncSession:
+        """Open the session."""
+        return self.open()
 
     async def __aexit__(
         self,
@@ -367,8 +468,15 @@ def roll_back(resource: Guarded | Connection) -> None:
 _warned: set[tuple[str, int]] = set()
 
 
-def mind_the_loop(room: EngineRoom, place: Entry) -> None:
+def mind_the_loop(
+    room: EngineRoom,
+    place: Entry,
+    cure: str = "Use the asynchronous side, or move it to a thread: await asyncio.to_thread(…)",
+) -> None:
     """Say that a synchronous session is about to stop the event loop it is opened in.
+
+    Args:
+        cure: What to do instead.
 
     Raises:
         SyncInAsync: if the setting `sync_in_async` says so; by default it warns, once per line.
@@ -377,8 +485,7 @@ def mind_the_loop(room: EngineRoom, place: Entry) -> None:
         return
     message = (
         f"The synchronous {place.kind}() at {place.where} runs inside an event loop, and stops "
-        "every other task until each of its statements has returned. Use the asynchronous side, or "
-        "move it to a thread: await asyncio.to_thread(…)."
+        f"every other task until each of its statements has returned. {cure}."
     )
     if room.settings.sync_in_async == "error":
         raise SyncInAsync(f"{message} (DB_SYNC_IN_ASYNC=warn or allow would let it pass.)")

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.orm.attributes import set_committed_value
 
 from .errors import SessionInUse, WrongThread
-from .ledger import Entry, current_owner, name_of
+from .ledger import Entry, current_owner, is_inside, name_of
 from .retiring import ENDED, retire
 
 
@@ -23,6 +23,7 @@ class Guarded(Session):
     """What engineroom adds to a session class: it belongs to a scope, and its end is final."""
 
     _scope: Entry | None = None
+    _hooks: Any = None  # what `on_commit` and its kin registered (hooks.Hooks)
     _ending = False  # its scope is being left
     _last_seen: dict[int, tuple[object, dict[str, Any]]] | None = None  # what a rollback emptied
     _greenlet: Any = None  # of the call that runs, or ran last: SQLAlchemy makes one for each
@@ -35,13 +36,9 @@ class Guarded(Session):
         return super().get_bind(*args, **kw)
 
     def _check_caller(self, scope: Entry) -> None:
-        """Refuse a thread that is not the session's own, and a call in the middle of another."""
+        """Refuse a call in the middle of another, and an event loop that is not the session's."""
         if scope.thread != threading.get_ident():
-            raise WrongThread(
-                f"The {scope.kind} that {scope.owner} opened at {scope.where} was used in thread "
-                f"{threading.current_thread().name}. A session belongs to the thread that opened "
-                "it: open another one here, and hand over identifiers instead of sessions."
-            )
+            self._move_here(scope)
         # Only where there are greenlets: once asked, the library keeps a state for the thread. The
         # thread's end takes a lock, and a fork at that moment would leave it locked in the child.
         if not scope.has_greenlets:
@@ -51,6 +48,22 @@ class Guarded(Session):
             if last is not None and not last.dead:
                 self._refuse_overlap()
             self._greenlet, self._task = here, asyncio.current_task()
+
+    def _move_here(self, scope: Entry) -> None:
+        """Let another thread go on with a synchronous session: frameworks hand them around."""
+        if scope.has_greenlets:
+            raise WrongThread(
+                f"The {scope.kind} that {scope.owner} opened at {scope.where} was used in thread "
+                f"{threading.current_thread().name}. An asynchronous session belongs to its event "
+                "loop: open another one here, and hand over identifiers instead of sessions."
+            )
+        if is_inside(scope.thread, self):
+            raise SessionInUse(
+                f"The {scope.kind} opened at {scope.where} was used by thread "
+                f"{threading.current_thread().name} in the middle of a call by {scope.owner}. A "
+                "session does one thing after another: open one in each thread."
+            )
+        scope.move_here()
 
     def _call_in_flight(self) -> asyncio.Task[Any] | None:
         """Return the task whose call on this session has not returned yet."""

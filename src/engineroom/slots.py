@@ -102,6 +102,44 @@ class Ticket:
 WAITING: dict[object, Ticket] = {}
 
 
+class Reservation:
+    """A permit that was waited for beforehand; a thread takes it at its first checkout."""
+
+    __slots__ = ("_permit", "_slots", "_thread")
+
+    def __init__(self, slots: Slots, permit: Permit, entry: Any) -> None:
+        """Hold the permit for a scope (a weak reference), which from here on is its owner."""
+        permit.owner = permit.entry = entry
+        self._slots = slots
+        self._permit: Permit | None = permit
+        self._thread: object = None
+
+    def hand_to(self, thread: object) -> None:
+        """Have this thread take it next."""
+        self._withdraw()
+        if self._permit is not None:
+            self._thread = thread
+            self._slots.reserved[thread] = self
+
+    def use(self, owner: object) -> Permit | None:
+        """Take the permit."""
+        permit, self._permit = self._permit, None
+        if permit is not None:
+            permit.owner, permit.entry = owner, None
+        return permit
+
+    def cancel(self) -> None:
+        """Give the permit back, unless it was used."""
+        self._withdraw()
+        permit, self._permit = self._permit, None
+        if permit is not None:
+            self._slots.give(permit)
+
+    def _withdraw(self) -> None:
+        if self._slots.reserved.get(self._thread) is self:
+            del self._slots.reserved[self._thread]
+
+
 class Slots:
     """So many permits, lent first come, first served.
 
@@ -116,6 +154,7 @@ class Slots:
         self.size: int = size
         self.permits: tuple[Permit, ...] = tuple(Permit() for _ in range(size + overflow))
         self.connecting: set[object] = set()  # one for each connection that is being opened
+        self.reserved: dict[object, Reservation] = {}  # by the thread that takes it next
         self.came_back: float | None = None  # when a connection last was ready for the next
         self._free = deque(self.permits[:size])
         self._spare = deque(self.permits[size:])
@@ -126,6 +165,8 @@ class Slots:
 
     def take(self, owner: object = None) -> Permit | None:
         """Take a permit at once; None if there is none, or if others were here first."""
+        if self.reserved and (reservation := self.reserved.pop(owner, None)):
+            return reservation.use(owner)
         if self._queue:
             return None
         try:

@@ -90,6 +90,9 @@ class Backend(Protocol):
             execute: runs a statement on a new connection of its own.
         """
 
+    def interrupt(self, driver: Any) -> None:
+        """Stop what a thread runs on a synchronous connection, which is not to be used again."""
+
     async def break_off(self, driver: Any) -> None:
         """Stop what a cancelled call left running; the connection is closed next."""
 

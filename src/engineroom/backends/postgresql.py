@@ -133,15 +133,15 @@ class PostgreSQL:
             logger.info("Backends are cancelled, for none could be asked to end them: %r", error)
             for driver in drivers:
                 with suppress(Exception):
-                    self._cancel(driver)
+                    if hasattr(driver, "get_server_pid"):
+                        await_only(self.break_off(driver))
+                    else:
+                        self.interrupt(driver)
 
-    def _cancel(self, driver: Any) -> None:
+    def interrupt(self, driver: Any) -> None:
         """Cancel what runs, and shut the socket: the backend ends as soon as it reads from it."""
-        if hasattr(driver, "get_server_pid"):
-            await_only(self.break_off(driver))
-        else:
-            driver.cancel()
-            _shut(int(driver.fileno()))
+        driver.cancel()
+        _shut(int(driver.fileno()))
 
     async def break_off(self, driver: Any) -> None:
         """Close asyncpg's connection, which waits for the cancel request that is on its way.

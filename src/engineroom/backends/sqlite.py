@@ -230,6 +230,10 @@ class SQLite:
                 if not adapted.in_transaction:  # the interrupted thread may have been faster
                     break
 
+    def interrupt(self, driver: Any) -> None:
+        """Interrupt what runs; its thread rolls back."""
+        driver.interrupt()
+
     async def break_off(self, driver: Any) -> None:
         """Stop the statement and roll back: whatever is left of it would lock the file.
 

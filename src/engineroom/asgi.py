@@ -1,0 +1,402 @@
+"""Sessions for any ASGI application: one for each request, committed before its response leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, MutableMapping
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    suppress,
+)
+from inspect import isasyncgenfunction
+from types import TracebackType
+from typing import Any, Unpack
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from .engines import ROOMS
+from .errors import AlreadyInitialized, NotEntered, PoolExhausted
+from .ledger import REQUEST
+from .manager import DatabaseSessionManager, session_manager
+from .scopes import AsyncSessionScope, Scope, SyncScope
+from .settings import Options
+
+logger: logging.Logger = logging.getLogger("engineroom")
+
+ASGIScope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+ASGIApp = Callable[[ASGIScope, Receive, Send], Awaitable[None]]
+Lifespan = Callable[[Any], AbstractAsyncContextManager[Mapping[str, Any] | None]]
+
+# What we keep in an ASGI scope: the request's name, its sessions, its way through the middleware.
+REQUEST_KEY = "engineroom.request"
+SESSIONS_KEY = "engineroom.sessions"
+EXCHANGE_KEY = "engineroom.exchange"
+RETRY_AFTER = 1  # seconds that a client is asked to wait where the pool was empty
+STOP_LIMIT = 1.0  # seconds for which what threads run on is stopped, after a client has gone
+
+
+def lifespan(
+    manager: DatabaseSessionManager = session_manager,
+    *,
+    wraps: Any = None,
+    **options: Unpack[Options],
+) -> Lifespan:
+    """Return a lifespan that opens the manager at the start, and drains and closes it at the end.
+
+    Args:
+        wraps: A lifespan of one's own, which runs inside: a function of the application that gives
+            an asynchronous context manager, or the bare generator function. What it yields is
+            passed on.
+        options: What `init()` takes.
+    """
+    inner = asynccontextmanager(wraps) if isasyncgenfunction(wraps) else wraps
+
+    @asynccontextmanager
+    async def opened(app: Any) -> AsyncGenerator[Mapping[str, Any] | None]:
+        if manager.stats().state == "open":
+            raise AlreadyInitialized(
+                f"lifespan(): {type(manager).__name__} is open already, and one application opens "
+                "and closes it. Give the second application a manager of its own, leave out the "
+                "other lifespan or init(), or end the first test client before the next."
+            )
+        manager.init(**options)
+        try:
+            if inner is None:
+                yield None
+            else:
+                async with inner(app) as state:
+                    yield state
+        finally:
+            await manager.close()
+
+    return opened
+
+
+class Request:
+    """What the ledger calls a request: its method and its route, which is found only later."""
+
+    def __init__(self, scope: ASGIScope) -> None:
+        self.scope: ASGIScope | None = scope
+
+    def __str__(self) -> str:
+        """Name it: `GET /items/{id}`; by its path before it has found its route."""
+        scope = self.scope
+        if scope is None:
+            return self.name
+        path = getattr(scope.get("route"), "path", None) or scope.get("path", "")
+        return f"{scope.get('method', 'WEBSOCKET')} {path}"
+
+    def freeze(self) -> None:
+        """Keep the name and let the rest go: the two would keep each other alive."""
+        self.name: str = str(self)
+        self.scope = None
+
+
+def request_of(scope: ASGIScope) -> Request:
+    """Have what is opened from here on know the request that it serves."""
+    request: Request | None = scope.get(REQUEST_KEY)
+    if request is None:
+        request = scope[REQUEST_KEY] = Request(scope)
+        request.freeze()
+    REQUEST.set(request)
+    return request
+
+
+class DatabaseMiddleware:
+    """One session for each request, `request.state.db`, whose COMMIT comes before the response.
+
+        app.add_middleware(DatabaseMiddleware)
+
+    The session is opened where it is first asked for, and ended when the response starts: what
+    streams or runs in the background after that opens its own. An exception rolls back, one that
+    the application answers too; what was returned commits, whatever its status, unless `commit_on`
+    says otherwise. A WebSocket's session ends with its close.
+
+    Where a request finds the pool empty (`PoolExhausted`), the answer is 503 with `Retry-After`,
+    and the log has the holders.
+
+    Args:
+        app: The application.
+        manager: Whose sessions.
+        commit_on: Whether a response with this status commits; without it, each does.
+        cancel_on_disconnect: Cancel the work on a request whose client has gone.
+        state: The name in `request.state`.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        manager: DatabaseSessionManager = session_manager,
+        *,
+        commit_on: Callable[[int], bool] | None = None,
+        cancel_on_disconnect: bool = True,
+        state: str = "db",
+    ) -> None:
+        self.app: ASGIApp = app
+        self.manager: DatabaseSessionManager = manager
+        self.commit_on: Callable[[int], bool] | None = commit_on
+        self.cancel_on_disconnect: bool = cancel_on_disconnect
+        self.state: str = state
+
+    async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+            return
+        exchange = scope[EXCHANGE_KEY] = Exchange(self, scope, receive, send)
+        scope["state"] = State(exchange, scope.get("state") or {})
+        request = scope[REQUEST_KEY] = Request(scope)
+        token = REQUEST.set(request)
+        try:
+            await exchange.run()
+        finally:
+            REQUEST.reset(token)
+            request.freeze()
+            scope["state"] = dict(scope["state"])  # or they would keep each other alive
+            del scope[EXCHANGE_KEY]
+
+
+class State(dict[str, Any]):
+    """`request.state`: its session is opened when it is first asked for."""
+
+    def __init__(self, exchange: Exchange, given: Mapping[str, Any]) -> None:
+        super().__init__(given)
+        self._exchange = exchange
+
+    def __missing__(self, name: str) -> AsyncSession:
+        if name != self._exchange.middleware.state:
+            raise KeyError(name)
+        return self._exchange.session()
+
+
+def current_session() -> AsyncSession:
+    """Return the session of the request that is served here: what `request.state.db` is.
+
+    Raises:
+        NotEntered: no request is, or not under `DatabaseMiddleware`.
+    """
+    scope = getattr(REQUEST.get(), "scope", None) or {}
+    exchange: Exchange | None = scope.get(EXCHANGE_KEY)
+    if exchange is None:
+        raise NotEntered(
+            "current_session() was called outside of a request, or DatabaseMiddleware is not "
+            "installed. Add it to the application; elsewhere, open one: async with "
+            "session_manager.session() as db: …"
+        )
+    return exchange.session()
+
+
+class Exchange:
+    """One request on its way through the middleware."""
+
+    def __init__(
+        self, middleware: DatabaseMiddleware, scope: ASGIScope, receive: Receive, send: Send
+    ) -> None:
+        self.middleware: DatabaseMiddleware = middleware
+        self.stack: AsyncExitStack = AsyncExitStack()  # ends the sessions
+        self.scopes: list[Scope] = []  # theirs
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._is_ended = False  # the sessions are
+        self._is_started = False  # the response is
+        self._failure: BaseException | None = None  # of the sessions' end
+        self._patrol: Patrol | None = None
+        self._around = sys.exception()  # what the caller may be handling already
+
+    def session(self) -> AsyncSession:
+        """Return the request's session; it is opened at the first call."""
+        manager = self.middleware.manager
+        sessions = self._scope.setdefault(SESSIONS_KEY, {})
+        session: AsyncSession | None = sessions.get((manager, "session"))
+        if session is None:
+            opening = manager.session()
+            stand_at_endpoint(opening, self._scope)
+            session = sessions[manager, "session"] = opening.open()
+            self.enlist(opening)
+        return session
+
+    def enlist(self, opened: AsyncSessionScope) -> None:
+        """End this scope with the request."""
+        self.scopes.append(opened)
+        self.stack.push_async_exit(opened)
+
+    async def run(self) -> None:
+        """Run the application, and end what it opened."""
+        receive = self._receive
+        if self.middleware.cancel_on_disconnect and self._scope["type"] == "http":
+            self._patrol = Patrol(self._receive)
+            receive = self._patrol.receive
+        try:
+            await self._run(receive)
+        except BaseException:
+            if self._patrol is None or not self._patrol.has_cancelled:
+                raise
+            logger.debug("The client of %s has gone: its work was cancelled", REQUEST.get())
+        finally:
+            if self._patrol is not None:
+                await self._patrol.end()
+
+    async def _run(self, receive: Receive) -> None:
+        try:
+            await self.middleware.app(self._scope, receive, self.send)
+        except BaseException as error:
+            await self._end(error)
+            if self._failure is not None and self._failure is not error:
+                raise self._failure from None  # frameworks wrap what is raised in `send`
+            if isinstance(error, PoolExhausted) and not self._is_started:
+                await self._refuse(error)
+                return
+            raise
+        await self._end(None)
+
+    async def send(self, message: Message) -> None:
+        """Pass a message on; before the first of a response, commit."""
+        kind = message["type"]
+        if kind in ("http.response.start", "websocket.close"):
+            # An exception that the application answers is still being handled at this point.
+            answered = sys.exception()
+            error = None if answered is self._around else answered
+            await self._end(error, message.get("status"))
+            self._is_started = True
+        elif kind == "http.response.body" and not message.get("more_body") and self._patrol:
+            self._patrol.stand_down()
+        await self._send(message)
+
+    async def _end(self, error: BaseException | None, status: int | None = None) -> None:
+        """Commit or roll back, once."""
+        if self._is_ended:
+            return
+        self._is_ended = True
+        commit_on = self.middleware.commit_on
+        if status is not None and commit_on is not None and not commit_on(status):
+            for scope in self.scopes:
+                scope.is_rollback_only = True
+        try:
+            await self.stack.__aexit__(*triple(error))
+        except BaseException as failure:
+            if failure is not error:
+                self._failure = failure
+            raise
+
+    async def _refuse(self, error: PoolExhausted) -> None:
+        """Answer 503: the names are for the log."""
+        log_refusal(error)
+        retry_after = str(RETRY_AFTER).encode()
+        headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"retry-after", retry_after)]
+        await self.send({"type": "http.response.start", "status": 503, "headers": headers})
+        await self.send({"type": "http.response.body", "body": BUSY.encode()})
+
+
+BUSY = "The service is busy. Please try again."
+
+
+def log_refusal(error: PoolExhausted) -> None:
+    """Log what the client is not told."""
+    logger.warning("%s was answered with 503: %s", REQUEST.get(), error)
+
+
+def triple(
+    error: BaseException | None,
+) -> tuple[type[BaseException] | None, BaseException | None, TracebackType | None]:
+    """Return what an exit is called with."""
+    return (None, None, None) if error is None else (type(error), error, error.__traceback__)
+
+
+def stand_at_endpoint(opening: Scope, scope: ASGIScope) -> None:
+    """Have reports name the endpoint that a session was opened for, where it is known."""
+    if (endpoint := scope.get("endpoint")) is not None:
+        opening.stand_at(endpoint)
+
+
+class Patrol:
+    """Looks out for the client's leave, and cancels the task that serves it.
+
+    It reads ahead of the application, by one message at most while the body still comes: memory is
+    the client's to fill otherwise.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self.has_cancelled: bool = False
+        self._receive = receive
+        self._served = asyncio.current_task()
+        self._request = REQUEST.get()
+        self._messages: deque[Message] = deque()
+        self._arrived, self._taken = asyncio.Event(), asyncio.Event()
+        self._is_on_duty = True
+        self._watch = asyncio.ensure_future(self._look_out())
+
+    async def receive(self) -> Message:
+        """Return the next message, as the server's own `receive` would."""
+        while not self._messages:
+            if self._watch.done():
+                self._watch.result()  # the server's own error
+            self._arrived.clear()
+            await self._arrived.wait()
+        if self._messages[0]["type"] == "http.disconnect":  # however often it is asked for
+            return self._messages[0]
+        self._taken.set()
+        return self._messages.popleft()
+
+    def stand_down(self) -> None:
+        """Let the client go from now on: its response is complete."""
+        self._is_on_duty = False
+
+    async def end(self) -> None:
+        """Stop looking out, and take back the cancellation."""
+        if not self.has_cancelled:
+            self._watch.cancel()
+        with suppress(asyncio.CancelledError, Exception):
+            await self._watch
+        if self.has_cancelled and self._served is not None:
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(0)  # where it has not arrived yet, it does here
+            if self._served.uncancel():
+                raise asyncio.CancelledError
+
+    async def _look_out(self) -> None:
+        more = True
+        try:
+            while True:
+                while more and self._messages:
+                    self._taken.clear()
+                    await self._taken.wait()
+                message = await self._receive()
+                more = bool(message.get("more_body"))
+                self._messages.append(message)
+                self._arrived.set()
+                if message["type"] == "http.disconnect":
+                    break
+        finally:
+            self._arrived.set()
+        if self._is_on_duty and self._served is not None:
+            self.has_cancelled = True
+            self._served.cancel("the client has gone")
+            await stop_threads(self._request)
+
+
+async def stop_threads(request: Request) -> None:
+    """Stop what threads do for a request: what they run now, and what they would run next."""
+    working = [
+        (room, entry)
+        for room in list(ROOMS)
+        for entry in room.ledger
+        if entry.request is request and isinstance(entry, SyncScope)
+    ]
+    for _, entry in working:
+        entry.retire(f"The client of {request} has gone, and its {entry.kind} was rolled back.")
+    deadline = time.monotonic() + STOP_LIMIT
+    while any(entry.is_open for _, entry in working) and time.monotonic() < deadline:
+        for room, entry in working:
+            if entry.is_open:
+                await asyncio.to_thread(room.interrupt, entry)
+        await asyncio.sleep(0.01)
