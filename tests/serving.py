@@ -21,7 +21,12 @@ def served(app: Any, **options: Any) -> Iterator[str]:
         options: What `uvicorn.Config` takes.
     """
     listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
-    settings = {"log_level": "critical", "lifespan": "on", "timeout_graceful_shutdown": 10}
+    settings = {
+        "log_level": "critical",
+        "lifespan": "on",
+        "ws": "websockets-sansio",
+        "timeout_graceful_shutdown": 10,
+    }
     server = uvicorn.Server(uvicorn.Config(app, **(settings | options)))
     thread = threading.Thread(
         target=lambda: asyncio.run(server.serve(sockets=[listener])), name="uvicorn"

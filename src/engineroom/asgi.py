@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import sys
 import time
@@ -165,6 +166,52 @@ class DatabaseMiddleware:
             del scope[EXCHANGE_KEY]
 
 
+class Readiness:
+    """An application for one path: 200 if the database answers in time, else 503.
+
+        app.add_route("/ready", Readiness())
+
+    It does not wait behind the pool: where that has no connection to lend, it opens one. Probes
+    that come while one is under way share its answer.
+
+    Args:
+        manager: Whose database.
+        timeout: Seconds for the answer.
+    """
+
+    def __init__(
+        self, manager: DatabaseSessionManager = session_manager, timeout: float = 2.0
+    ) -> None:
+        self.manager: DatabaseSessionManager = manager
+        self.timeout: float = timeout
+        self._probe: asyncio.Task[float] | None = None
+
+    async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
+        """Answer one probe."""
+        status, said = 200, await self._ask()
+        if "seconds" not in said:
+            status = 503
+        body = json.dumps(said).encode()
+        headers = [(b"content-type", b"application/json"), (b"cache-control", b"no-store")]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    async def _ask(self) -> dict[str, Any]:
+        probe = self._probe
+        if probe is None or probe.done():
+            probe = self._probe = asyncio.ensure_future(self.manager.check())
+        # Not `wait_for`: a server that is silent would have its connection's end awaited, too.
+        await asyncio.wait((probe,), timeout=self.timeout)
+        if not probe.done():
+            probe.cancel()
+            logger.warning("The database did not answer a probe within %g s", self.timeout)
+        elif (error := probe.exception()) is not None:
+            logger.warning("The database did not answer a probe: %r", error)
+        else:
+            return {"database": "ok", "seconds": round(probe.result(), 4)}
+        return {"database": "unavailable"}
+
+
 class State(dict[str, Any]):
     """`request.state`: its session is opened when it is first asked for."""
 
@@ -208,7 +255,8 @@ class Exchange:
         self._receive = receive
         self._send = send
         self._is_ended = False  # the sessions are
-        self._is_started = False  # the response is
+        self._is_started = False  # the response is; of a WebSocket, its close
+        self._is_accepted = False
         self._failure: BaseException | None = None  # of the sessions' end
         self._patrol: Patrol | None = None
         self._around = sys.exception()  # what the caller may be handling already
@@ -268,6 +316,8 @@ class Exchange:
             error = None if answered is self._around else answered
             await self._end(error, message.get("status"))
             self._is_started = True
+        elif kind == "websocket.accept":
+            self._is_accepted = True
         elif kind == "http.response.body" and not message.get("more_body") and self._patrol:
             self._patrol.stand_down()
         await self._send(message)
@@ -286,6 +336,8 @@ class Exchange:
         except BaseException as failure:
             if failure is not error:
                 self._failure = failure
+                if self._is_accepted:  # servers would just hang up
+                    await self._send({"type": "websocket.close", "code": 1011})
             raise
 
     async def _refuse(self, error: PoolExhausted) -> None:

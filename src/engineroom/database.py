@@ -104,10 +104,15 @@ class Database:
     def check(self) -> float:
         """Ask the database for one row, and return how many seconds it took to answer.
 
+        Where the pool has no connection to lend, it is asked over one of its own.
+
         Raises:
             sqlalchemy.exc.SQLAlchemyError, OSError: whatever the driver says when it did not.
         """
         started = time.perf_counter()
+        if self._room.must_wait(Side.SYNC, Role.READER):
+            self._room.run_apart(Side.SYNC, Role.READER, "SELECT 1")
+            return time.perf_counter() - started
         with ConnectScope(self._room, "check", Role.READER) as connection:
             connection.execute(text("SELECT 1"))
         return time.perf_counter() - started

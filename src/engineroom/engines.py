@@ -351,6 +351,13 @@ class EngineRoom:
         if connection is not None and permit is not None and permit.running:
             self.backend.interrupt(connection.driver_connection)
 
+    def must_wait(self, side: Side, role: Role) -> bool:
+        """Whether the pool that serves this thread or event loop has nothing to lend."""
+        here = asyncio._get_running_loop() if side is Side.ASYNC else None
+        pools = {(kind, use, loop): lender for kind, use, loop, lender in self.lenders()}
+        pool = pools.get((side, role, here))
+        return pool is not None and not pool.slots.may_lend
+
     def run_apart(self, side: Side, role: Role, statement: str) -> None:
         """Run a statement on a connection of its own, which no pool lends."""
         with self._make_engine(side, role, pooled=False).connect() as connection:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import inspect
+import sys
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from types import TracebackType
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeGuard, TypeVar
 
 import anyio
 import anyio.to_thread
-from fastapi import Depends, HTTPException
+from fastapi import Depends, HTTPException, WebSocket
 from fastapi.requests import HTTPConnection
+from fastapi.websockets import WebSocketState
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
@@ -24,10 +25,12 @@ from .asgi import (
     SESSIONS_KEY,
     ASGIScope,
     Exchange,
+    Message,
     lifespan,
     log_refusal,
     request_of,
     stand_at_endpoint,
+    triple,
 )
 from .backends import Role
 from .cancellation import settle
@@ -50,9 +53,6 @@ __all__ = [
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
-Exit = Callable[
-    [type[BaseException] | None, BaseException | None, TracebackType | None], Awaitable[Any]
-]
 
 
 class PoolUnavailable(PoolExhausted, HTTPException):
@@ -114,37 +114,21 @@ def session_dependency(
     kind = "reader" if reader else "session"
     role = Role.READER if reader else Role.PRIMARY
     room = manager._room
-    is_sync = sync or isinstance(manager, Database)
-    key = (manager, kind, is_sync)
+    scope_class = HandedScope if sync or isinstance(manager, Database) else AsyncSessionScope
+    key = (manager, kind, scope_class)
 
-    async def give(connection: HTTPConnection) -> AsyncSession:
-        scope = connection.scope
-        sessions = scope.setdefault(SESSIONS_KEY, {})
-        session: AsyncSession | None = sessions.get(key)
-        if session is None:
+    async def give(connection: HTTPConnection) -> AsyncSession | Session:
+        sessions = connection.scope.setdefault(SESSIONS_KEY, {})
+        if key not in sessions:
             before = REQUEST.get()
-            request_of(scope)
-            opening = AsyncSessionScope(room, kind, role)
-            stand_at_endpoint(opening, scope)
-            session = sessions[key] = opened(opening.open)
-            enlist(scope, opening, opening.__aexit__, before)
-        return session
-
-    async def give_sync(connection: HTTPConnection) -> Session:
-        scope = connection.scope
-        sessions = scope.setdefault(SESSIONS_KEY, {})
-        session: Session | None = sessions.get(key)
-        if session is None:
-            before = REQUEST.get()
-            request_of(scope)
-            opening = HandedScope(room, kind, role)
-            stand_at_endpoint(opening, scope)
-            session = sessions[key] = opened(opening.__enter__)
-            enlist(scope, opening, functools.partial(leave, opening), before)
-            try:
-                await opening.reserve()
-            except PoolExhausted as error:
-                raise unavailable(error) from error
+            request_of(connection.scope)
+            opening = scope_class(room, kind, role)
+            stand_at_endpoint(opening, connection.scope)
+            sessions[key] = open_session(opening)
+            enlist(connection, opening, before)
+            if isinstance(opening, HandedScope):
+                await reserve(opening)
+        session: AsyncSession | Session = sessions[key]
         return session
 
     def dependency(connection: HTTPConnection = None) -> Awaitable[Any]:  # type: ignore[assignment]
@@ -154,7 +138,7 @@ def session_dependency(
                 "it: db: AsyncSessionDep (or SessionDep). Elsewhere, open a session: async with "
                 "session_manager.session() as db: …"
             )
-        return give_sync(connection) if is_sync else give(connection)
+        return give(connection)
 
     return awaited_by_fastapi(dependency)
 
@@ -171,10 +155,10 @@ ReaderDep = Annotated[AsyncSession, Depends(get_reader)]
 SessionDep = Annotated[Session, Depends(get_sync_db)]
 
 
-def opened(enter: Callable[[], Any]) -> Any:
-    """Enter a scope; an application whose manager is not open is told where to open it."""
+def open_session(opening: AsyncSessionScope | HandedScope) -> AsyncSession | Session:
+    """Open a scope; an application whose manager is not open is told where to open it."""
     try:
-        return enter()
+        return opening.open()
     except NotInitialized as error:
         raise NotInitialized(
             f"{error.message} With FastAPI: from engineroom.fastapi import lifespan, then "
@@ -184,49 +168,81 @@ def opened(enter: Callable[[], Any]) -> Any:
 
 
 def enlist(
-    scope: ASGIScope, opening: AsyncSessionScope | HandedScope, end: Exit, before: object
+    connection: HTTPConnection, opening: AsyncSessionScope | HandedScope, before: object
 ) -> None:
     """Have the session end when the endpoint has returned, before there is a response.
 
-    Where the middleware decides by the status, that is when the response is about to start.
+    Where the middleware decides by the status, that is when the response is about to start; and a
+    WebSocket is not closed, as if all were well, before its COMMIT.
+
+    Args:
+        before: What the context named as the request before this one.
     """
 
-    async def ended(
+    async def end(
         kind: type[BaseException] | None,
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
         try:
-            await end(kind, error, traceback)
+            if isinstance(opening, HandedScope):
+                await leave(opening, error)
+            else:
+                await opening.__aexit__(kind, error, traceback)
+        except Exception:
+            if is_connected(connection):
+                await connection.close(1011)  # internal error; the server would just hang up
+            raise
         finally:
             REQUEST.set(before)
         if isinstance(error, PoolExhausted):
             raise unavailable(error) from error
 
-    exchange: Exchange | None = scope.get(EXCHANGE_KEY)
+    if isinstance(connection, WebSocket):
+        send = connection.send
+
+        async def send_after_commit(message: Message) -> None:
+            if message["type"] == "websocket.close" and opening.is_open:
+                await end(*triple(sys.exception()))
+            await send(message)
+
+        connection.send = send_after_commit  # type: ignore[method-assign]
+
+    exchange: Exchange | None = connection.scope.get(EXCHANGE_KEY)
     if exchange is not None and exchange.middleware.commit_on is not None:
         exchange.scopes.append(opening)
-        exchange.stack.push_async_exit(ended)
+        exchange.stack.push_async_exit(end)
     else:
-        function_stack(scope).push_async_exit(ended)
+        function_stack(connection.scope).push_async_exit(end)
 
 
-async def leave(
-    opening: HandedScope,
-    kind: type[BaseException] | None,
-    error: BaseException | None,
-    traceback: TracebackType | None,
-) -> None:
+def is_connected(connection: HTTPConnection) -> TypeGuard[WebSocket]:
+    """Whether it is a WebSocket that was accepted and not closed."""
+    return (
+        isinstance(connection, WebSocket)
+        and connection.application_state is WebSocketState.CONNECTED
+    )
+
+
+async def reserve(opening: HandedScope) -> None:
+    """Wait for the permit of a session that threads will use."""
+    try:
+        await opening.reserve()
+    except PoolExhausted as error:
+        raise unavailable(error) from error
+
+
+async def leave(opening: HandedScope, error: BaseException | None) -> None:
     """End a session of threads in a thread, once none of them is in the middle of it."""
     if isinstance(error, asyncio.CancelledError):
         await settle(opening.leave_threads())
-    if opening.has_work:
+    if opening.is_open and opening.has_work:
         # A limiter of its own: those that are usual may be taken by threads that wait for this one.
         await anyio.to_thread.run_sync(
-            opening.__exit__, kind, error, traceback, limiter=anyio.CapacityLimiter(1)
+            opening.__exit__, *triple(error), limiter=anyio.CapacityLimiter(1)
         )
     else:
-        opening.__exit__(kind, error, traceback)
+        opening.__exit__(*triple(error))
 
 
 def unavailable(error: PoolExhausted) -> PoolUnavailable:

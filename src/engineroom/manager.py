@@ -10,6 +10,7 @@ from typing import Self, TextIO, Unpack
 from sqlalchemy import MetaData, text
 from sqlalchemy.engine import URL, Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.util import greenlet_spawn
 
 from . import drain
 from .backends import Role, Side
@@ -92,10 +93,15 @@ class DatabaseSessionManager:
     async def check(self) -> float:
         """Ask the database for one row, and return how many seconds it took to answer.
 
+        Where the pool has no connection to lend, it is asked over one of its own.
+
         Raises:
             sqlalchemy.exc.SQLAlchemyError, OSError: whatever the driver says when it did not.
         """
         started = time.perf_counter()
+        if self._room.must_wait(Side.ASYNC, Role.READER):
+            await greenlet_spawn(self._room.run_apart, Side.ASYNC, Role.READER, "SELECT 1")
+            return time.perf_counter() - started
         async with AsyncConnectScope(self._room, "check", Role.READER) as connection:
             await connection.execute(text("SELECT 1"))
         return time.perf_counter() - started

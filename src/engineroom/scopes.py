@@ -258,10 +258,10 @@ class HandedScope(SessionScope):
 
     __slots__ = ("_reservation",)
 
-    def __enter__(self) -> Session:
+    def open(self) -> Session:
         """Open the session; no thread has it yet."""
         self._reservation: Reservation | None = None
-        session = super().__enter__()
+        session = self.__enter__()
         self.thread, self.task = 0, None
         return session
 

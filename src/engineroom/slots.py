@@ -254,6 +254,11 @@ class Slots:
             self.came_back = time.monotonic()
 
     @property
+    def may_lend(self) -> bool:
+        """Whether nobody has to wait."""
+        return not self._queue and bool(self._free or self._spare)
+
+    @property
     def may_grow(self) -> bool:
         """Whether waiting may be met by opening one more."""
         return bool(self._spare)
