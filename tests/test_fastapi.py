@@ -4,33 +4,52 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import socket
 import sqlite3
-from collections.abc import AsyncIterator, Iterator
+import threading
+import time
+import warnings
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 import httpx
 import psycopg
 import pytest
-from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, WebSocket
-from fastapi.responses import StreamingResponse
+from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, HTTPException, Request, WebSocket
+from fastapi.responses import JSONResponse, StreamingResponse
 from scenario import until
 from serving import served
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect as connect_websocket
 
 from engineroom import (
+    Database,
+    DatabaseSessionManager,
+    PoolExhausted,
+    SyncInAsyncWarning,
+    on_commit,
+    on_rollback,
+    rollback_only,
     session_manager,
 )
+from engineroom.asgi import DatabaseMiddleware, Readiness
+from engineroom.errors import AlreadyInitialized, OutsideRequest
 from engineroom.fastapi import (
     AsyncSessionDep,
+    ReaderDep,
     SessionDep,
     get_db,
     get_sync_db,
     lifespan,
+    session_dependency,
 )
+from engineroom.testing import PostgresServer, WireProxy
 
 TABLES = (
     "CREATE TABLE parent (id int PRIMARY KEY)",
@@ -259,3 +278,374 @@ def test_a_websocket_whose_commit_fails_closes_with_1011(
             assert closed.value.rcvd is not None
             assert closed.value.rcvd.code == code
     assert names(tables) == [name]
+
+
+# -- the policy: returned commits, raised rolls back ----------------------------------------------
+
+
+def insert_into(app: FastAPI) -> None:
+    """Add endpoints that insert, and then end in different ways."""
+
+    @app.post("/returned")
+    async def returned(db: AsyncSessionDep) -> JSONResponse:
+        await db.execute(INSERT, {"name": "returned", "parent": RIGHT})
+        return JSONResponse("no", 409)
+
+    @app.post("/raised")
+    async def raised(db: AsyncSessionDep) -> None:
+        await db.execute(INSERT, {"name": "raised", "parent": RIGHT})
+        raise HTTPException(409)
+
+    @app.post("/invalid")
+    async def invalid(db: AsyncSessionDep) -> int:
+        await db.execute(INSERT, {"name": "invalid", "parent": RIGHT})
+        return "no number"  # type: ignore[return-value]
+
+    @app.post("/only")
+    async def only(db: AsyncSessionDep) -> str:
+        await db.execute(INSERT, {"name": "only", "parent": RIGHT})
+        rollback_only(db)
+        return "not stored"
+
+    @app.post("/threads")
+    def threads(db: SessionDep) -> JSONResponse:
+        db.execute(INSERT, {"name": "threads", "parent": RIGHT})
+        return JSONResponse("no", 409)
+
+    @app.post("/dangling")
+    async def dangling(db: AsyncSessionDep) -> str:
+        await db.execute(INSERT, {"name": "dangling", "parent": WRONG})
+        return "not stored"
+
+    @app.exception_handler(IntegrityError)
+    async def conflict(request: Request, error: IntegrityError) -> JSONResponse:
+        return JSONResponse("a conflict", 418)
+
+
+ANSWERS = {
+    "returned": 409,
+    "raised": 409,
+    "invalid": 500,
+    "only": 200,
+    "threads": 409,
+    "dangling": 418,
+}
+
+
+def test_returned_commits_and_raised_rolls_back(tables: str) -> None:
+    app = FastAPI(lifespan=lifespan(url=tables))
+    insert_into(app)
+    with served(app) as base, httpx.Client(base_url=base) as client:
+        answers = {name: client.post(f"/{name}").status_code for name in ANSWERS}
+    assert answers == ANSWERS
+    assert names(tables) == ["returned", "threads"]
+
+
+@pytest.mark.parametrize("commit_on", [None, lambda status: status < 400])
+def test_the_middleware_may_decide_by_the_status(tables: str, commit_on: Any) -> None:
+    app = FastAPI(lifespan=lifespan(url=tables))
+    app.add_middleware(DatabaseMiddleware, commit_on=commit_on)
+    insert_into(app)
+
+    @app.post("/state/{status}")
+    async def state(request: Request, status: int) -> JSONResponse:
+        assert request.state.db is request.state.db
+        await request.state.db.execute(INSERT, {"name": f"state {status}", "parent": RIGHT})
+        return JSONResponse("", status)
+
+    with served(app) as base, httpx.Client(base_url=base) as client:
+        answers = {name: client.post(f"/{name}").status_code for name in ANSWERS}
+        for status in (200, 404):
+            assert client.post(f"/state/{status}").status_code == status
+    if commit_on:  # the COMMIT comes after the app's handlers, so it is a 500
+        assert answers == ANSWERS | {"dangling": 500}
+        assert names(tables) == ["state 200"]
+    else:
+        assert answers == ANSWERS
+        assert names(tables) == ["returned", "threads", "state 200", "state 404"]
+
+
+def test_the_sync_dependency_and_that_of_another_manager(
+    tables: str, pg18: PostgresServer, database: str
+) -> None:
+    """One request, three sessions: the last that was opened commits first."""
+    other = DatabaseSessionManager()
+    get_other = session_dependency(other)
+    app = FastAPI(lifespan=lifespan(url=tables, wraps=lifespan(other, url=pg18.url(database))))
+
+    @app.get("/")
+    def both(
+        db: SessionDep,
+        theirs: Any = Depends(get_other),
+        again: Any = Depends(session_dependency(other)),
+    ) -> list[Any]:
+        assert theirs is again
+        assert theirs.sync_session is not db
+        return [db.scalar(text("SELECT 1")), len(other.stats().scopes)]
+
+    with served(app) as base:
+        assert httpx.get(base).json() == [1, 1]
+
+
+def test_a_second_session_whose_commit_fails_takes_the_first_with_it(
+    tables: str, tmp_path: Any
+) -> None:
+    """The session that was opened last commits first."""
+    other = DatabaseSessionManager()
+    elsewhere = f"sqlite:///{tmp_path / 'other.sqlite'}"
+    app = FastAPI(lifespan=lifespan(url=tables, wraps=lifespan(other, url=elsewhere)))
+
+    @app.post("/")
+    async def both(db: AsyncSessionDep, theirs: Any = Depends(session_dependency(other))) -> None:
+        await db.execute(INSERT, {"name": "first", "parent": RIGHT})
+        for statement in TABLES:
+            await theirs.execute(text(statement))
+        await theirs.execute(INSERT, {"name": "second", "parent": WRONG})
+
+    with served(app) as base:
+        assert httpx.post(base).status_code == 500
+    assert names(tables) == []
+
+
+def test_an_override_replaces_the_session(tables: str) -> None:
+    app = FastAPI(lifespan=lifespan(url=tables))
+
+    @app.get("/")
+    async def read(db: AsyncSessionDep) -> str:
+        return str(db)
+
+    app.dependency_overrides[get_db] = lambda: "another"
+    with served(app) as base:
+        assert httpx.get(base).json() == "another"
+
+
+# -- what may go wrong in the wiring ---------------------------------------------------------------
+
+
+def told_by(app: FastAPI, path: str = "/") -> str:
+    """Serve one request, and return what its error says."""
+    told: list[str] = []
+
+    @app.exception_handler(Exception)
+    async def tell(request: Request, error: Exception) -> JSONResponse:
+        told.append(str(error))
+        return JSONResponse("", 500)
+
+    with served(app, lifespan="auto") as base:
+        assert httpx.get(f"{base}{path}").status_code == 500
+    return told[0]
+
+
+def test_a_manager_that_was_never_opened_names_the_lifespan() -> None:
+    get_new = session_dependency(DatabaseSessionManager())
+    app = FastAPI()
+
+    @app.get("/")
+    async def read(db: Any = Depends(get_new)) -> None: ...
+
+    told = told_by(app)
+    assert "FastAPI(lifespan=lifespan())" in told
+    assert "[not-initialized]" in told
+
+
+@pytest.mark.parametrize("dependency", [get_db, get_sync_db])
+def test_a_dependency_called_outside_of_a_request(dependency: Callable[..., Any]) -> None:
+    async def loop() -> None:
+        async for _ in dependency():
+            raise AssertionError("it was entered")
+
+    with pytest.raises(OutsideRequest, match=r"open a session.*\[outside-request\]"):
+        asyncio.run(loop())
+    with pytest.raises(OutsideRequest):
+        next(dependency())
+
+
+def test_two_lifespans_that_open_one_manager(url: str) -> None:
+    async def main() -> None:
+        async with lifespan(url=url)(None):
+            with pytest.raises(AlreadyInitialized, match="Give the second application"):
+                async with lifespan(url=url)(None):
+                    pass
+            assert session_manager.stats().state == "open"
+        assert session_manager.stats().state == "closed"
+
+    asyncio.run(main())
+
+
+def test_the_lifespan_runs_around_ones_own(url: str) -> None:
+    seen: list[str] = []
+
+    async def bare(app: FastAPI) -> AsyncIterator[dict[str, int]]:
+        seen.append(session_manager.stats().state)
+        yield {"answer": 42}
+        seen.append(session_manager.stats().state)
+
+    for wraps in (bare, asynccontextmanager(bare)):
+        app = FastAPI(lifespan=lifespan(url=url, wraps=wraps))
+
+        @app.get("/")
+        async def read(request: Request) -> int:
+            return request.state.answer  # type: ignore[no-any-return]
+
+        with served(app) as base:
+            assert httpx.get(base).json() == 42
+    assert seen == ["open"] * 4
+    assert session_manager.stats().state == "closed"
+
+
+def test_the_lifespan_that_users_write(url: str) -> None:
+    """Contract 3, as it stands in the world: an undecorated generator included."""
+
+    async def bare(app: FastAPI) -> AsyncIterator[None]:
+        session_manager.init(url=url, pool_size=5)
+        yield
+        await session_manager.close()
+
+    for written in (bare, asynccontextmanager(bare)):
+        app = FastAPI(lifespan=written)
+
+        @app.get("/items")
+        async def list_items(db: AsyncSessionDep) -> Any:
+            return await db.scalar(text("SELECT 42"))
+
+        with served(app) as base:
+            assert httpx.get(f"{base}/items").json() == 42
+
+
+def test_the_sync_dependency_of_a_coroutine_says_what_to_declare(sqlite_url: str) -> None:
+    app = FastAPI(lifespan=lifespan(url=sqlite_url))
+
+    @app.get("/")
+    async def frozen(db: SessionDep) -> Any:
+        return db.scalar(text("SELECT 1"))
+
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        with served(app) as base:
+            assert httpx.get(base).json() == 1
+    told = [str(w.message) for w in warned if w.category is SyncInAsyncWarning]
+    assert len(told) == 1
+    assert "test_fastapi.py" in told[0]
+    assert "in frozen" in told[0]
+    assert "AsyncSessionDep" in told[0]
+
+
+def test_a_session_kept_for_a_later_request_refuses_use(tables: str) -> None:
+    app = FastAPI(lifespan=lifespan(url=tables))
+    kept: list[AsyncSession] = []
+
+    @app.get("/")
+    async def use(db: AsyncSessionDep) -> str:
+        kept.append(db)
+        try:
+            await kept[0].execute(text("SELECT 1"))
+        except Exception as error:
+            return str(error)
+        return "served"
+
+    with served(app) as base:
+        assert httpx.get(base).json() == "served"
+        assert "[session-closed]" in httpx.get(base).json()
+
+
+def test_a_generator_of_ones_own_lives_in_three_threads(tables: str) -> None:
+    """FastAPI enters, uses and leaves a synchronous dependency in a thread each."""
+    app = FastAPI(lifespan=lifespan(url=tables))
+    threads: list[int] = []
+
+    def mine() -> Iterator[Session]:
+        with session_manager.sync_session() as db:
+            threads.append(threading.get_ident())
+            db.execute(INSERT, {"name": "entered", "parent": RIGHT})
+            yield db
+            threads.append(threading.get_ident())
+
+    @app.post("/")
+    def use(db: Any = Depends(mine)) -> int:
+        threads.append(threading.get_ident())
+        time.sleep(0.05)  # so that the requests use several threads
+        db.execute(INSERT, {"name": "used", "parent": RIGHT})
+        return 1
+
+    async def many(base: str) -> None:
+        async with httpx.AsyncClient(base_url=base) as client:
+            answers = await asyncio.gather(*(client.post("/") for _ in range(10)))
+            assert {answer.status_code for answer in answers} == {200}
+
+    with served(app) as base:
+        asyncio.run(many(base))
+    assert names(tables).count("entered") == names(tables).count("used") == 10
+    assert len(set(threads)) > 1
+
+
+def test_reports_name_the_route_and_the_endpoint(tables: str) -> None:
+    app = FastAPI(lifespan=lifespan(url=tables))
+
+    @app.get("/items/{number}")
+    async def one_item(number: int, db: AsyncSessionDep) -> list[Any]:
+        async with session_manager.session():
+            return [[scope.owner, scope.where] for scope in session_manager.stats().scopes]
+
+    @app.get("/threads/{number}")
+    def in_a_thread(number: int, db: SessionDep) -> list[Any]:
+        db.execute(text("SELECT 1"))
+        with session_manager.sync_session():
+            return [[scope.owner, scope.where] for scope in session_manager.stats().scopes]
+
+    with served(app) as base:
+        for path, function in (("items", "one_item"), ("threads", "in_a_thread")):
+            opened = httpx.get(f"{base}/{path}/7").json()
+            assert len(opened) == 2
+            for owner, where in opened:
+                assert f"GET /{path}/{{number}}" in owner
+                assert where.endswith(f"in {function}")
+                assert "test_fastapi.py:" in where
+
+
+# -- the wire --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+def test_three_round_trips_write_and_one_reads(
+    postgres_tables: str, proxy: WireProxy, driver: str
+) -> None:
+    url = proxy.url(postgres_tables.replace("postgresql:", f"postgresql+{driver}:"))
+    app = FastAPI(lifespan=lifespan(url=url, pool_ping_after=60))
+
+    @app.post("/write")
+    async def write(db: AsyncSessionDep) -> None:
+        await db.execute(INSERT, {"name": "a", "parent": RIGHT})
+
+    @app.post("/sync")
+    def write_in_threads(db: SessionDep) -> None:
+        db.execute(INSERT, {"name": "a", "parent": RIGHT})
+
+    @app.post("/read")
+    async def read(db: ReaderDep) -> Any:
+        return await db.scalar(text("SELECT 1"))
+
+    @app.post("/nothing")
+    async def nothing(db: AsyncSessionDep, reader: ReaderDep) -> None: ...
+
+    with served(app) as base, httpx.Client(base_url=base) as client:
+        for path, trips in (("/write", 3), ("/sync", 3), ("/read", 1), ("/nothing", 0)):
+            for _ in range(8):  # psycopg prepares at the sixth
+                assert client.post(path).status_code == 200
+            proxy.reset()
+            for _ in range(10):
+                assert client.post(path).status_code == 200
+            assert proxy.round_trips == 10 * trips, path
+
+
+def test_readers_refuse_writes(tables: str) -> None:
+    app = FastAPI(lifespan=lifespan(url=tables))
+
+    @app.post("/")
+    async def write(db: ReaderDep) -> str:
+        with pytest.raises(DBAPIError, match="read.?only"):
+            await db.execute(INSERT, {"name": "a", "parent": RIGHT})
+        return "refused"
+
+    with served(app) as base:
+        assert httpx.post(base).json() == "refused"
+    assert names(tables) == []
