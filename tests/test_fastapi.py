@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-import socket
 import sqlite3
 import threading
 import time
@@ -29,16 +27,12 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect as connect_websocket
 
 from engineroom import (
-    Database,
     DatabaseSessionManager,
-    PoolExhausted,
     SyncInAsyncWarning,
-    on_commit,
-    on_rollback,
     rollback_only,
     session_manager,
 )
-from engineroom.asgi import DatabaseMiddleware, Readiness
+from engineroom.asgi import DatabaseMiddleware
 from engineroom.errors import AlreadyInitialized, OutsideRequest
 from engineroom.fastapi import (
     AsyncSessionDep,

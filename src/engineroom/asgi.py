@@ -87,6 +87,7 @@ class Request:
 
     def __init__(self, scope: ASGIScope) -> None:
         self.scope: ASGIScope | None = scope
+        self.is_abandoned: bool = False  # its client has gone, and its work was cancelled
 
     def __str__(self) -> str:
         """Name it: `GET /items/{id}`; by its path before it has found its route."""
@@ -353,8 +354,10 @@ BUSY = "The service is busy. Please try again."
 
 
 def log_refusal(error: PoolExhausted) -> None:
-    """Log what the client is not told."""
-    logger.warning("%s was answered with 503: %s", REQUEST.get(), error)
+    """Log what the client is not told, if it is still there."""
+    request = REQUEST.get()
+    if request is None or not request.is_abandoned:
+        logger.warning("%s was answered with 503: %s", request, error)
 
 
 def triple(
@@ -431,24 +434,24 @@ class Patrol:
         finally:
             self._arrived.set()
         if self._is_on_duty and self._served is not None:
-            self.has_cancelled = True
+            self.has_cancelled = self._request.is_abandoned = True
             self._served.cancel("the client has gone")
             await stop_threads(self._request)
 
 
 async def stop_threads(request: Request) -> None:
     """Stop what threads do for a request: what they run now, and what they would run next."""
-    working = [
-        (room, entry)
-        for room in list(ROOMS)
-        for entry in room.ledger
-        if entry.request is request and isinstance(entry, SyncScope)
-    ]
-    for _, entry in working:
-        entry.retire(f"The client of {request} has gone, and its {entry.kind} was rolled back.")
     deadline = time.monotonic() + STOP_LIMIT
-    while any(entry.is_open for _, entry in working) and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
+        working = [
+            (room, entry)
+            for room in list(ROOMS)
+            for entry in room.ledger
+            if entry.request is request and isinstance(entry, SyncScope)
+        ]
+        if not working:
+            break
         for room, entry in working:
-            if entry.is_open:
-                await asyncio.to_thread(room.interrupt, entry)
+            entry.retire(f"The client of {request} has gone. Its {entry.kind} is rolled back.")
+            await asyncio.to_thread(room.interrupt, entry)
         await asyncio.sleep(0.01)

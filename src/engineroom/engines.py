@@ -29,6 +29,7 @@ from .cancellation import settle
 from .errors import Holder, InvalidOption, SelfDeadlock
 from .forks import make_immortal, part_event_loops
 from .ledger import (
+    REQUEST,
     Entry,
     Ledger,
     ScopeInfo,
@@ -264,16 +265,18 @@ class EngineRoom:
 
     def _refuse_self_deadlock(self, connection: Connection) -> None:
         """Refuse to wait for a writer that waits for us."""
-        owner, now = current_owner(), time.monotonic()
+        owner, request, now = current_owner(), REQUEST.get(), time.monotonic()
         for _, _, _, lender in self.lenders():
             for permit in lender.slots.held:
                 entry = None if permit.entry is None else permit.entry()
                 held = None if permit.connection is None else permit.connection()
+                holder = permit.owner if entry is None else entry.holder
                 if (
-                    (permit.owner if entry is None else entry.holder) == owner
+                    (holder == owner or (holder is request and request is not None))
                     and held is not None
                     and held is not connection.connection
                     and self.backend.holds_write_lock(held)
+                    and not (entry is not None and entry.may_be_elsewhere())
                 ):
                     raise SelfDeadlock(
                         f"{name_of(owner)} opens a second writer while its first holds the lock of "
@@ -345,11 +348,16 @@ class EngineRoom:
         self.backend.end(connections, partial(self.run_apart, side, role))
 
     def interrupt(self, entry: Entry) -> None:
-        """Stop the statement that a thread runs for a scope, from another thread."""
+        """Stop what a thread runs or waits for in a scope, from another thread."""
+        for _, _, _, lender in self.lenders():
+            for ticket in lender.slots.waiters:
+                if ticket.owner == entry.thread:
+                    ticket.dismiss()
         connection = entry.held()
         permit = None if connection is None else permit_of(connection)
         if connection is not None and permit is not None and permit.running:
-            self.backend.interrupt(connection.driver_connection)
+            with suppress(Exception):  # it was closed just now
+                self.backend.interrupt(connection.driver_connection)
 
     def must_wait(self, side: Side, role: Role) -> bool:
         """Whether the pool that serves this thread or event loop has nothing to lend."""

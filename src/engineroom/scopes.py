@@ -135,6 +135,11 @@ class SyncScope(Scope, Generic[R]):
         try:  # just be closing, and waits for all who stand there
             if asyncio._get_running_loop() is not None:
                 self.mind_the_loop()
+            if self.request is not None and self.request.is_abandoned:
+                raise SessionClosed(
+                    f"{self.kind}() was called for {self.request}, whose client has gone: what a "
+                    "thread does for it ends here. There is nothing to do about it."
+                )
             self._resource = opened = self._open(self._bind())
         except BaseException:
             self._leave()
@@ -151,6 +156,8 @@ class SyncScope(Scope, Generic[R]):
         if self.is_open:
             failed = self._must_fail(error)
             try:
+                if self.obituary:  # what was to stop it may still be on its way
+                    self._resource.invalidate()
                 finish(self._resource, failed, self.connection)
             except BaseException as struck:
                 failed = self._must_fail(struck, ending=True)
@@ -163,6 +170,11 @@ class SyncScope(Scope, Generic[R]):
                     self.hooks.run(failed)
             if self.obituary and error is None:  # it must not pass for a success
                 raise SessionClosed(self.obituary)
+
+    def may_be_elsewhere(self) -> bool:
+        """Whether its thread has left the function that opened it, and may serve another by now."""
+        frame = sys._current_frames().get(self.thread)
+        return all(one.f_code is not self.code for one, _ in walk_stack(frame))
 
     def mind_the_loop(self) -> None:
         """Say that it is about to stop the event loop it is opened in."""
@@ -270,6 +282,10 @@ class HandedScope(SessionScope):
         """The request: its threads change."""
         return self.request
 
+    def may_be_elsewhere(self) -> bool:
+        """A request does one thing after another."""
+        return False
+
     def mind_the_loop(self) -> None:
         """Say so if it serves a coroutine function: in threads it stops no event loop."""
         if self.code.co_flags & inspect.CO_COROUTINE:
@@ -300,6 +316,7 @@ class HandedScope(SessionScope):
         """Have the thread that is left alone with the session leave it, and its statement end."""
         session = self._resource
         while is_inside(self.thread, session):
+            self.retire(f"{self.request} was cancelled. What a thread does for it ends here.")
             await asyncio.to_thread(self._room.interrupt, self)
             await asyncio.sleep(0.01)
 
@@ -364,13 +381,6 @@ class ConnectScope(SyncScope[Connection]):
 
     def _open(self, engine: Engine) -> Connection:
         return begin(engine.connect(), self)
-
-    def may_be_elsewhere(self) -> bool:
-        """Whether its thread has left the function that opened it: a connection may be handed on,
-        as a session may not.
-        """
-        frame = sys._current_frames().get(self.thread)
-        return all(one.f_code is not self.code for one, _ in walk_stack(frame))
 
 
 class AsyncConnectScope(AsyncScope[AsyncConnection]):

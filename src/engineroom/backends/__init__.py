@@ -91,7 +91,11 @@ class Backend(Protocol):
         """
 
     def interrupt(self, driver: Any) -> None:
-        """Stop what a thread runs on a synchronous connection, which is not to be used again."""
+        """Stop what a thread runs on a synchronous connection.
+
+        It may come too early, or be late and strike the next statement: so ask until it has ended,
+        and use the connection no more.
+        """
 
     async def break_off(self, driver: Any) -> None:
         """Stop what a cancelled call left running; the connection is closed next."""

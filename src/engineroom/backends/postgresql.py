@@ -137,11 +137,11 @@ class PostgreSQL:
                         await_only(self.break_off(driver))
                     else:
                         self.interrupt(driver)
+                        _shut(int(driver.fileno()))  # it ends as soon as it reads from there
 
     def interrupt(self, driver: Any) -> None:
-        """Cancel what runs, and shut the socket: the backend ends as soon as it reads from it."""
+        """Have the server cancel what runs; what has not arrived there yet is not."""
         driver.cancel()
-        _shut(int(driver.fileno()))
 
     async def break_off(self, driver: Any) -> None:
         """Close asyncpg's connection, which waits for the cancel request that is on its way.
