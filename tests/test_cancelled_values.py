@@ -31,6 +31,12 @@ async def in_the_body(db: AsyncSession) -> None:
     await asyncio.sleep(60)
 
 
+async def run_out(limit: asyncio.Timeout, loaded: asyncio.Event) -> None:
+    """Let a time be over in the moment in which all is loaded."""
+    await loaded.wait()
+    limit.reschedule(asyncio.get_running_loop().time())
+
+
 @pytest.mark.parametrize("strike", [in_a_statement, in_the_body])
 @pytest.mark.parametrize("how", ["cancel", "timeout"])
 def test_a_cancelled_scope_leaves_what_was_seen_readable(url: str, strike, how: str) -> None:  # type: ignore[no-untyped-def]
@@ -62,7 +68,9 @@ def test_a_cancelled_scope_leaves_what_was_seen_readable(url: str, strike, how: 
                     await task
             else:
                 with pytest.raises(TimeoutError):
-                    await asyncio.wait_for(use(manager, loaded), 0.3)
+                    async with asyncio.timeout(None) as limit, asyncio.TaskGroup() as tasks:
+                        tasks.create_task(run_out(limit, loaded))
+                        await use(manager, loaded)
             assert [(note.id, note.body) for note in seen] == [(1, "changed"), (2, "new")]
             async with manager.session() as db:
                 assert [note.body for note in await db.scalars(select(Note))] == ["stored"]

@@ -1132,7 +1132,7 @@ def test_an_exhausted_sync_pool_names_its_holders(url: str) -> None:
 
 def test_an_exhausted_async_pool_names_its_holders(url: str) -> None:
     async def main() -> None:
-        options: Any = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 0.2}
+        options: Any = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 2}
         async with DatabaseSessionManager().init(url, **options) as door:
 
             async def ask() -> None:
@@ -1146,7 +1146,7 @@ def test_an_exhausted_async_pool_names_its_holders(url: str) -> None:
                 failures = await asyncio.gather(*waiters, return_exceptions=True)
                 for failure in failures:
                     words = (
-                        "0.2 s",
+                        "2 s",
                         "all 1 are lent",
                         "task the-holder",
                         "test_misuse.py",

@@ -48,7 +48,7 @@ def test_exhaustion_says_who_holds_since_when_from_which_line_and_what_it_does(
 ) -> None:
     async def main() -> None:
         manager = DatabaseSessionManager().init(
-            driver_url, pool_size=1, max_overflow=1, pool_timeout=0.3
+            driver_url, pool_size=1, max_overflow=1, pool_timeout=2
         )
         ready = asyncio.Event()
 
@@ -59,8 +59,7 @@ def test_exhaustion_says_who_holds_since_when_from_which_line_and_what_it_does(
 
         async def running() -> None:
             async with manager.session() as db:
-                await db.execute(text("SELECT   pg_sleep(1.0),\n 'braces {}'"))
-                await ready.wait()
+                await db.execute(text("SELECT   pg_sleep(100),\n 'braces {}'"))
 
         lines = {
             function.__name__: function.__code__.co_firstlineno + 1 for function in (idle, running)
@@ -69,7 +68,17 @@ def test_exhaustion_says_who_holds_since_when_from_which_line_and_what_it_does(
             asyncio.create_task(idle(), name="idler"),
             asyncio.create_task(running(), name="runner"),
         ]
-        await asyncio.sleep(0.2)
+
+        def both_are_there() -> bool:
+            doing = [holder.doing for pool in manager.stats().pools for holder in pool.holders]
+            return (
+                sum("pg_sleep" in words for words in doing) == 1
+                and sum(words.startswith("idle in transaction") for words in doing) == 1
+            )
+
+        async with asyncio.timeout(20):
+            while not both_are_there():
+                await asyncio.sleep(0.01)
         with pytest.raises(PoolExhausted) as caught:
             await one(manager)
         error = caught.value
@@ -82,9 +91,10 @@ def test_exhaustion_says_who_holds_since_when_from_which_line_and_what_it_does(
             assert 0.1 < by_owner[owner].seconds < 60
         assert by_owner["task idler"].doing.startswith("idle in transaction for ")
         assert "running for " in by_owner["task runner"].doing
-        assert by_owner["task runner"].doing.endswith("SELECT pg_sleep(1.0), 'braces {}'")
+        assert by_owner["task runner"].doing.endswith("SELECT pg_sleep(100), 'braces {}'")
         ready.set()
-        await asyncio.gather(*holders)
+        holders[1].cancel()
+        await asyncio.wait(holders)
         await manager.close()
 
     asyncio.run(main())
@@ -180,7 +190,8 @@ def test_a_circle_over_both_sides_is_seen(postgres_url: str) -> None:
 
                 waiting = asyncio.create_task(other())
                 await inside.wait()
-                await asyncio.sleep(0.05)
+                while not any(pool.waiting for pool in manager.stats().pools):
+                    await asyncio.sleep(0)
                 with pytest.raises(PoolDeadlock) as caught, manager.sync_session() as db:
                     db.execute(text("SELECT 1"))
                 assert len(caught.value.holders) == 2
@@ -376,13 +387,17 @@ def test_a_thread_may_have_handed_on_what_it_took(postgres_url: str) -> None:
 # -- growth --------------------------------------------------------------------------------------
 
 
-def connects_of_a_burst(url: str, seconds: float) -> int:
-    """Count the connections that 50 callers at once open on a pool of 5 + 45."""
+def connects_of_a_burst(url: str, seconds: float | None = None) -> int:
+    """Count the connections that 50 callers at once open on a pool of 5 + 45.
+
+    Each unit takes so many seconds; None: none ends before all of them have a connection.
+    """
     opened_now = 0
 
     async def main() -> None:
         nonlocal opened_now
-        manager = DatabaseSessionManager().init(url, pool_size=5, max_overflow=45)
+        manager = DatabaseSessionManager().init(url, pool_size=5, max_overflow=45, pool_timeout=60)
+        all_have_one = asyncio.Barrier(50)
 
         @event.listens_for(manager.engine.sync_engine, "connect")
         def count(*_: object) -> None:
@@ -391,7 +406,9 @@ def connects_of_a_burst(url: str, seconds: float) -> int:
 
         async def unit() -> None:
             async with manager.session() as db:
-                await db.execute(text(f"SELECT pg_sleep({seconds})"))
+                await db.execute(text(f"SELECT pg_sleep({seconds or 0})"))
+                if seconds is None:
+                    await all_have_one.wait()
 
         await asyncio.gather(*(unit() for _ in range(50)))
         await manager.close()
@@ -401,8 +418,7 @@ def connects_of_a_burst(url: str, seconds: float) -> int:
 
 
 def test_a_burst_of_long_units_gets_a_connection_each(driver_url: str) -> None:
-    # Longer than in DESIGN.md's figures: on a busy machine 45 connects take their time.
-    assert connects_of_a_burst(driver_url, 3) == 50
+    assert connects_of_a_burst(driver_url) == 50
 
 
 @pytest.mark.soak
@@ -475,30 +491,34 @@ def test_the_deadline_covers_connecting_in_a_thread(silent: int, driver: str) ->
 # -- held for too long ---------------------------------------------------------------------------
 
 
-def slow_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if "DB_SLOW_CHECKOUT" in r.getMessage()]
+def slow_lines(caplog: pytest.LogCaptureFixture, line: int) -> list[str]:
+    """What was said of the scope in this line; any other may be slow too, where time is scarce."""
+    said = [r.getMessage() for r in caplog.records if "DB_SLOW_CHECKOUT" in r.getMessage()]
+    assert all(f"{__file__}:" in words for words in said)
+    return [words for words in said if f"{__file__}:{line} in " in words]
 
 
 def test_a_slow_checkout_is_reported_once_while_it_lasts(
     driver_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def main() -> None:
+    async def main() -> int:
         manager = DatabaseSessionManager().init(driver_url, slow_checkout=0.1)
         async with manager.session() as db:
             line = sys._getframe().f_lineno - 1
             await db.execute(text("SELECT 1"))
-            while not slow_lines(caplog):
+            while not slow_lines(caplog, line):
                 await asyncio.sleep(0.01)
             await asyncio.sleep(0.25)
-        (said,) = slow_lines(caplog)
+        (said,) = slow_lines(caplog, line)
         assert f"{__file__}:{line} in main" in said
         assert "longer than 0.1 s" in said
         await one(manager)
         await manager.close()
+        return line
 
     with caplog.at_level(logging.WARNING, "engineroom"):
-        asyncio.run(main())
-    assert len(slow_lines(caplog)) == 1
+        line = asyncio.run(main())
+    assert len(slow_lines(caplog, line)) == 1
 
 
 def test_a_slow_checkout_of_a_thread_is_reported(
@@ -507,18 +527,19 @@ def test_a_slow_checkout_of_a_thread_is_reported(
     """When another one takes a connection, or at its own end: a pool has no thread to look."""
     with opened(url, slow_checkout="50ms") as manager, caplog.at_level(logging.WARNING):
         with manager.sync.reader() as db:
+            line = sys._getframe().f_lineno - 1
             db.execute(text("SELECT 1"))
             time.sleep(0.1)
-            assert slow_lines(caplog) == []
+            assert slow_lines(caplog, line) == []
             with manager.sync.reader() as other:
                 other.execute(text("SELECT 1"))
-            assert len(slow_lines(caplog)) == 1
-        assert len(slow_lines(caplog)) == 1
+            assert len(slow_lines(caplog, line)) == 1
+        assert len(slow_lines(caplog, line)) == 1
         with manager.sync.reader() as db:
+            line = sys._getframe().f_lineno - 1
             db.execute(text("SELECT 1"))
             time.sleep(0.1)
-        assert len(slow_lines(caplog)) == 2
-        assert all(f"{__file__}:" in line for line in slow_lines(caplog))
+        assert len(slow_lines(caplog, line)) == 1
 
 
 # -- the report ----------------------------------------------------------------------------------
@@ -562,7 +583,7 @@ def test_a_signal_dumps_too(url: str, capfd: pytest.CaptureFixture[str]) -> None
 
 def test_who_gave_up_leaves_nothing_behind(postgres_url: str) -> None:
     async def main() -> None:
-        manager = DatabaseSessionManager().init(postgres_url, **ONE, pool_timeout="50ms")
+        manager = DatabaseSessionManager().init(postgres_url, **ONE, pool_timeout=2)
         async with manager.session() as db:
             await db.execute(text("SELECT 1"))
             tasks = weakref.WeakSet(asyncio.create_task(one(manager)) for _ in range(100))
@@ -609,16 +630,33 @@ def test_a_loop_that_always_lags_grows_all_the_same(postgres_url: str) -> None:
 def crowd(url: str, callers: int) -> None:
     """Half of them give up; the others are served in the order in which they came."""
     served: list[int] = []
+    lent: list[int] = []
+    connected: set[int] = set()
 
     async def main() -> None:
         manager = DatabaseSessionManager().init(url, **FIVE, pool_timeout=300)
+
+        def number_of_task() -> int:
+            task = asyncio.current_task()
+            assert task is not None
+            return int(task.get_name())
+
+        def connects(*_: object) -> None:
+            connected.add(number_of_task())
+
+        def is_lent(*_: object) -> None:
+            lent.append(number_of_task())
 
         async def call(number: int) -> None:
             async with manager.reader() as db:
                 await db.execute(text("SELECT 1"))
                 served.append(number)
 
-        tasks = [asyncio.create_task(call(number)) for number in range(callers)]
+        async with manager.reader() as db:
+            core = db.get_bind().engine
+        event.listen(core, "connect", connects)
+        event.listen(core, "checkout", is_lent)
+        tasks = [asyncio.create_task(call(n), name=str(n)) for n in range(callers)]
         await asyncio.sleep(0)
         for number, task in enumerate(tasks):
             if number % 2:
@@ -627,14 +665,19 @@ def crowd(url: str, callers: int) -> None:
         assert sum(task.cancelled() for task in tasks) + len(served) == callers
         (pool,) = manager.stats().pools
         assert (pool.lent, pool.waiting) == (0, 0)
-        # Whoever came earlier was served earlier, but for those whose connection was opened anew
-        # after a cancellation: meanwhile the others go on. (`test_slots` has the exact order.)
+        # Whoever came earlier got a connection earlier, but for those whose was opened anew after a
+        # cancellation: meanwhile the others go on. And those who are woken together, up to five,
+        # may change places; with those between them who give up, that is not twenty.
+        # (`test_slots` has the exact order.)
+        in_turn = [number for number in lent if number not in connected]
         overtaken = [
             number
-            for place, number in enumerate(served)
-            if number < max(served[:place], default=0) - 200
+            for place, number in enumerate(in_turn)
+            if number < max(in_turn[:place], default=0) - 20
         ]
         assert overtaken == []
+        event.remove(core, "connect", connects)
+        event.remove(core, "checkout", is_lent)
         together = asyncio.Barrier(5)
 
         async def hold() -> None:

@@ -22,6 +22,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import AsyncAdaptedQueuePool, QueuePool
 from sqlalchemy.util import await_only, greenlet_spawn
 
+from engineroom import DatabaseSessionManager
+from engineroom.backends.sqlite import _thread_of
 from engineroom.lending import Rack
 
 
@@ -312,5 +314,18 @@ def test_aiosqlite_keeps_its_sqlite3_connection_where_a_forked_child_looks() -> 
     async def main() -> None:
         async with aiosqlite.connect(":memory:") as connection:
             assert isinstance(connection._conn, sqlite3.Connection)
+
+    asyncio.run(main())
+
+
+def test_aiosqlites_thread_keeps_no_process_from_its_end(sqlite_url: str) -> None:
+    """Relied on by `backends.sqlite._thread_of`: SQLAlchemy sets it only where it opens itself."""
+
+    async def main() -> None:
+        async with DatabaseSessionManager().init(sqlite_url) as manager:
+            async with manager.connect() as connection:
+                raw = await connection.get_raw_connection()
+                assert _thread_of(raw.driver_connection).is_alive()
+                assert _thread_of(raw.driver_connection).daemon
 
     asyncio.run(main())

@@ -90,9 +90,9 @@ def test_psycopg_counts(proxy: WireProxy, postgres_url: str) -> None:
 
 
 def test_a_batch_sent_at_once_is_one_trip(proxy: WireProxy, postgres_url: str) -> None:
-    proxy.delay = 0.2  # so that nothing is answered while the batch is still being sent
     with psycopg.connect(proxy.url(postgres_url), autocommit=True) as connection:
         proxy.reset()
+        proxy.delay = 1.0  # so that nothing is answered while the batch is still being sent
         with connection.pipeline():
             for number in range(10):
                 connection.execute("SELECT %s::int", [number])
@@ -153,7 +153,8 @@ async def test_a_cut_is_seen_on_both_sides(
         await running
     with pytest.raises((asyncpg.PostgresConnectionError, asyncpg.InterfaceError, OSError)):
         await idle.execute("SELECT 1")
-    assert len(backends(postgres_url)) <= 1  # the sleeper has not looked at its socket yet
+    # One has ended; the sleeper has not looked at its socket yet.
+    await eventually_async(lambda: len(backends(postgres_url)) <= 1)
     again = await asyncpg.connect(proxy.url(postgres_url))
     assert await again.fetchval("SELECT 1") == 1
     await again.close()
@@ -173,7 +174,7 @@ def test_the_end_of_either_side_reaches_the_other(
 
     with psycopg.connect(proxy.url(postgres_url)) as connection:
         pid = connection.info.backend_pid
-        pg18.execute(f"SELECT pg_terminate_backend({pid})")
+        pg18.execute(f"SELECT pg_terminate_backend({pid}, 20000)")  # and wait for its end
         with pytest.raises(psycopg.errors.AdminShutdown):  # the server's last words arrive
             connection.execute("SELECT 1")
 

@@ -311,7 +311,7 @@ def test_pool_size_connections_are_kept(postgres_url: str, size: int, kept: int)
 
 @pytest.mark.parametrize("overflow", [0, 1, 2])
 def test_max_overflow_connections_are_opened_beyond(postgres_url: str, overflow: int) -> None:
-    with Database(postgres_url, pool_size=1, max_overflow=overflow, pool_timeout=0.05) as door:
+    with Database(postgres_url, pool_size=1, max_overflow=overflow, pool_timeout=1) as door:
         held = []
         try:
             while len(held) < 4:

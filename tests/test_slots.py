@@ -21,6 +21,7 @@ from hypothesis.stateful import (
     rule,
 )
 
+from engineroom import slots as slots_module
 from engineroom.slots import CONNECTS_AT_ONCE, GROW_AFTER, WAITING, Permit, Slots, Ticket
 
 
@@ -252,11 +253,18 @@ def test_order_is_kept_when_many_threads_give_back() -> None:
 # -- growth --------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def lately(monkeypatch: pytest.MonkeyPatch) -> float:
+    """What counts as lately, in seconds: so long that the test itself does not outlast it."""
+    monkeypatch.setattr(slots_module, "GROW_AFTER", 1.0)
+    return 1.0
+
+
 def granted(tickets: list[Ticket]) -> list[bool]:
     return [not ticket.waits for ticket in tickets]
 
 
-def test_overflow_is_handed_out_only_when_nothing_comes_back() -> None:
+def test_overflow_is_handed_out_only_when_nothing_comes_back(lately: float) -> None:
     slots = Slots(1, 10)
     permit = taken(slots)
     assert slots.take() is None  # though there is overflow
@@ -266,7 +274,7 @@ def test_overflow_is_handed_out_only_when_nothing_comes_back() -> None:
     slots.connected()
     assert slots.grow()
     assert not any(granted(tickets))
-    time.sleep(GROW_AFTER)
+    time.sleep(lately)
     assert slots.grow()
     assert granted(tickets) == [True] * CONNECTS_AT_ONCE + [False] * 3
     slots.give(permit)

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scenario import LOOPS, Item, Model, fork, in_threads, run, run_on, until
+from scenario import LOOPS, Item, Model, fork, held, in_threads, run, run_on, until
 from sqlalchemy import ForeignKey, delete, func, insert, select, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.orm import Mapped, mapped_column
 
 from engineroom import Database, DatabaseSessionManager
+from engineroom.errors import SessionInUse
 
 EACH = [100, pytest.param(500, marks=pytest.mark.soak)]
 
@@ -439,6 +440,51 @@ def test_a_database_in_memory_leaves_no_file(
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     run(leaves_no_file, str(tmp_path), end)
     assert list(tmp_path.iterdir()) == []
+
+
+# -- a connect that is cancelled ---------------------------------------------------------------
+
+
+def cut_off_as_it_opens(url: str, loop: str, how: str) -> list[Any]:
+    """Return what is open when the cancellation is told and at the end, but for the collector."""
+    answer = text("SELECT 42")
+
+    async def cancelled(manager: DatabaseSessionManager) -> None:
+        task = asyncio.create_task(manager.check())
+        await asyncio.sleep(0)  # it runs to where it waits for the file to be opened
+        task.cancel()
+        if how == "twice":
+            await asyncio.sleep(0)
+            task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    async def overlapped(manager: DatabaseSessionManager) -> None:
+        with pytest.raises(SessionInUse):
+            async with manager.session() as db:
+                await asyncio.gather(db.scalar(answer), db.scalar(answer))
+
+    async def main() -> list[Any]:
+        manager = DatabaseSessionManager().init(url)
+        await (overlapped if how == "gather" else cancelled)(manager)
+        left = held(url)
+        async with manager.session() as db:
+            assert await db.scalar(answer) == 42
+        await manager.close()
+        return left + held(url)
+
+    gc.disable()
+    try:
+        return run_on(loop, main())
+    finally:
+        gc.collect()  # and the scenario fails if that finds something to warn of
+
+
+@pytest.mark.parametrize("how", ["once", "twice", "gather"])
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_cancelled_connect_leaves_no_file_open(sqlite_url: str, loop: str, how: str) -> None:
+    """Python 3.13 would warn of it, in the midst of whatever else runs then."""
+    assert run(cut_off_as_it_opens, sqlite_url, loop, how) == []
 
 
 # -- a file that somebody else holds -----------------------------------------------------------
