@@ -349,10 +349,8 @@ class EngineRoom:
 
     def interrupt(self, entry: Entry) -> None:
         """Stop what a thread runs or waits for in a scope, from another thread."""
-        for _, _, _, lender in self.lenders():
-            for ticket in lender.slots.waiters:
-                if ticket.owner == entry.thread:
-                    ticket.dismiss()
+        if (ticket := WAITING.get(entry.request)) is not None:
+            ticket.dismiss()
         connection = entry.held()
         permit = None if connection is None else permit_of(connection)
         if connection is not None and permit is not None and permit.running:
