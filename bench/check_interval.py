@@ -9,7 +9,7 @@ import argparse
 import statistics
 from pathlib import Path
 
-import psycopg  # noqa: TID253  # a script beside the library, which imports no driver
+import psycopg  # a script beside the library, which imports no driver
 
 from engineroom.testing import postgres
 
