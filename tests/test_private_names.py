@@ -9,6 +9,7 @@ import asyncio
 import gc
 import inspect
 import sqlite3
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +17,8 @@ import aiosqlite
 import asyncpg
 import pytest
 import sqlalchemy.util
+from fastapi import Depends, FastAPI
+from fastapi.requests import HTTPConnection
 from sqlalchemy import Engine, create_engine, event, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
@@ -24,6 +27,7 @@ from sqlalchemy.util import await_only, greenlet_spawn
 
 from engineroom import DatabaseSessionManager
 from engineroom.backends.sqlite import _thread_of
+from engineroom.fastapi import awaited_by_fastapi, function_stack
 from engineroom.lending import Rack
 
 
@@ -329,3 +333,52 @@ def test_aiosqlites_thread_keeps_no_process_from_its_end(sqlite_url: str) -> Non
                 assert _thread_of(raw.driver_connection).daemon
 
     asyncio.run(main())
+
+
+# -- FastAPI ---------------------------------------------------------------------------------------
+
+
+def test_fastapi_closes_a_stack_between_the_endpoint_and_its_response() -> None:
+    """`engineroom.fastapi.function_stack`."""
+    seen: list[str] = []
+
+    async def watch(*error: object) -> None:
+        seen.append("the stack was closed")
+
+    async def dependency(connection: HTTPConnection) -> None:
+        function_stack(connection.scope).push_async_exit(watch)
+
+    async def endpoint(db: Any = Depends(dependency)) -> None:
+        seen.append("the endpoint returned")
+
+    async def send(message: Any) -> None:
+        seen.append(message["type"])
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b""}
+
+    app = FastAPI()
+    app.add_api_route("/", endpoint)
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": [], "query_string": b""}
+    asyncio.run(app(scope, receive, send))
+    assert seen[:3] == ["the endpoint returned", "the stack was closed", "http.response.start"]
+
+
+def test_fastapi_awaits_what_a_marked_function_returns() -> None:
+    """`engineroom.fastapi.awaited_by_fastapi`: the mark of `asyncio` on 3.11 is a private one."""
+
+    async def one() -> int:
+        return 1
+
+    def function() -> Any:
+        return one()
+
+    assert not asyncio_says_coroutine(function)
+    awaited_by_fastapi(function)
+    assert asyncio_says_coroutine(function)
+
+
+def asyncio_says_coroutine(function: Any) -> bool:
+    if sys.version_info >= (3, 12):
+        return inspect.iscoroutinefunction(function)
+    return asyncio.iscoroutinefunction(function)
