@@ -341,6 +341,11 @@ def test_the_middleware_may_decide_by_the_status(tables: str, commit_on: Any) ->
     app.add_middleware(DatabaseMiddleware, commit_on=commit_on)
     insert_into(app)
 
+    @app.post("/state/raised")
+    async def raised_with_state(request: Request) -> None:
+        await request.state.db.execute(INSERT, {"name": "state raised", "parent": RIGHT})
+        raise HTTPException(409)
+
     @app.post("/state/{status}")
     async def state(request: Request, status: int) -> JSONResponse:
         assert request.state.db is request.state.db
@@ -349,6 +354,7 @@ def test_the_middleware_may_decide_by_the_status(tables: str, commit_on: Any) ->
 
     with served(app) as base, httpx.Client(base_url=base) as client:
         answers = {name: client.post(f"/{name}").status_code for name in ANSWERS}
+        assert client.post("/state/raised").status_code == 409
         for status in (200, 404):
             assert client.post(f"/state/{status}").status_code == status
     if commit_on:  # the COMMIT comes after the app's handlers, so it is a 500

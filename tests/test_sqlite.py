@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import pytest
 from scenario import LOOPS, Item, Model, fork, held, in_threads, run, run_on, until
 from sqlalchemy import ForeignKey, delete, func, insert, select, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
-from sqlalchemy.orm import Mapped, mapped_column
+from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from engineroom import Database, DatabaseSessionManager
 from engineroom.errors import SessionInUse
@@ -651,3 +652,35 @@ def other_error(url: str) -> None:
 
 def test_a_begin_that_fails_otherwise_is_not_tried_again(sqlite_url: str) -> None:
     run(other_error, sqlite_url)
+
+
+def writer_of_another_request(url: str) -> None:
+    """A thread of a framework's pool enters a writer for one request, and serves the next."""
+    database = Database(url, busy_timeout=10)
+    with database.session() as db:
+        db.execute(text("CREATE TABLE item (name text)"))
+
+    def mine() -> Iterator[Session]:
+        with database.session() as db:
+            db.execute(text("INSERT INTO item VALUES ('first')"))
+            yield db
+
+    def second() -> None:
+        with database.session() as db:
+            db.execute(text("INSERT INTO item VALUES ('second')"))
+
+    with ThreadPoolExecutor(1) as thread:
+        entered = mine()
+        thread.submit(next, entered).result()
+        waits = thread.submit(second)
+        time.sleep(0.2)  # it waits for the lock by then, and is not told that it never gets it
+        with pytest.raises(StopIteration):
+            next(entered)
+        waits.result()
+    with database.reader() as db:
+        assert [*db.scalars(text("SELECT name FROM item"))] == ["first", "second"]
+    database.close()
+
+
+def test_a_thread_that_serves_another_request_is_no_deadlock(sqlite_url: str) -> None:
+    run(writer_of_another_request, sqlite_url)
