@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -19,7 +23,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from engineroom import Database, DatabaseSessionManager, cancellation, hooks, on_commit, on_rollback
-from engineroom.errors import AsyncCallback
+from engineroom.errors import AsyncCallback, SessionClosed, SessionInUse
 from engineroom.testing import PostgresServer, WireProxy
 
 LIMIT = 30  # seconds for what takes milliseconds
@@ -459,8 +463,9 @@ def forked(url: str) -> list[str]:
             db.execute(text("SELECT 1"))
 
         def child() -> None:
-            db.close()
-            loose.close()
+            for inherited in (db, loose):
+                with suppress(DBAPIError):  # the parent's connection is not there any more
+                    inherited.close()
             assert calls == []
             with door.session() as own:
                 both(own, calls, "own")
@@ -481,9 +486,6 @@ def test_what_a_parent_registered_is_not_called_in_its_child(url: str) -> None:
 
 def quiet_child(url: str) -> list[str]:
     """Leave the scope in the child by SystemExit, and say what was called there."""
-    import os
-    import sys
-
     door = Database(url)
     read, write = os.pipe()
     with door.session() as db:
@@ -506,9 +508,6 @@ def test_a_scope_that_ends_in_a_child_calls_nothing_there(url: str) -> None:
 
 def test_a_dependency_that_is_entered_used_and_left_in_three_threads(url: str) -> None:
     """As a framework's thread pool does it; each with the transaction of the others."""
-    from concurrent.futures import ThreadPoolExecutor
-    from contextlib import contextmanager
-
     calls: list[str] = []
 
     def here(name: str) -> None:
@@ -525,14 +524,15 @@ def test_a_dependency_that_is_entered_used_and_left_in_three_threads(url: str) -
         def enter() -> Any:
             db = given.__enter__()
             on_commit(db, partial(here, "commit"))
+            on_rollback(db, partial(here, "rollback"))
             return db
 
         def use() -> None:
             db.add(Item(id=1))
             db.flush()
 
-        def leave(*error: Any) -> None:
-            given.__exit__(*error)
+        def leave(*error: Any) -> Any:
+            return given.__exit__(*error)
 
         executors = [ThreadPoolExecutor(1, f"{name}") for name in ("enters", "uses", "leaves")]
         for error in ((None, None, None), (KeyError, KeyError("mine"), None)):
@@ -544,15 +544,14 @@ def test_a_dependency_that_is_entered_used_and_left_in_three_threads(url: str) -
             else:
                 executors[1].submit(db.delete, db.get(Item, 1)).result()
                 executors[1].submit(db.flush).result()
-                with pytest.raises(KeyError, match="mine"):
-                    executors[2].submit(leave, *error).result()
+                assert not executors[2].submit(leave, *error).result()  # the error goes on
             assert door.stats().scopes == ()
             assert [pool.lent for pool in door.stats().pools] == [0]
         with door.session() as db:
             assert db.get(Item, 1) is not None
         for executor in executors:
             executor.shutdown()
-    assert calls == ["commit in leaves_0"]
+    assert calls == ["commit in leaves_0", "rollback in leaves_0"]
 
 
 THREAD_USES: dict[str, Callable[[Any], Any]] = {
@@ -570,9 +569,6 @@ def test_an_overlap_in_the_middle_of_commit(
     pg18: PostgresServer, database: str, in_commit: Any, use: str, end: str
 ) -> None:
     """The thread that commits goes on; the other one is told, or finds the session ended."""
-    from engineroom import SessionClosed
-    from engineroom.errors import SessionInUse
-
     pg18.execute(LAZY % 2, database)
     caught: list[BaseException] = []
     with Database(pg18.url(database)) as door:

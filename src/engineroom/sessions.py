@@ -65,6 +65,13 @@ class Guarded(Session):
             )
         scope.move_here()
 
+    def _check_thread(self) -> None:
+        """Refuse to close under another thread; from which one an asynchronous session may be
+        closed, SQLAlchemy knows.
+        """
+        if (scope := self._scope) is not None and not scope.has_greenlets:
+            self._check_caller(scope)
+
     def _call_in_flight(self) -> asyncio.Task[Any] | None:
         """Return the task whose call on this session has not returned yet."""
         return None if self._greenlet is None or self._greenlet.dead else self._task
@@ -117,12 +124,14 @@ class Guarded(Session):
 
     def invalidate(self) -> None:
         """Close the session, and its connections with it."""
+        self._check_thread()
         self._refuse_overlap()
         super().invalidate()
         self._tell_hooks()
 
     def close(self) -> None:
         """Close the session for good: it refuses further use."""
+        self._check_thread()
         if self._greenlet is not None:
             self._refuse_overlap()
         was_ending, self._ending = self._ending, True
