@@ -38,7 +38,7 @@ LAZY = """
 """
 SLEEPY = text("INSERT INTO lazy VALUES (1)")
 
-WAYS = ["end", "commit, and out", "commit, then rollback", "begin", "begin, and on"]
+WAYS = ["end", "commit, and out", "commit, then rollback", "by hand", "begin", "begin, and on"]
 
 on_each_side = pytest.mark.parametrize(
     ("side", "driver"),
@@ -89,6 +89,8 @@ def sleep_in_commit(door: Any, way: str, calls: list[str], error: type[BaseExcep
                     raise
         else:
             db.execute(SLEEPY)
+        if way == "by hand":
+            db.get_transaction().commit()
         if way == "commit, and out":
             db.commit()
         if way == "commit, then rollback":
@@ -122,6 +124,8 @@ async def sleep_in_commit_async(
                     raise
         else:
             await db.execute(SLEEPY)
+        if way == "by hand":
+            await db.get_transaction().commit()
         if way == "commit, and out":
             await db.commit()
         if way == "commit, then rollback":

@@ -17,7 +17,6 @@ from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
-from sqlalchemy.orm.state_changes import _StateChangeStates
 from sqlalchemy.util import await_only
 
 from .cancellation import SETTLE_LIMIT, settle
@@ -28,8 +27,6 @@ from .statements import UNKNOWN_OUTCOME
 logger: logging.Logger = logging.getLogger("engineroom")
 
 Callback = Callable[[], Awaitable[object] | object]
-
-CHANGE_IN_PROGRESS = _StateChangeStates.CHANGE_IN_PROGRESS
 
 
 def on_commit(session: AsyncSession | Session, callback: Callback) -> None:
@@ -47,6 +44,7 @@ def on_commit(session: AsyncSession | Session, callback: Callback) -> None:
     Raises:
         AsyncCallback: a coroutine function, for a synchronous session.
         SessionClosed: the session has ended.
+        UsageError: it is no session of engineroom, or the callback cannot be called.
     """
     _register(session, "commit", callback)
 
@@ -63,6 +61,7 @@ def on_rollback(session: AsyncSession | Session, callback: Callback) -> None:
     Raises:
         AsyncCallback: a coroutine function, for a synchronous session.
         SessionClosed: the session has ended.
+        UsageError: it is no session of engineroom, or the callback cannot be called.
     """
     _register(session, "rollback", callback)
 
@@ -74,6 +73,7 @@ def rollback_only(session: AsyncSession | Session) -> None:
 
     Raises:
         SessionClosed: the session has ended.
+        UsageError: no scope will end it.
     """
     guarded = _guarded(session)
     scope: Any = guarded._scope
@@ -99,10 +99,10 @@ def _refuse_commit(where: str, session: Session) -> None:
 def _is_release(session: Session) -> bool:
     """Whether what is about to be committed is a savepoint, and not the whole with one inside.
 
-    SQLAlchemy tells of both alike; `tests/test_hooks.py` fails when its private name goes.
+    SQLAlchemy tells of both alike; `behaviour/test_after_commit` fails when its private name goes.
     """
     outermost: Any = session.get_transaction()
-    return session.in_nested_transaction() and outermost._next_state is not CHANGE_IN_PROGRESS
+    return session.in_nested_transaction() and outermost._next_state.name != "CHANGE_IN_PROGRESS"
 
 
 @dataclass(slots=True)
@@ -159,9 +159,12 @@ class Hooks:
         """Forget everything, if the error leaves open whether a COMMIT has succeeded."""
         if not self._tries:  # the error came from elsewhere
             return
-        lost = isinstance(error, DBAPIError) and error.connection_invalidated
-        # (of COMMIT, which is none of its own, SQLAlchemy names no statement)
-        if (lost and error.statement is None) or UNKNOWN_OUTCOME in getattr(error, "__notes__", ()):
+        lost = (
+            isinstance(error, DBAPIError)
+            and error.connection_invalidated
+            and error.statement is None  # COMMIT is none of its own
+        )
+        if lost or UNKNOWN_OUTCOME in getattr(error, "__notes__", ()):
             self.waiting, self.due = [], []
 
     def roll_back(self, session: Guarded) -> None:
@@ -197,6 +200,8 @@ class Hooks:
         Savepoints that were released leave theirs to what is around them.
         """
         committed = self._committed is transaction
+        if committed:
+            self._committed = None  # it knows the session: no cycle
         if transaction.nested:
             self._end_savepoint(transaction, committed)
         elif transaction.parent is None:
@@ -205,8 +210,6 @@ class Hooks:
             self._tries = False
             self.decide(committed)
             self._call_here(session)
-        if committed:
-            self._committed = None  # it knows the session: no cycle
 
     def _call_here(self, session: Guarded) -> None:
         """Call what is due in the middle of a scope; where it ends, that is not here."""

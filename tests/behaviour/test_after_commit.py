@@ -717,10 +717,6 @@ def test_rollback_only_refuses_a_commit_around_an_open_savepoint(shop: Any) -> N
     assert skus(shop) == []
 
 
-def test_the_private_name_behind_that_is_there() -> None:
-    assert SessionTransaction._next_state is not hooks.CHANGE_IN_PROGRESS
-
-
 # --- closed from outside; other session classes; memory -------------------------------------------
 
 
