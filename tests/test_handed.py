@@ -320,15 +320,22 @@ async def test_the_pool_grows_while_it_waits_on_the_loop(url: str) -> None:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("size", [1, 3])
-async def test_requests_that_all_wait_for_another_connection(url: str, size: int) -> None:
-    """The last of them is told at once; then the others go on."""
+@pytest.mark.parametrize("moves", [True, False])
+async def test_requests_that_all_wait_for_another_connection(
+    url: str, size: int, moves: bool
+) -> None:
+    """The last of them is told at once; then the others go on.
+
+    It is the request that holds the first one, whichever of its threads waits.
+    """
     outcomes: list[Any] = []
     barrier = threading.Barrier(size)
 
     async with opened(url, pool_size=size) as manager:
 
         def work(session: Any) -> None:
-            session.scalar(ONE)
+            if moves:
+                session.scalar(ONE)
             barrier.wait(10)
             try:
                 with manager.sync_session(read_only=True) as other:
