@@ -64,7 +64,7 @@ class PoolUnavailable(PoolExhausted, HTTPException):
         )
         self.status_code = 503
         self.detail = BUSY
-        self.headers = {"Retry-After": str(RETRY_AFTER)}
+        self.headers: dict[str, str] = {"Retry-After": str(RETRY_AFTER)}
 
 
 def function_stack(scope: ASGIScope) -> AsyncExitStack:

@@ -62,8 +62,9 @@ class ThreadBell:
 class LoopBell:
     """A task waits on an event of its loop."""
 
-    def __init__(self, limit: float) -> None:
+    def __init__(self, limit: float, request: object = None) -> None:
         self.limit: float = limit
+        self.request: object = request
         self.event: asyncio.Event = asyncio.Event()
         self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
 
@@ -88,8 +89,8 @@ class LoopBell:
         return self.event.is_set()
 
     def also_stopped(self) -> Iterable[object]:
-        """Nothing: the loop goes on."""
-        return ()
+        """Name the request that waits for its session; the loop goes on."""
+        return filter(None, (self.request,))
 
 
 class ShelfBell(LoopBell):
@@ -124,7 +125,8 @@ class ThreadPool(Lender):
         """
         permit = self.slots.take(current_owner())
         if permit is None:
-            permit = await greenlet_spawn(self.wait_for, self.slots, LoopBell(self.limit))
+            bell = LoopBell(self.limit, entry.request)
+            permit = await greenlet_spawn(self.wait_for, self.slots, bell)
         permit.since = time.monotonic()
         return Reservation(self.slots, permit, weakref.ref(entry))
 

@@ -94,11 +94,16 @@ class Scope(Entry):
             raise room.life.refusal(f"{self.kind}()")
         return room.binds.get(self._target) or room.bind(*self._target)
 
-    def _must_fail(self, error: BaseException | None, *, ending: bool = False) -> bool:
+    def _must_fail(self, error: BaseException | None) -> bool:
         """Whether it is to be rolled back; or was, where the error came from its own end."""
         if error is not None and self.hooks is not None:
-            self.hooks.doubt(error, ending)
+            self.hooks.doubt(error)
         return error is not None or self.is_rollback_only or bool(self.obituary)
+
+    def _take_hooks(self) -> Any:
+        """Take what is called after its end: entered again, it begins afresh."""
+        hooks, self.hooks, self.is_rollback_only = self.hooks, None, False
+        return hooks
 
     def _leave(self) -> None:
         """Forget the scope."""
@@ -160,14 +165,14 @@ class SyncScope(Scope, Generic[R]):
                     self._resource.invalidate()
                 finish(self._resource, failed, self.connection)
             except BaseException as struck:
-                failed = self._must_fail(struck, ending=True)
+                failed = self._must_fail(struck)
                 if not isinstance(struck, Exception) and (held := self.held()) is not None:
                     forfeit(held)  # Ctrl-C, in the middle of the end
                 raise
             finally:
                 self._leave()
                 if self.hooks is not None:
-                    self.hooks.run(failed)
+                    self._take_hooks().run(failed)
             if self.obituary and error is None:  # it must not pass for a success
                 raise SessionClosed(self.obituary)
 
@@ -225,12 +230,12 @@ class AsyncScope(Scope, Generic[R]):
                 else:
                     await finishing
             except BaseException as struck:
-                failed = self._must_fail(struck, ending=True)
+                failed = self._must_fail(struck)
                 raise
             finally:
                 self._leave()
                 if self.hooks is not None:
-                    await self.hooks.run_async(failed)
+                    await self._take_hooks().run_async(failed)
             if self.obituary and error is None:  # it must not pass for a success
                 raise SessionClosed(self.obituary)
 
@@ -274,7 +279,8 @@ class HandedScope(SessionScope):
         """Open the session; no thread has it yet."""
         self._reservation: Reservation | None = None
         session = self.__enter__()
-        self.thread, self.task = 0, None
+        self.thread: int = 0
+        self.task: asyncio.Task[Any] | None = None
         return session
 
     @property

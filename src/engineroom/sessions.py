@@ -65,6 +65,13 @@ class Guarded(Session):
             )
         scope.move_here()
 
+    def _check_thread(self) -> None:
+        """Refuse to close under another thread; from which one an asynchronous session may be
+        closed, SQLAlchemy knows.
+        """
+        if (scope := self._scope) is not None and not scope.has_greenlets:
+            self._check_caller(scope)
+
     def _call_in_flight(self) -> asyncio.Task[Any] | None:
         """Return the task whose call on this session has not returned yet."""
         return None if self._greenlet is None or self._greenlet.dead else self._task
@@ -77,6 +84,10 @@ class Guarded(Session):
     def _check(self) -> None:
         if self._scope is not None:
             self._check_caller(self._scope)
+
+    def _tell_hooks(self) -> None:
+        if self._hooks is not None:
+            self._hooks.roll_back(self)
 
     def begin(self, nested: bool = False) -> SessionTransaction:
         """Begin a transaction, or a savepoint."""
@@ -92,31 +103,44 @@ class Guarded(Session):
         """Send pending changes and commit."""
         if (scope := self._scope) is not None:  # `_check()`, written out for every session's end
             self._check_caller(scope)
-        super().commit()
+        try:
+            super().commit()
+        except BaseException as error:
+            if self._hooks is not None:
+                self._hooks.doubt(error)
+            raise
 
     def rollback(self) -> None:
         """Roll back."""
         self._check()
         super().rollback()
+        self._tell_hooks()
 
     def reset(self) -> None:
         """Roll back, and forget every object."""
         self._check()
         super().reset()
+        self._tell_hooks()
 
     def invalidate(self) -> None:
         """Close the session, and its connections with it."""
+        self._check_thread()
         self._refuse_overlap()
         super().invalidate()
+        self._tell_hooks()
 
     def close(self) -> None:
         """Close the session for good: it refuses further use."""
+        self._check_thread()
         if self._greenlet is not None:
             self._refuse_overlap()
+        was_ending, self._ending = self._ending, True
         try:
             super().close()
         finally:
             retire(self, ENDED)
+            self._ending = was_ending
+            self._tell_hooks()
 
 
 def in_use(scope: Entry, other: asyncio.Task[Any]) -> SessionInUse:

@@ -119,10 +119,11 @@ class Reservation:
         self._withdraw()
         if self._permit is not None:
             self._thread = thread
-            self._slots.reserved[thread] = self
+            self._slots.reserved.setdefault(thread, []).append(self)
 
     def use(self, owner: object) -> Permit | None:
         """Take the permit."""
+        self._withdraw()
         permit, self._permit = self._permit, None
         if permit is not None:
             permit.owner, permit.entry = owner, None
@@ -136,8 +137,11 @@ class Reservation:
             self._slots.give(permit)
 
     def _withdraw(self) -> None:
-        if self._slots.reserved.get(self._thread) is self:
-            del self._slots.reserved[self._thread]
+        waiting = self._slots.reserved.get(self._thread, [])
+        if self in waiting:
+            waiting.remove(self)
+        if not waiting:
+            self._slots.reserved.pop(self._thread, None)
 
 
 class Slots:
@@ -154,7 +158,7 @@ class Slots:
         self.size: int = size
         self.permits: tuple[Permit, ...] = tuple(Permit() for _ in range(size + overflow))
         self.connecting: set[object] = set()  # one for each connection that is being opened
-        self.reserved: dict[object, Reservation] = {}  # by the thread that takes it next
+        self.reserved: dict[object, list[Reservation]] = {}  # by the thread that takes them next
         self.came_back: float | None = None  # when a connection last was ready for the next
         self._free = deque(self.permits[:size])
         self._spare = deque(self.permits[size:])
@@ -165,8 +169,8 @@ class Slots:
 
     def take(self, owner: object = None) -> Permit | None:
         """Take a permit at once; None if there is none, or if others were here first."""
-        if self.reserved and (reservation := self.reserved.pop(owner, None)):
-            return reservation.use(owner)
+        if self.reserved and (reservations := self.reserved.get(owner)):
+            return reservations[-1].use(owner)
         if self._queue:
             return None
         try:
