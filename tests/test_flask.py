@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -862,7 +866,7 @@ def test_no_url_names_the_place_in_the_config(monkeypatch: pytest.MonkeyPatch) -
         EngineRoom(Flask("shop"))
 
 
-def test_one_of_it_serves_several_applications(tmp_path: Any) -> None:
+def test_one_of_it_serves_several_applications(tmp_path: Path) -> None:
     db = EngineRoom()
     databases = []
     for name in ("one", "two"):
@@ -901,6 +905,17 @@ def test_an_application_has_one(app: Flask, db: EngineRoom, shop: Database) -> N
 def test_a_database_and_options_for_another(shop: Database) -> None:
     with pytest.raises(InvalidOption, match="database="):
         EngineRoom(None, shop, pool_size=3)
+
+
+def test_the_example_runs(tmp_path: Path) -> None:
+    root = Path(__file__).parent.parent
+    code = (
+        "from examples.flask_items import app; client = app.test_client()\n"
+        "assert client.post('/items/anvil').status_code == 201\n"
+        "assert client.get('/items').json == ['anvil']"
+    )
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
 
 
 # --- what Flask promises us ---------------------------------------------------------------------
