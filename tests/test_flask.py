@@ -553,7 +553,7 @@ def test_a_callback_opens_a_session_of_its_own(
 
     assert app.test_client().post("/items").status_code == 200
     assert stored() == [1, 3]
-    assert "POST /items" in told[0]
+    assert f"{__file__}:" in told[0]
 
 
 # --- asynchronous views -------------------------------------------------------------------------
@@ -683,6 +683,39 @@ def test_requests_inside_an_app_context_have_sessions_of_their_own(
     with pytest.raises(SessionClosed):
         mine.scalar(text("SELECT 1"))
     assert (shop.stats().scopes, lent(shop)) == ((), 0)
+
+
+def test_a_request_that_raises_inside_an_app_context_ends_at_once(
+    app: Flask, db: EngineRoom, shop: Database
+) -> None:
+    app.testing = True
+
+    @app.post("/items")
+    def create() -> str:
+        add(db)
+        raise ZeroDivisionError
+
+    with app.app_context():
+        with pytest.raises(ZeroDivisionError):
+            app.test_client().post("/items")
+        assert (shop.stats().scopes, lent(shop)) == ((), 0)
+
+
+def test_callbacks_at_the_end_of_a_context_get_no_session_that_nobody_ends(
+    app: Flask, db: EngineRoom, shop: Database
+) -> None:
+    told: list[str] = []
+
+    def callback() -> None:
+        with pytest.raises(SessionClosed) as caught:
+            add(db)
+        told.append(str(caught.value))
+
+    with app.app_context():
+        add(db)
+        on_rollback(db.session, callback)
+    assert len(told) == 1
+    assert shop.stats().scopes == ()
 
 
 def test_an_app_context_inside_a_request_has_a_session_of_its_own(

@@ -57,23 +57,28 @@ class Visit:
     """What one request, or an app context without one, does with the database."""
 
     session: Session | None = None
-    is_over: bool = False  # it gets no other session
+    is_over: bool = False  # it gets no session any more: its response leaves
     named_before: Any = field(default_factory=REQUEST.get)
 
     def end(self, error: BaseException | None = None, *, commit: bool = False) -> None:
         """Commit or roll back, and part with the session."""
         scope: Any = getattr(self.session, "_scope", None)
-        self.session = None
         if scope is not None:
             scope.is_rollback_only = scope.is_rollback_only or not commit
             scope.move_here()  # from where it was used last: an asynchronous view's thread
-            scope.__exit__(*triple(error))
+            try:
+                scope.__exit__(*triple(error))
+            finally:
+                self.session = None  # only now, for callbacks would get another one
 
 
 class EngineRoom:
     """The database of a Flask application, and a session for each request.
 
+    ::
+
         db = EngineRoom(app, url="postgresql://…")  # or db.init_app(app), in an application factory
+
 
         @app.get("/items/<int:id>")
         def read_item(id: int) -> dict[str, str]:
@@ -200,12 +205,8 @@ class EngineRoom:
 
     def _end_request(self, response: Response) -> None:
         visit = current_visit()
-        visit.is_over = True  # for callbacks already: a session of theirs would not be committed
-        try:
-            visit.end(commit=self.commit_on(response.status_code))
-        except BaseException:
-            visit.is_over = False  # the handlers of this failure get another one
-            raise
+        visit.end(commit=self.commit_on(response.status_code))
+        visit.is_over = True
 
     def _catch_up(self, response: Response) -> Response:
         """Run on this response what ran before us on the one that it replaces."""
@@ -217,9 +218,8 @@ class EngineRoom:
         return response
 
     def _teardown_request(self, error: BaseException | None) -> None:
-        """Roll back what an exception left; a body that is streamed is still to come."""
+        """Roll back what an exception left."""
         visit = current_visit()
-        visit.is_over = True
         REQUEST.set(visit.named_before)
         with suppress(SessionClosed):  # by `close()`: nothing is left to do
             visit.end(error)
