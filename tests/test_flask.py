@@ -48,6 +48,7 @@ from engineroom.errors import (
     NoDatabaseURL,
     NotInitialized,
     OutsideRequest,
+    SelfDeadlock,
     UnknownOption,
 )
 from engineroom.flask import EngineRoom
@@ -504,7 +505,7 @@ def test_a_streaming_body_is_told_that_the_session_has_ended(
         assert httpx.get(f"{base}/right").text == "42"
     assert len(told) == 3
     assert f"{__file__}:" in told[0]
-    assert "GET /asked" in told[1]
+    assert "of this request" in told[1]
     assert lent(shop) == 0
 
 
@@ -744,6 +745,36 @@ def test_a_context_whose_database_was_closed_ends_in_peace(
         closing.start()
         closing.join()
     assert stored() == [1]
+
+
+def test_a_second_writer_in_the_same_thread_is_told_at_once(app: Flask, sqlite_url: str) -> None:
+    """In a request and in a command, whichever function opened the session."""
+    with Database(sqlite_url) as shop:
+        shop.create_all(Table.metadata)
+        db = EngineRoom(app, shop)
+        app.testing = True
+
+        @app.post("/items")
+        def create() -> str:
+            add(db)
+            return "created"
+
+        @app.after_request
+        def after(response: Response) -> Response:
+            write_beside(db)
+            return response
+
+        with pytest.raises(SelfDeadlock):
+            app.test_client().post("/items")
+        with app.app_context():
+            add(db)
+            with pytest.raises(SelfDeadlock):
+                write_beside(db)
+
+
+def write_beside(db: EngineRoom) -> None:
+    with db.database.session() as other:
+        other.add(Item(id=2))
 
 
 # --- an empty pool ------------------------------------------------------------------------------

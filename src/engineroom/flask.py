@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Unpack
+from typing import Any, ClassVar, Unpack
 from weakref import WeakKeyDictionary
 
 from flask import Flask, Response, current_app, g, has_app_context, has_request_context, request
@@ -36,8 +36,8 @@ __all__ = ["EngineRoom"]
 EXTENSION = "engineroom"  # our key in `app.extensions`, and in `g`
 
 
-class RequestScope(SessionScope):
-    """The session of a request, wherever Flask runs its functions.
+class ContextScope(SessionScope):
+    """The session of a request or an app context, wherever Flask runs its functions.
 
     An asynchronous view runs in a thread and an event loop of its own, which end with it.
     """
@@ -45,11 +45,24 @@ class RequestScope(SessionScope):
     __slots__ = ()
 
     def mind_the_loop(self) -> None:
-        """Let it pass: that loop serves nobody else."""
+        """Let an asynchronous view pass: its loop serves nobody else."""
+        if not has_request_context():
+            super().mind_the_loop()
 
     def can_end(self) -> bool:
-        """Whether somebody may still leave it: its request does, whatever loop used it last."""
+        """Whether somebody may still leave it: Flask does, whatever loop used it last."""
         return True
+
+    def may_be_elsewhere(self) -> bool:
+        """Whether its thread may serve another by now: not before Flask has left it."""
+        return False
+
+
+class RequestName(str):
+    """What reports call a request: `GET /items/<id>`; its path instead, if it has no route."""
+
+    __slots__ = ()
+    is_abandoned: ClassVar[bool] = False  # nobody tells Flask that a client has gone
 
 
 @dataclass(slots=True)
@@ -65,7 +78,6 @@ class Visit:
         scope: Any = getattr(self.session, "_scope", None)
         if scope is not None:
             scope.is_rollback_only = scope.is_rollback_only or not commit
-            scope.move_here()  # from where it was used last: an asynchronous view's thread
             try:
                 scope.__exit__(*triple(error))
             finally:
@@ -165,8 +177,8 @@ class EngineRoom:
         app = current_app._get_current_object()  # type: ignore[attr-defined]  # a LocalProxy
         if app not in self._databases:
             raise NotInitialized(
-                f"db.session or db.database: this EngineRoom does not know the application "
-                f"{app.name!r}. Call db.init_app(app) where the application is made."
+                f"This EngineRoom does not know the application {app.name!r}. Call "
+                "db.init_app(app) where that is made."
             )
         return self._databases[app]
 
@@ -181,9 +193,8 @@ class EngineRoom:
         room, visit = self.database._room, current_visit()
         if visit.session is None:
             if visit.is_over:
-                raise SessionClosed(ENDED.replace("{opened}", f" of {name_of_request()}"))
-            scope_class = RequestScope if has_request_context() else SessionScope
-            scope = scope_class(room, "session")  # here, so that it knows the caller's line
+                raise SessionClosed(ENDED.replace("{opened}", " of this request"))
+            scope = ContextScope(room, "session")  # here, so that it knows the caller's line
             scope.stand_at(current_view())
             visit.session = scope.__enter__()
         return visit.session
@@ -191,7 +202,7 @@ class EngineRoom:
     def _begin_request(self, app: Flask, **signal: Any) -> None:
         """Have what is opened from here on know the request that it serves."""
         current_visit()
-        REQUEST.set(name_of_request())
+        REQUEST.set(RequestName(f"{request.method} {request.url_rule or request.path}"))
 
     def _after_request(self, response: Response) -> Response:
         """Commit or roll back; a failure is handled as if the view had raised it."""
@@ -239,11 +250,6 @@ def current_visit() -> Visit:
     visits: WeakKeyDictionary[Any, Visit] = g.setdefault(EXTENSION, WeakKeyDictionary())
     whose: Any = request if has_request_context() else g
     return visits.setdefault(whose._get_current_object(), Visit())
-
-
-def name_of_request() -> str:
-    """Name the current request: `GET /items/<id>`; by its path if it has no route."""
-    return f"{request.method} {request.url_rule or request.path}"
 
 
 def current_view() -> Callable[..., Any] | None:
