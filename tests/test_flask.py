@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import asyncio
 import logging
 import os
 import subprocess
@@ -628,6 +628,16 @@ def test_a_session_of_another_kind_is_warned_of(app: Flask, sqlite_url: str) -> 
     assert app.test_client().get("/").status_code == 200
 
 
+def test_a_loop_outside_of_requests_is_minded(app: Flask, sqlite_url: str) -> None:
+    db = EngineRoom(app, url=sqlite_url)
+
+    async def main() -> None:
+        with app.app_context(), pytest.warns(SyncInAsyncWarning):
+            assert db.session.is_active
+
+    asyncio.run(main())
+
+
 # --- outside of requests ------------------------------------------------------------------------
 
 
@@ -735,10 +745,11 @@ def test_an_app_context_inside_a_request_has_a_session_of_its_own(
     assert stored() == [2]
 
 
+@pytest.mark.parametrize("context", ["app_context", "test_request_context"])
 def test_a_context_whose_database_was_closed_ends_in_peace(
-    app: Flask, db: EngineRoom, shop: Database, stored: Callable[[], list[int]]
+    app: Flask, db: EngineRoom, shop: Database, stored: Callable[[], list[int]], context: str
 ) -> None:
-    with app.app_context():
+    with getattr(app, context)():
         add(db)
         db.session.commit()
         closing = threading.Thread(target=shop.close, args=(0,))
@@ -885,10 +896,8 @@ def test_reports_name_the_request_and_its_view(app: Flask, db: EngineRoom, shop:
     app.add_url_rule("/items", view_func=Items.as_view("items"))
     app.testing = True
     client = app.test_client()
-    line = inspect.unwrap(read).__code__.co_firstlineno
-    assert client.get("/items/7").text == f"{__file__}:{line} in {read.__qualname__}".replace(
-        read.__qualname__, "read"
-    )
+    line = read.__code__.co_firstlineno
+    assert client.get("/items/7").text == f"{__file__}:{line} in read"
     assert client.delete("/items").text.startswith(f"{__file__}:")
     assert client.delete("/items").text.endswith(" in delete")
     assert REQUEST.get() is None
@@ -932,9 +941,9 @@ def test_no_url_names_the_place_in_the_config(monkeypatch: pytest.MonkeyPatch) -
 
 def test_one_of_it_serves_several_applications(tmp_path: Path) -> None:
     db = EngineRoom()
+    apps = {name: Flask(name) for name in ("one", "two")}
     databases = []
-    for name in ("one", "two"):
-        app = Flask(name)
+    for name, app in apps.items():
         app.config["DATABASE_URL"] = f"sqlite:///{tmp_path / name}.db"
         db.init_app(app)
         app.add_url_rule("/", "who", lambda: str(db.database.engine.url.database))

@@ -237,7 +237,7 @@ class EngineRoom:
 
     def _teardown_appcontext(self, error: BaseException | None) -> None:
         """Roll back what was not committed."""
-        for visit in list(g.get(EXTENSION, {}).values()):
+        for visit in g.get(EXTENSION, {}).values():
             with suppress(SessionClosed):
                 visit.end(error)
 
