@@ -153,7 +153,7 @@ async def request(
     try:
         scope = HandedScope(manager._room, "session", Role.PRIMARY, read_only=True)
         scope.stand_at(slots_of)  # a `def` endpoint
-        session = scope.__enter__()
+        session = scope.open()
         try:
             await scope.reserve()
             yield session, scope

@@ -169,7 +169,7 @@ class WrongThread(UsageError):
 
 
 class OutsideRequest(UsageError):
-    """A dependency of a framework was called outside of a request."""
+    """A framework's dependency or session was asked for where it serves no request."""
 
     code = "outside-request"
 
