@@ -166,7 +166,7 @@ class DatabaseMiddleware:
             REQUEST.reset(token)
             request.freeze()
             scope["state"] = dict(scope["state"])  # or they would keep each other alive
-            del scope[EXCHANGE_KEY]
+            scope.pop(EXCHANGE_KEY, None)  # (another one inside may have done so)
 
     def exchange(self, scope: ASGIScope, receive: Receive, send: Send) -> Exchange:
         """Return what takes one request through: a framework's integration has one of its own."""
