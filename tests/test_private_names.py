@@ -14,8 +14,12 @@ from typing import Any
 
 import aiosqlite
 import asyncpg
+import litestar
 import pytest
 import sqlalchemy.util
+from litestar.exceptions import LitestarException
+from litestar.testing import TestClient
+from litestar.utils.scope.state import ScopeState
 from sqlalchemy import Engine, create_engine, event, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
@@ -314,3 +318,22 @@ def test_aiosqlite_keeps_its_sqlite3_connection_where_a_forked_child_looks() -> 
             assert isinstance(connection._conn, sqlite3.Connection)
 
     asyncio.run(main())
+
+
+def test_litestar_notes_in_the_scope_that_a_response_has_started() -> None:
+    """Before it is sent: `engineroom.litestar` takes it back where a COMMIT failed instead."""
+
+    @litestar.get("/")
+    async def ask() -> str:
+        return ""
+
+    noted = []
+
+    async def starting(message: Any, scope: Any) -> None:
+        noted.append(ScopeState.from_scope(scope).response_started)
+        raise KeyError
+
+    app = litestar.Litestar([ask], before_send=[starting], openapi_config=None)
+    with TestClient(app) as client, pytest.raises(LitestarException, match="response started"):
+        client.get("/")
+    assert noted == [True]

@@ -14,7 +14,6 @@ from litestar.middleware import DefineMiddleware
 from litestar.plugins import InitPlugin
 from litestar.status_codes import WS_1011_INTERNAL_ERROR
 from litestar.types import Scope
-from litestar.utils.helpers import unwrap_partial
 from litestar.utils.scope.state import ScopeState
 from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -31,6 +30,7 @@ from .asgi import (
     Send,
     lifespan,
     log_refusal,
+    request_of,
 )
 from .errors import PoolExhausted
 from .manager import DatabaseSessionManager, session_manager
@@ -80,7 +80,7 @@ class EngineRoomPlugin(InitPlugin):
     ) -> None:
         self.lifespan: Lifespan = lifespan(manager, url=url, **options)
         self.middleware: DefineMiddleware = DefineMiddleware(
-            Middleware,
+            Middleware,  # type: ignore[arg-type]  # Litestar's types of ASGI are narrower
             manager=manager,
             commit_on=commit_on,
             cancel_on_disconnect=cancel_on_disconnect,
@@ -96,7 +96,7 @@ class EngineRoomPlugin(InitPlugin):
         app_config.lifespan.insert(0, self.lifespan)
         app_config.middleware.insert(0, self.middleware)
         app_config.dependencies = self.dependencies | app_config.dependencies
-        app_config.exception_handlers.setdefault(PoolExhausted, refuse)
+        app_config.exception_handlers = {PoolExhausted: refuse, **app_config.exception_handlers}
         # What handlers declare may be imported for type checkers only.
         names = {"AsyncSession": AsyncSession, "AsyncSessionDep": AsyncSessionDep}
         app_config.signature_namespace = names | app_config.signature_namespace
@@ -107,7 +107,7 @@ def provide(name: str, *, reader: bool = False) -> Provide:
     """Return what gives a request its session: the one of the plugin with this name."""
 
     def session(scope: Scope) -> AsyncSession:
-        exchange: Exchange = scope[passage_key(name)]  # type: ignore[literal-required, misc]
+        exchange: Exchange = scope[passage_key(name)]  # type: ignore[literal-required]
         return exchange.session(reader=reader)
 
     return Provide(session, sync_to_thread=False)
@@ -120,6 +120,7 @@ def passage_key(name: str) -> str:
 
 def refuse(request: Request[Any, Any, Any], error: PoolExhausted) -> Response[Any]:
     """Answer 503: the names are for the log."""
+    request_of(request.scope)  # type: ignore[arg-type]
     log_refusal(error)
     headers = {"Retry-After": str(RETRY_AFTER)}
     return create_exception_response(
@@ -132,7 +133,8 @@ class Middleware(DatabaseMiddleware):
 
     def exchange(self, scope: ASGIScope, receive: Receive, send: Send) -> Exchange:
         """Take a request through, and say where its handler is."""
-        scope["endpoint"] = unwrap_partial(scope["route_handler"].fn)
+        handler = scope["route_handler"].fn
+        scope["endpoint"] = getattr(handler, "func", handler)  # a method, or what runs in a thread
         return Passage(self, scope, receive, send)
 
 
