@@ -217,12 +217,12 @@ def test_while_a_response_streams_nothing_is_held_and_its_session_is_closed(hous
     with house.client.stream("GET", "/") as answer:
         chunks = answer.iter_text()
         assert next(chunks) == "first"
-        stats = house.manager.stats()
-        assert stats.scopes == ()
-        assert [pool.lent for pool in stats.pools] == [0]
-        assert house.items() == ["before"]
+        stats, stored = house.manager.stats(), house.items()
         go_on.set()
         assert "".join(chunks) == "last"
+    assert stats.scopes == ()
+    assert [pool.lent for pool in stats.pools] == [0]
+    assert stored == ["before"]
     house.stack.close()
     assert house.seen == ["closed"]
 
@@ -789,3 +789,12 @@ def test_a_plugins_options_are_what_init_takes(sqlite_url: str) -> None:
     app = Litestar([], plugins=[EngineRoomPlugin(manager, url=sqlite_url, pool_size=3)])
     with TestClient(app):
         assert manager._room.settings.pool_size == 3
+
+
+def test_the_example_works(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_URL", sqlite_url)
+    from examples.litestar_items import app
+
+    with TestClient(app) as client:
+        assert client.post("/valve").status_code == 201
+        assert client.get("/").json() == ["valve"]
