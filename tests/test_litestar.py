@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import doctest
 import logging
 import socket
 import threading
@@ -798,3 +799,9 @@ def test_the_example_works(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> 
     with TestClient(app) as client:
         assert client.post("/valve").status_code == 201
         assert client.get("/").json() == ["valve"]
+
+
+def test_the_plugins_own_example_works() -> None:
+    (example,) = doctest.DocTestFinder().find(EngineRoomPlugin, globs=dict(globals()))[:1]
+    assert example.examples != []
+    assert doctest.DocTestRunner().run(example).failed == 0

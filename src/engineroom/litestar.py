@@ -44,11 +44,12 @@ AsyncSessionDep = NamedDependency[AsyncSession]
 class EngineRoomPlugin(InitPlugin):
     """One session for each request, injected as `db`, whose COMMIT comes before the response.
 
-        @get("/items")
-        async def list_items(db: AsyncSessionDep) -> list[str]:
-            return list(await db.scalars(select(Item.name)))
-
-        app = Litestar([list_items], plugins=[EngineRoomPlugin()])
+    >>> @get("/")
+    ... async def answer(db: AsyncSessionDep) -> int | None:
+    ...     return await db.scalar(text("SELECT 42"))
+    >>> with TestClient(Litestar([answer], plugins=[EngineRoomPlugin(url="sqlite://")])) as client:
+    ...     client.get("/").json()
+    42
 
     It opens the manager with the application, and drains and closes it at the end. An exception
     rolls back, one that the application answers too; what was returned commits, whatever its
