@@ -25,6 +25,7 @@ _unexpected: list[str] = []
 
 def _own_folder(namespace: dict[str, Any]) -> None:
     """Run a document in an empty folder, with no URL around and none of the tests' tables."""
+    namespace["__name__"] = "builtins"  # a module that is there: Litestar looks into a function's
     folder = namespace["_folder"] = TemporaryDirectory()
     patch = namespace["_patch"] = pytest.MonkeyPatch()
     patch.chdir(folder.name)

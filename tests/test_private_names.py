@@ -15,10 +15,14 @@ from typing import Any
 
 import aiosqlite
 import asyncpg
+import litestar
 import pytest
 import sqlalchemy.util
 from fastapi import Depends, FastAPI
 from fastapi.requests import HTTPConnection
+from litestar.exceptions import LitestarException
+from litestar.testing import TestClient
+from litestar.utils.scope.state import ScopeState
 from sqlalchemy import Engine, create_engine, event, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
@@ -382,3 +386,22 @@ def asyncio_says_coroutine(function: Any) -> bool:
     if sys.version_info >= (3, 12):
         return inspect.iscoroutinefunction(function)
     return asyncio.iscoroutinefunction(function)
+
+
+def test_litestar_notes_in_the_scope_that_a_response_has_started() -> None:
+    """Before it is sent: `engineroom.litestar` takes it back where a COMMIT failed instead."""
+
+    @litestar.get("/")
+    async def ask() -> str:
+        return ""
+
+    noted = []
+
+    async def starting(message: Any, scope: Any) -> None:
+        noted.append(ScopeState.from_scope(scope).response_started)
+        raise KeyError
+
+    app = litestar.Litestar([ask], before_send=[starting], openapi_config=None)
+    with TestClient(app) as client, pytest.raises(LitestarException, match="response started"):
+        client.get("/")
+    assert noted == [True]

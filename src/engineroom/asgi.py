@@ -19,6 +19,7 @@ from inspect import isasyncgenfunction
 from types import TracebackType
 from typing import Any, Unpack
 
+from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from .engines import ROOMS
@@ -48,16 +49,18 @@ STOP_LIMIT = 1.0  # seconds for which what threads run on is stopped, after a cl
 def lifespan(
     manager: DatabaseSessionManager = session_manager,
     *,
+    url: str | URL | None = None,
     wraps: Any = None,
     **options: Unpack[Options],
 ) -> Lifespan:
     """Return a lifespan that opens the manager at the start, and drains and closes it at the end.
 
     Args:
+        url: Where the database is; without it, `DATABASE_URL` or `DB_URL` says so.
         wraps: A lifespan of one's own, which runs inside: a function of the application that gives
             an asynchronous context manager, or the bare generator function. What it yields is
             passed on.
-        options: What `init()` takes.
+        options: What else `init()` takes.
     """
     inner = asynccontextmanager(wraps) if isasyncgenfunction(wraps) else wraps
 
@@ -69,7 +72,7 @@ def lifespan(
                 "and closes it. Give the second application a manager of its own, leave out the "
                 "other lifespan or init(), or end the first test client before the next."
             )
-        manager.init(**options)
+        manager.init(url=url, **options)
         try:
             if inner is None:
                 yield None
@@ -94,7 +97,8 @@ class Request:
         scope = self.scope
         if scope is None:
             return self.name
-        path = getattr(scope.get("route"), "path", None) or scope.get("path", "")
+        template = getattr(scope.get("route"), "path", None) or scope.get("path_template")
+        path = template or scope.get("path", "")
         return f"{scope.get('method', 'WEBSOCKET')} {path}"
 
     def freeze(self) -> None:
@@ -154,7 +158,7 @@ class DatabaseMiddleware:
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
-        exchange = scope[EXCHANGE_KEY] = Exchange(self, scope, receive, send)
+        exchange = scope[EXCHANGE_KEY] = self.exchange(scope, receive, send)
         scope["state"] = State(exchange, scope.get("state") or {})
         request = scope[REQUEST_KEY] = Request(scope)
         token = REQUEST.set(request)
@@ -164,7 +168,11 @@ class DatabaseMiddleware:
             REQUEST.reset(token)
             request.freeze()
             scope["state"] = dict(scope["state"])  # or they would keep each other alive
-            del scope[EXCHANGE_KEY]
+            scope.pop(EXCHANGE_KEY, None)  # (another one inside may have done so)
+
+    def exchange(self, scope: ASGIScope, receive: Receive, send: Send) -> Exchange:
+        """Return what takes one request through: a framework's integration has one of its own."""
+        return Exchange(self, scope, receive, send)
 
 
 class Readiness:
@@ -262,15 +270,16 @@ class Exchange:
         self._patrol: Patrol | None = None
         self._around = sys.exception()  # what the caller may be handling already
 
-    def session(self) -> AsyncSession:
-        """Return the request's session; it is opened at the first call."""
+    def session(self, *, reader: bool = False) -> AsyncSession:
+        """Return the request's session, or its reader; it is opened at the first call."""
         manager = self.middleware.manager
         sessions = self._scope.setdefault(SESSIONS_KEY, {})
-        session: AsyncSession | None = sessions.get((manager, "session"))
+        key = (manager, "reader" if reader else "session")
+        session: AsyncSession | None = sessions.get(key)
         if session is None:
-            opening = manager.session()
+            opening = manager.reader() if reader else manager.session()
             stand_at_endpoint(opening, self._scope)
-            session = sessions[manager, "session"] = opening.open()
+            session = sessions[key] = opening.open()
             self.enlist(opening)
         return session
 
