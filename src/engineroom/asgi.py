@@ -300,11 +300,12 @@ class Exchange:
             await self.middleware.app(self._scope, receive, self.send)
         except BaseException as error:
             await self._end(error)
-            if self._failure is not None and self._failure is not error:
-                raise self._failure from None  # frameworks wrap what is raised in `send`
-            if isinstance(error, PoolExhausted) and not self._is_started:
-                await self._refuse(error)
+            told = self._failure or error  # frameworks wrap what is raised in `send`
+            if isinstance(told, PoolExhausted) and not self._is_started:
+                await self._refuse(told)
                 return
+            if told is not error:
+                raise told from None
             raise
         await self._end(None)
 
@@ -357,7 +358,7 @@ def log_refusal(error: PoolExhausted) -> None:
     """Log what the client is not told, if it is still there."""
     request = REQUEST.get()
     if request is None or not request.is_abandoned:
-        logger.warning("%s was answered with 503: %s", request, error)
+        logger.warning("%s got no connection: %s", request, error)
 
 
 def triple(

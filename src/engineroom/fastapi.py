@@ -178,6 +178,8 @@ def enlist(
     Args:
         before: What the context named as the request before this one.
     """
+    exchange: Exchange | None = connection.scope.get(EXCHANGE_KEY)
+    by_status = exchange is not None and exchange.middleware.commit_on is not None
 
     async def end(
         kind: type[BaseException] | None,
@@ -189,14 +191,17 @@ def enlist(
                 await leave(opening, error)
             else:
                 await opening.__aexit__(kind, error, traceback)
-        except Exception:
+        except Exception as failure:
             if is_connected(connection):
                 await connection.close(1011)  # internal error; the server would just hang up
+            if isinstance(failure, PoolExhausted) and not by_status:
+                raise unavailable(failure) from failure  # its first statement came with the COMMIT
             raise
+        else:
+            if isinstance(error, PoolExhausted) and not by_status:
+                raise unavailable(error) from error
         finally:
             REQUEST.set(before)
-        if isinstance(error, PoolExhausted):
-            raise unavailable(error) from error
 
     if isinstance(connection, WebSocket):
         send = connection.send
@@ -208,8 +213,7 @@ def enlist(
 
         connection.send = send_after_commit  # type: ignore[method-assign]
 
-    exchange: Exchange | None = connection.scope.get(EXCHANGE_KEY)
-    if exchange is not None and exchange.middleware.commit_on is not None:
+    if exchange is not None and by_status:  # which answers 503 itself
         exchange.scopes.append(opening)
         exchange.stack.push_async_exit(end)
     else:
