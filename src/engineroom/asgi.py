@@ -19,6 +19,7 @@ from inspect import isasyncgenfunction
 from types import TracebackType
 from typing import Any, Unpack
 
+from sqlalchemy import URL
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from .engines import ROOMS
@@ -35,7 +36,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 ASGIApp = Callable[[ASGIScope, Receive, Send], Awaitable[None]]
-Lifespan = Callable[[Any], AbstractAsyncContextManager[Mapping[str, Any] | None]]
+Lifespan = Callable[[Any], AbstractAsyncContextManager[Any]]  # frameworks differ in what it gives
 
 # What we keep in an ASGI scope: the request's name, its sessions, its way through the middleware.
 REQUEST_KEY = "engineroom.request"
@@ -48,16 +49,19 @@ STOP_LIMIT = 1.0  # seconds for which what threads run on is stopped, after a cl
 def lifespan(
     manager: DatabaseSessionManager = session_manager,
     *,
+    url: str | URL | None = None,
     wraps: Any = None,
     **options: Unpack[Options],
 ) -> Lifespan:
     """Return a lifespan that opens the manager at the start, and drains and closes it at the end.
 
     Args:
+        manager: Which one.
+        url: Where the database is; without it, `DATABASE_URL` or `DB_URL` says so.
         wraps: A lifespan of one's own, which runs inside: a function of the application that gives
             an asynchronous context manager, or the bare generator function. What it yields is
             passed on.
-        options: What `init()` takes.
+        options: What else `init()` takes.
     """
     inner = asynccontextmanager(wraps) if isasyncgenfunction(wraps) else wraps
 
@@ -69,7 +73,7 @@ def lifespan(
                 "and closes it. Give the second application a manager of its own, leave out the "
                 "other lifespan or init(), or end the first test client before the next."
             )
-        manager.init(**options)
+        manager.init(url=url, **options)
         try:
             if inner is None:
                 yield None
