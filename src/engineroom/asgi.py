@@ -158,17 +158,35 @@ class DatabaseMiddleware:
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
+        around: Exchange | None = scope.get(EXCHANGE_KEY)
+        if around is not None:  # of another manager, or of what this application is mounted in
+            await self._serve_inside(around, scope, receive, send)
+            return
         exchange = scope[EXCHANGE_KEY] = Exchange(self, scope, receive, send)
         scope["state"] = State(exchange, scope.get("state") or {})
         request = scope[REQUEST_KEY] = Request(scope)
         token = REQUEST.set(request)
         try:
-            await exchange.run()
+            await exchange.run(cancels=self.cancel_on_disconnect)
         finally:
             REQUEST.reset(token)
             request.freeze()
             scope["state"] = dict(scope["state"])  # or they would keep each other alive
             del scope[EXCHANGE_KEY]
+
+    async def _serve_inside(
+        self, around: Exchange, scope: ASGIScope, receive: Receive, send: Send
+    ) -> None:
+        """Serve a request that comes through another such middleware, which looks out for both."""
+        exchange = scope[EXCHANGE_KEY] = Exchange(self, scope, receive, send)
+        state = scope["state"]
+        scope["state"] = State(exchange, state)
+        try:
+            await exchange.run(cancels=False)
+        finally:
+            state.update(scope["state"])
+            scope["state"] = state
+            scope[EXCHANGE_KEY] = around
 
 
 class Readiness:
@@ -223,11 +241,14 @@ class State(dict[str, Any]):
     def __init__(self, exchange: Exchange, given: Mapping[str, Any]) -> None:
         super().__init__(given)
         self._exchange = exchange
+        self._given = given
 
-    def __missing__(self, name: str) -> AsyncSession:
-        if name != self._exchange.middleware.state:
-            raise KeyError(name)
-        return self._exchange.session()
+    def __missing__(self, name: str) -> Any:
+        if name == self._exchange.middleware.state:
+            return self._exchange.session()
+        if isinstance(self._given, State):
+            return self._given[name]
+        raise KeyError(name)
 
 
 def current_session() -> AsyncSession:
@@ -283,10 +304,14 @@ class Exchange:
         self.scopes.append(opened)
         self.stack.push_async_exit(opened)
 
-    async def run(self) -> None:
-        """Run the application, and end what it opened."""
+    async def run(self, *, cancels: bool) -> None:
+        """Run the application, and end what it opened.
+
+        Args:
+            cancels: Cancel it once its client has gone.
+        """
         receive = self._receive
-        if self.middleware.cancel_on_disconnect and self._scope["type"] == "http":
+        if cancels and self._scope["type"] == "http":
             self._patrol = Patrol(self._receive)
             receive = self._patrol.receive
         try:
