@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import sqlite3
 import threading
 import time
@@ -32,7 +33,7 @@ from engineroom import (
     rollback_only,
     session_manager,
 )
-from engineroom.asgi import DatabaseMiddleware
+from engineroom.asgi import DatabaseMiddleware, current_session
 from engineroom.errors import AlreadyInitialized, OutsideRequest
 from engineroom.fastapi import (
     AsyncSessionDep,
@@ -365,6 +366,35 @@ def test_the_middleware_may_decide_by_the_status(tables: str, commit_on: Any) ->
         assert names(tables) == ["returned", "threads", "state 200", "state 404"]
 
 
+def test_a_middleware_for_each_of_two_managers(tables: str, tmp_path: Any) -> None:
+    """And one more in an application that is mounted: none takes another's session away."""
+    other = DatabaseSessionManager()
+    elsewhere = f"sqlite:///{tmp_path / 'other.sqlite'}"
+    with contextlib.closing(raw(elsewhere)) as connection:
+        for statement in TABLES:
+            connection.execute(statement)
+    app = FastAPI(lifespan=lifespan(url=tables, wraps=lifespan(other, url=elsewhere)))
+    app.add_middleware(DatabaseMiddleware)
+    app.add_middleware(DatabaseMiddleware, manager=other, state="other")
+    mounted = FastAPI()
+    mounted.add_middleware(DatabaseMiddleware)
+    app.mount("/mounted", mounted)
+
+    async def write(request: Request, where: str) -> str:
+        assert current_session() is request.state.db
+        assert not hasattr(request.state, "missing")
+        for db in (request.state.db, request.state.other):
+            await db.execute(INSERT, {"name": where, "parent": RIGHT})
+        return "stored"
+
+    app.post("/{where}")(write)
+    mounted.post("/{where}")(write)
+    with served(app) as base:
+        for path in ("/a", "/mounted/b"):
+            assert httpx.post(f"{base}{path}").json() == "stored"
+    assert names(tables) == names(elsewhere) == ["a", "b"]
+
+
 def test_the_sync_dependency_and_that_of_another_manager(
     tables: str, pg18: PostgresServer, database: str
 ) -> None:
@@ -600,6 +630,25 @@ def test_reports_name_the_route_and_the_endpoint(tables: str) -> None:
                 assert f"GET /{path}/{{number}}" in owner
                 assert where.endswith(f"in {function}")
                 assert "test_fastapi.py:" in where
+
+
+def test_reports_name_an_endpoint_that_is_no_function(sqlite_url: str) -> None:
+    class View:
+        async def __call__(self, db: AsyncSessionDep) -> str:
+            return session_manager.stats().scopes[0].where
+
+        async def method(self, db: AsyncSessionDep) -> str:
+            return session_manager.stats().scopes[0].where
+
+    app = FastAPI(lifespan=lifespan(url=sqlite_url))
+    app.get("/object")(View())
+    app.get("/method")(View().method)
+    app.get("/partial")(functools.partial(View().method))
+    with served(app) as base:
+        for path, name in (("object", "__call__"), ("method", "method"), ("partial", "method")):
+            where = httpx.get(f"{base}/{path}").json()
+            assert "test_fastapi.py:" in where
+            assert where.endswith(f"in {name}")
 
 
 # -- the wire --------------------------------------------------------------------------------------

@@ -21,11 +21,22 @@ from scenario import settled, until
 from serving import served
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from engineroom import PoolExhausted, on_commit, session_manager
 from engineroom.asgi import DatabaseMiddleware, Readiness
 from engineroom.fastapi import AsyncSessionDep, ReaderDep, SessionDep, lifespan
 from engineroom.testing import PostgresServer
+
+
+class Rows(DeclarativeBase):
+    pass
+
+
+class Row(Rows):
+    __tablename__ = "row"
+    id: Mapped[int] = mapped_column(primary_key=True)
+
 
 SMALL_POOL: dict[str, Any] = {"pool_size": 5, "max_overflow": 0, "pool_timeout": 30}
 
@@ -209,14 +220,32 @@ def test_an_unused_reservation_goes_back(postgres_url: str) -> None:
 # -- an empty pool ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["async", "sync", "middleware"])
+@pytest.mark.parametrize("own_handler", [False, True])
+@pytest.mark.parametrize(
+    ("way", "middleware"),
+    [
+        *((way, None) for way in ("async", "sync", "commit")),
+        *((way, {}) for way in ("async", "sync", "commit", "state")),
+        *((way, {"commit_on": lambda status: status < 400}) for way in ("async", "sync", "commit")),
+    ],
+)
 def test_an_empty_pool_is_503_and_its_names_are_for_the_log(
-    postgres_url: str, way: str, caplog: pytest.LogCaptureFixture
+    postgres_url: str,
+    way: str,
+    middleware: dict[str, Any] | None,
+    own_handler: bool,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     options = SMALL_POOL | {"pool_size": 1, "pool_timeout": 0.2}
     app = FastAPI(lifespan=lifespan(url=postgres_url, **options))
-    if way == "middleware":
-        app.add_middleware(DatabaseMiddleware)
+    if middleware is not None:
+        app.add_middleware(DatabaseMiddleware, **middleware)
+    handled = own_handler and not (middleware and way == "commit")  # where handlers are over
+    if own_handler:
+
+        @app.exception_handler(PoolExhausted)
+        async def busy(request: Request, error: PoolExhausted) -> JSONResponse:
+            return JSONResponse("busy", 429)
 
     @app.get("/async")
     async def read(db: AsyncSessionDep) -> None:
@@ -226,7 +255,11 @@ def test_an_empty_pool_is_503_and_its_names_are_for_the_log(
     def read_in_threads(db: SessionDep) -> None:
         db.execute(text("SELECT 1"))
 
-    @app.get("/middleware")
+    @app.get("/commit")
+    async def write(db: AsyncSessionDep) -> None:
+        db.add(Row())
+
+    @app.get("/state")
     async def read_state(request: Request) -> None:
         await request.state.db.execute(text("SELECT 1"))
 
@@ -247,15 +280,20 @@ def test_an_empty_pool_is_503_and_its_names_are_for_the_log(
     async def ask() -> int:
         async with httpx.AsyncClient() as client:
             answer = await client.get(f"{base}/{way}")
-        assert answer.headers["retry-after"] == "1"
+        assert answer.headers.get("retry-after") == (None if handled else "1")
         assert "test_web_load" not in answer.text
         return answer.status_code
 
     with served(app) as base, caplog.at_level(logging.WARNING, "engineroom"):
         threads = way == "sync"
-        assert httpx.get(f"{base}/hold", params={"threads": threads}).json() == 503
-        [told] = [record.message for record in caplog.records if "503" in record.message]
-        assert told.startswith(f"GET /{way} was answered with 503")
+        status = httpx.get(f"{base}/hold", params={"threads": threads}).json()
+        assert status == (429 if handled else 503)
+        if handled and (middleware or way == "state"):
+            return  # it is the handler's to log
+        [told] = [
+            record.message for record in caplog.records if " got no connection: " in record.message
+        ]
+        assert told.startswith(f"GET /{way} got no connection: No connection ")
         assert "test_web_load.py" in told
 
 

@@ -19,7 +19,7 @@ from inspect import isasyncgenfunction
 from types import TracebackType
 from typing import Any, Unpack
 
-from sqlalchemy.engine import URL
+from sqlalchemy import URL
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from .engines import ROOMS
@@ -36,7 +36,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 ASGIApp = Callable[[ASGIScope, Receive, Send], Awaitable[None]]
-Lifespan = Callable[[Any], AbstractAsyncContextManager[Mapping[str, Any] | None]]
+Lifespan = Callable[[Any], AbstractAsyncContextManager[Any]]  # frameworks differ in what it gives
 
 # What we keep in an ASGI scope: the request's name, its sessions, its way through the middleware.
 REQUEST_KEY = "engineroom.request"
@@ -56,6 +56,7 @@ def lifespan(
     """Return a lifespan that opens the manager at the start, and drains and closes it at the end.
 
     Args:
+        manager: Which one.
         url: Where the database is; without it, `DATABASE_URL` or `DB_URL` says so.
         wraps: A lifespan of one's own, which runs inside: a function of the application that gives
             an asynchronous context manager, or the bare generator function. What it yields is
@@ -158,21 +159,39 @@ class DatabaseMiddleware:
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
+        around: Exchange | None = scope.get(EXCHANGE_KEY)
+        if around is not None:  # of another manager, or of what this application is mounted in
+            await self._serve_inside(around, scope, receive, send)
+            return
         exchange = scope[EXCHANGE_KEY] = self.exchange(scope, receive, send)
         scope["state"] = State(exchange, scope.get("state") or {})
         request = scope[REQUEST_KEY] = Request(scope)
         token = REQUEST.set(request)
         try:
-            await exchange.run()
+            await exchange.run(cancels=self.cancel_on_disconnect)
         finally:
             REQUEST.reset(token)
             request.freeze()
             scope["state"] = dict(scope["state"])  # or they would keep each other alive
-            scope.pop(EXCHANGE_KEY, None)  # (another one inside may have done so)
+            del scope[EXCHANGE_KEY]
 
     def exchange(self, scope: ASGIScope, receive: Receive, send: Send) -> Exchange:
         """Return what takes one request through: a framework's integration has one of its own."""
         return Exchange(self, scope, receive, send)
+
+    async def _serve_inside(
+        self, around: Exchange, scope: ASGIScope, receive: Receive, send: Send
+    ) -> None:
+        """Serve a request that comes through another such middleware, which looks out for both."""
+        exchange = scope[EXCHANGE_KEY] = self.exchange(scope, receive, send)
+        state = scope["state"]
+        scope["state"] = State(exchange, state)
+        try:
+            await exchange.run(cancels=False)
+        finally:
+            state.update(scope["state"])
+            scope["state"] = state
+            scope[EXCHANGE_KEY] = around
 
 
 class Readiness:
@@ -227,11 +246,14 @@ class State(dict[str, Any]):
     def __init__(self, exchange: Exchange, given: Mapping[str, Any]) -> None:
         super().__init__(given)
         self._exchange = exchange
+        self._given = given
 
-    def __missing__(self, name: str) -> AsyncSession:
-        if name != self._exchange.middleware.state:
-            raise KeyError(name)
-        return self._exchange.session()
+    def __missing__(self, name: str) -> Any:
+        if name == self._exchange.middleware.state:
+            return self._exchange.session()
+        if isinstance(self._given, State):
+            return self._given[name]
+        raise KeyError(name)
 
 
 def current_session() -> AsyncSession:
@@ -288,10 +310,14 @@ class Exchange:
         self.scopes.append(opened)
         self.stack.push_async_exit(opened)
 
-    async def run(self) -> None:
-        """Run the application, and end what it opened."""
+    async def run(self, *, cancels: bool) -> None:
+        """Run the application, and end what it opened.
+
+        Args:
+            cancels: Cancel it once its client has gone.
+        """
         receive = self._receive
-        if self.middleware.cancel_on_disconnect and self._scope["type"] == "http":
+        if cancels and self._scope["type"] == "http":
             self._patrol = Patrol(self._receive)
             receive = self._patrol.receive
         try:
@@ -309,11 +335,12 @@ class Exchange:
             await self.middleware.app(self._scope, receive, self.send)
         except BaseException as error:
             await self._end(error)
-            if self._failure is not None and self._failure is not error:
-                raise self._failure from None  # frameworks wrap what is raised in `send`
-            if isinstance(error, PoolExhausted) and not self._is_started:
-                await self._refuse(error)
+            told = self._failure or error  # frameworks wrap what is raised in `send`
+            if isinstance(told, PoolExhausted) and not self._is_started:
+                await self._refuse(told)
                 return
+            if told is not error:
+                raise told from None
             raise
         await self._end(None)
 
@@ -366,7 +393,7 @@ def log_refusal(error: PoolExhausted) -> None:
     """Log what the client is not told, if it is still there."""
     request = REQUEST.get()
     if request is None or not request.is_abandoned:
-        logger.warning("%s was answered with 503: %s", request, error)
+        logger.warning("%s got no connection: %s", request, error)
 
 
 def triple(

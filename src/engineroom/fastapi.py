@@ -178,6 +178,7 @@ def enlist(
     Args:
         before: What the context named as the request before this one.
     """
+    exchange = deciding_by_status(connection)
 
     async def end(
         kind: type[BaseException] | None,
@@ -185,35 +186,48 @@ def enlist(
         traceback: TracebackType | None,
     ) -> None:
         try:
-            if isinstance(opening, HandedScope):
-                await leave(opening, error)
-            else:
-                await opening.__aexit__(kind, error, traceback)
-        except Exception:
+            await leave(opening, kind, error, traceback)
+        except Exception as failure:
             if is_connected(connection):
                 await connection.close(1011)  # internal error; the server would just hang up
+            if exchange is None:
+                refuse(failure)  # its first statement came with the COMMIT
             raise
+        else:
+            if exchange is None:
+                refuse(error)
         finally:
             REQUEST.set(before)
-        if isinstance(error, PoolExhausted):
-            raise unavailable(error) from error
 
     if isinstance(connection, WebSocket):
-        send = connection.send
-
-        async def send_after_commit(message: Message) -> None:
-            if message["type"] == "websocket.close" and opening.is_open:
-                await end(*triple(sys.exception()))
-            await send(message)
-
-        connection.send = send_after_commit  # type: ignore[method-assign]
-
-    exchange: Exchange | None = connection.scope.get(EXCHANGE_KEY)
-    if exchange is not None and exchange.middleware.commit_on is not None:
+        end_before_close(connection, opening, end)
+    if exchange is not None:  # which answers 503 itself
         exchange.scopes.append(opening)
         exchange.stack.push_async_exit(end)
     else:
         function_stack(connection.scope).push_async_exit(end)
+
+
+def end_before_close(
+    connection: WebSocket,
+    opening: AsyncSessionScope | HandedScope,
+    end: Callable[..., Awaitable[None]],
+) -> None:
+    """Have a session of a WebSocket end before its close is sent."""
+    send = connection.send
+
+    async def send_after_commit(message: Message) -> None:
+        if message["type"] == "websocket.close" and opening.is_open:
+            await end(*triple(sys.exception()))
+        await send(message)
+
+    connection.send = send_after_commit  # type: ignore[method-assign]
+
+
+def deciding_by_status(connection: HTTPConnection) -> Exchange | None:
+    """Return the request's way through the middleware, if that decides by the status."""
+    exchange: Exchange | None = connection.scope.get(EXCHANGE_KEY)
+    return None if exchange is None or exchange.middleware.commit_on is None else exchange
 
 
 def is_connected(connection: HTTPConnection) -> TypeGuard[WebSocket]:
@@ -229,10 +243,24 @@ async def reserve(opening: HandedScope) -> None:
     try:
         await opening.reserve()
     except PoolExhausted as error:
-        raise unavailable(error) from error
+        refuse(error)
+        raise
 
 
-async def leave(opening: HandedScope, error: BaseException | None) -> None:
+async def leave(
+    opening: AsyncSessionScope | HandedScope,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    traceback: TracebackType | None,
+) -> None:
+    """End a session on the side that it belongs to."""
+    if isinstance(opening, HandedScope):
+        await leave_threads(opening, error)
+    else:
+        await opening.__aexit__(kind, error, traceback)
+
+
+async def leave_threads(opening: HandedScope, error: BaseException | None) -> None:
     """End a session of threads in a thread, once none of them is in the middle of it."""
     if isinstance(error, asyncio.CancelledError):
         await settle(opening.leave_threads())
@@ -245,9 +273,10 @@ async def leave(opening: HandedScope, error: BaseException | None) -> None:
         opening.__exit__(*triple(error))
 
 
-def unavailable(error: PoolExhausted) -> PoolUnavailable:
-    """Return the error that FastAPI answers with 503, and log what the client is not told."""
-    if isinstance(error, PoolUnavailable):
-        return error
-    log_refusal(error)
-    return PoolUnavailable(error)
+def refuse(error: BaseException | None) -> None:
+    """Raise what FastAPI answers with 503, if the pool was empty; the names are for the log."""
+    if isinstance(error, PoolExhausted):
+        if isinstance(error, PoolUnavailable):
+            raise error
+        log_refusal(error)
+        raise PoolUnavailable(error) from error

@@ -142,7 +142,7 @@ class Middleware(DatabaseMiddleware):
 class Passage(Exchange):
     """One request on its way through the middleware and Litestar."""
 
-    async def run(self) -> None:
+    async def run(self, *, cancels: bool) -> None:
         """Run the application; a COMMIT that failed is answered as any other exception is.
 
         Litestar notes that a response has started before it is sent, and would answer no more.
@@ -151,7 +151,7 @@ class Passage(Exchange):
         key = passage_key(self.middleware.state)
         self._scope[key] = self
         try:
-            await super().run()
+            await super().run(cancels=cancels)
         except BaseException:
             state: Any = ScopeState.from_scope(self._scope)  # type: ignore[arg-type]
             state.response_started = self._is_started

@@ -10,6 +10,7 @@ import warnings
 import weakref
 from collections.abc import Coroutine
 from contextlib import suppress
+from functools import partial
 from traceback import walk_stack
 from types import CodeType, TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NoReturn, TypeVar
@@ -72,7 +73,12 @@ class Scope(Entry):
 
     def stand_at(self, function: Any) -> None:
         """Take the first line of this function for the caller's: a framework calls for it."""
-        code = getattr(inspect.unwrap(function), "__code__", None)
+        function = inspect.unwrap(function)
+        while isinstance(function, partial):
+            function = inspect.unwrap(function.func)
+        code = getattr(function, "__code__", None)
+        if code is None:  # an object that is called
+            code = getattr(type(function).__call__, "__code__", None)
         if code is not None:
             self.code, self.line = code, code.co_firstlineno
 
