@@ -345,7 +345,7 @@ async def test_requests_that_all_wait_for_another_connection(
 
         async def serve(number: int) -> None:
             async with request(manager, f"GET /{number}") as (session, _):
-                await in_thread(lambda: session.scalar(ONE))  # begun in another thread
+                await asyncio.to_thread(session.scalar, ONE)  # that thread lives on, idle
                 await in_thread(lambda: work(session))
 
         before = time.monotonic()
