@@ -19,7 +19,7 @@ from engineroom import DatabaseSessionManager
 from engineroom.backends import Role
 from engineroom.cancellation import settle
 from engineroom.errors import PoolDeadlock, PoolExhausted
-from engineroom.ledger import REQUEST
+from engineroom.ledger import REQUEST, Request
 from engineroom.scopes import HandedScope
 from engineroom.slots import WAITING, Permit, Reservation, Slots
 
@@ -149,7 +149,7 @@ async def request(
     manager: DatabaseSessionManager, name: str = "GET /"
 ) -> AsyncGenerator[tuple[Any, HandedScope]]:
     """Do what the dependency of a framework does."""
-    before = REQUEST.set(name)
+    before = REQUEST.set(REQUEST.get() or Request(name))
     try:
         scope = HandedScope(manager._room, "session", Role.PRIMARY, read_only=True)
         scope.stand_at(slots_of)  # a `def` endpoint

@@ -580,7 +580,7 @@ def test_an_empty_pool_is_a_503_with_retry_after_and_the_log_has_the_holders(
         busy = "The service is busy. Please try again."
         assert answer.json() == {"status_code": 503, "detail": busy}
         (record,) = [record for record in caplog.records if record.name == "engineroom"]
-        assert record.getMessage().startswith(f"GET {path} was answered with 503: ")
+        assert record.getMessage().startswith(f"GET {path} got no connection: ")
         assert "GET /hold" in record.getMessage()
         assert f"{__file__}:" in record.getMessage()
 

@@ -24,7 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from .engines import ROOMS
 from .errors import AlreadyInitialized, NotEntered, PoolExhausted
-from .ledger import REQUEST
+from .ledger import REQUEST, Request
 from .manager import DatabaseSessionManager, session_manager
 from .scopes import AsyncSessionScope, Scope, SyncScope
 from .settings import Options
@@ -86,12 +86,12 @@ def lifespan(
     return opened
 
 
-class Request:
-    """What the ledger calls a request: its method and its route, which is found only later."""
+class RoutedRequest(Request):
+    """A request by its method and its route, which is found only later."""
 
     def __init__(self, scope: ASGIScope) -> None:
+        super().__init__()
         self.scope: ASGIScope | None = scope
-        self.is_abandoned: bool = False  # its client has gone, and its work was cancelled
 
     def __str__(self) -> str:
         """Name it: `GET /items/{id}`; by its path before it has found its route."""
@@ -108,11 +108,11 @@ class Request:
         self.scope = None
 
 
-def request_of(scope: ASGIScope) -> Request:
+def request_of(scope: ASGIScope) -> RoutedRequest:
     """Have what is opened from here on know the request that it serves."""
-    request: Request | None = scope.get(REQUEST_KEY)
+    request: RoutedRequest | None = scope.get(REQUEST_KEY)
     if request is None:
-        request = scope[REQUEST_KEY] = Request(scope)
+        request = scope[REQUEST_KEY] = RoutedRequest(scope)
         request.freeze()
     REQUEST.set(request)
     return request
@@ -165,7 +165,7 @@ class DatabaseMiddleware:
             return
         exchange = scope[EXCHANGE_KEY] = self.exchange(scope, receive, send)
         scope["state"] = State(exchange, scope.get("state") or {})
-        request = scope[REQUEST_KEY] = Request(scope)
+        request = scope[REQUEST_KEY] = RoutedRequest(scope)
         token = REQUEST.set(request)
         try:
             await exchange.run(cancels=self.cancel_on_disconnect)
@@ -318,7 +318,7 @@ class Exchange:
         """
         receive = self._receive
         if cancels and self._scope["type"] == "http":
-            self._patrol = Patrol(self._receive)
+            self._patrol = Patrol(self._receive, self._scope[REQUEST_KEY])
             receive = self._patrol.receive
         try:
             await self._run(receive)
@@ -416,11 +416,11 @@ class Patrol:
     the client's to fill otherwise.
     """
 
-    def __init__(self, receive: Receive) -> None:
+    def __init__(self, receive: Receive, request: Request) -> None:
         self.has_cancelled: bool = False
         self._receive = receive
         self._served = asyncio.current_task()
-        self._request = REQUEST.get()
+        self._request = request
         self._messages: deque[Message] = deque()
         self._arrived, self._taken = asyncio.Event(), asyncio.Event()
         self._is_on_duty = True

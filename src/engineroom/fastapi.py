@@ -36,7 +36,7 @@ from .backends import Role
 from .cancellation import settle
 from .database import Database
 from .errors import NotInitialized, OutsideRequest, PoolExhausted
-from .ledger import REQUEST
+from .ledger import REQUEST, Request
 from .manager import DatabaseSessionManager, session_manager
 from .scopes import AsyncSessionScope, HandedScope
 
@@ -168,7 +168,7 @@ def open_session(opening: AsyncSessionScope | HandedScope) -> AsyncSession | Ses
 
 
 def enlist(
-    connection: HTTPConnection, opening: AsyncSessionScope | HandedScope, before: object
+    connection: HTTPConnection, opening: AsyncSessionScope | HandedScope, before: Request | None
 ) -> None:
     """Have the session end when the endpoint has returned, before there is a response.
 

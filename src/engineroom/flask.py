@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Unpack
+from typing import Any, Unpack
 from weakref import WeakKeyDictionary
 
 from flask import Flask, Response, current_app, g, has_app_context, has_request_context, request
@@ -26,7 +26,7 @@ from .errors import (
     PoolExhausted,
     SessionClosed,
 )
-from .ledger import REQUEST
+from .ledger import REQUEST, Request
 from .retiring import ENDED
 from .scopes import SessionScope
 from .settings import Options
@@ -56,13 +56,6 @@ class ContextScope(SessionScope):
     def may_be_elsewhere(self) -> bool:
         """Whether its thread may serve another by now: not before Flask has left it."""
         return False
-
-
-class RequestName(str):
-    """What reports call a request: `GET /items/<id>`; its path instead, if it has no route."""
-
-    __slots__ = ()
-    is_abandoned: ClassVar[bool] = False  # nobody tells Flask that a client has gone
 
 
 @dataclass(slots=True)
@@ -202,7 +195,7 @@ class EngineRoom:
     def _begin_request(self, app: Flask, **signal: Any) -> None:
         """Have what is opened from here on know the request that it serves."""
         current_visit()
-        REQUEST.set(RequestName(f"{request.method} {request.url_rule or request.path}"))
+        REQUEST.set(Request(f"{request.method} {request.url_rule or request.path}"))
 
     def _after_request(self, response: Response) -> Response:
         """Commit or roll back; a failure is handled as if the view had raised it."""

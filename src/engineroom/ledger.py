@@ -22,8 +22,19 @@ from .errors import AlreadyEntered, Holder
 
 STATEMENT_LENGTH = 80  # characters of a statement that a report shows
 
-# What a framework works on here: an object whose text names it ("GET /items").
-REQUEST: ContextVar[Any] = ContextVar("engineroom_request", default=None)
+
+class Request:
+    """What a framework works on; its text names it: `GET /items`."""
+
+    def __init__(self, name: str = "") -> None:
+        self.name: str = name
+        self.is_abandoned: bool = False  # its client has gone, and its work was cancelled
+
+    def __str__(self) -> str:
+        return self.name
+
+
+REQUEST: ContextVar[Request | None] = ContextVar("engineroom_request", default=None)
 
 
 class Entry:
@@ -54,7 +65,7 @@ class Entry:
     is_open: bool  # whether it stands in the ledger
     thread: int
     task: asyncio.Task[Any] | None
-    request: Any  # what it serves, if a framework said so
+    request: Request | None  # what it serves, if a framework said so
     connection: weakref.ref[Any] | None  # what the pool lent to it, once a transaction began
 
     @property

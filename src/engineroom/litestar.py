@@ -159,6 +159,10 @@ class Passage(Exchange):
         finally:
             del self._scope[key]
 
+    async def _refuse(self, error: PoolExhausted) -> None:
+        """Leave it to Litestar's handlers of exceptions, of which the plugin adds one."""
+        raise error
+
     async def _end(self, error: BaseException | None, status: int | None = None) -> None:
         """Commit or roll back; a WebSocket whose COMMIT fails is closed with 1011."""
         try:
