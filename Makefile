@@ -24,7 +24,7 @@ soak:  ## the long runs
 
 browser:  ## the shop's page in Chromium, which is installed where that can be done
 	@$(ROOM) browser -- python dev/browser.py
-	@$(ROOM) browser -- python -m pytest -m browser tests $(ARGS)
+	@$(ROOM) browser -- python -m pytest -m browser tests/test_shop_browser.py $(ARGS)
 
 bench:  ## round trips and CPU beside hand-tuned SQLAlchemy
 	@$(ROOM) tests -- python bench/run.py $(ARGS)

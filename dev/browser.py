@@ -38,9 +38,9 @@ def is_debian() -> bool:
 def install() -> None:
     """Install Debian's package."""
     if not is_debian() or shutil.which("apt-get") is None:
-        raise Failed("only on Debian this installs one by itself")
+        raise Failed("by itself it is installed only on Debian, with apt-get")
     if os.geteuid() != 0:
-        raise Failed("only root can install one")
+        raise Failed("only root can install it")
     print("· installing Debian's chromium", file=sys.stderr, flush=True)
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     for words in (("update",), (*INSTALL, "chromium")):

@@ -1,4 +1,4 @@
-"""The shop as a service: FastAPI, one session for each request, and a page that shows who holds what.
+"""The shop as a service: one session for each request, and a page that shows who holds what.
 
     make demo SERVE=1                                        # on the shop's own SQLite file
     make demo SERVE=1 DATABASE_URL=postgresql://… PORT=8001  # the same program on a server
@@ -26,6 +26,7 @@ from fastapi.responses import FileResponse, JSONResponse
 from pydantic import BaseModel, Field
 from sqlalchemy import select
 from sqlalchemy.exc import NoResultFound
+from starlette.routing import Route
 
 from engineroom import Stats, on_commit, session_manager
 from engineroom.asgi import DatabaseMiddleware, Readiness
@@ -50,11 +51,11 @@ async def opening(app: FastAPI) -> AsyncGenerator[None]:
 
 app = FastAPI(
     title="engineroom's shop",
-    lifespan=lifespan(wraps=opening, pool_size=5, max_overflow=0),  # few, so that one sees them
+    lifespan=lifespan(wraps=opening, pool_size=3, max_overflow=0),  # few, so that one sees them
     openapi_url="/docs/openapi.json",
 )
 app.add_middleware(DatabaseMiddleware)  # cancels the work for a client that has gone
-app.add_route("/ready", Readiness(), include_in_schema=False)
+app.routes.append(Route("/ready", Readiness()))
 
 
 @app.exception_handler(SoldOut)

@@ -36,7 +36,8 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 ASGIApp = Callable[[ASGIScope, Receive, Send], Awaitable[None]]
-Lifespan = Callable[[Any], AbstractAsyncContextManager[Mapping[str, Any] | None]]
+# Any: of a mapping or None; Starlette has one type for each, and takes no union of them.
+Lifespan = Callable[[Any], AbstractAsyncContextManager[Any]]
 
 # What we keep in an ASGI scope: the request's name, its sessions, its way through the middleware.
 REQUEST_KEY = "engineroom.request"
