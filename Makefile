@@ -7,20 +7,24 @@ ROOM := $(PYTHON) -B dev/bootstrap.py
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak bench docs lint types floors corners matrix clean
+.PHONY: help demo test soak browser bench docs lint types floors corners matrix clean
 
 help:
 	@echo "make …"
 	@sed -n 's/^\([a-z]*\):  *## /  \1	/p' Makefile
 
-demo:  ## the shop: 2,000 orders on a SQLite file, or on DATABASE_URL
-	@$(ROOM) demo -- python -m examples.shop $(ARGS)
+demo:  ## the shop: 2,000 orders on a SQLite file, or on DATABASE_URL; SERVE=1: as a service, at PORT
+	@$(ROOM) demo -- python -m examples.shop$(if $(SERVE),.service) $(ARGS)
 
 test:  ## all tests but the long ones, on SQLite and throwaway PostgreSQL 16 and 18 (ARGS="-k name")
-	@$(ROOM) tests -- python -m pytest --numprocesses 4 --dist loadfile $(ARGS)
+	@$(ROOM) demo tests -- python -m pytest --numprocesses 4 --dist loadfile $(ARGS)
 
 soak:  ## the long runs
 	@$(ROOM) tests -- python -m pytest -m soak tests $(ARGS)
+
+browser:  ## the shop's page in Chromium, which is installed where that can be done
+	@$(ROOM) browser -- python dev/browser.py
+	@$(ROOM) browser -- python -m pytest -m browser tests/test_shop_browser.py $(ARGS)
 
 bench:  ## round trips and CPU beside hand-tuned SQLAlchemy
 	@$(ROOM) tests -- python bench/run.py $(ARGS)

@@ -85,6 +85,7 @@ SLOW = (
     "proxy",
     "servers",
     "shop",
+    "shop_process",
     "sqlite",
     "strikes",
 )

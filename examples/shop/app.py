@@ -120,18 +120,23 @@ async def serve(wish: Wish) -> str:
 
 
 async def open_shop(orders: int) -> None:
-    """Make the tables and fill the shelves, with too few teapots and far too few lamps."""
+    """Make the tables anew, and fill the shelves."""
     async with session_manager.connect() as connection:
         await connection.run_sync(Base.metadata.drop_all)
     await session_manager.create_all()
     async with session_manager.session() as db:
-        for name, price, stock in [
-            ("Notebook", 349, orders),
-            ("Umbrella", 1_995, orders),
-            ("Teapot", 2_450, orders // 4),
-            ("Lamp", 8_999, orders // 20),
-        ]:
-            db.add(Product(name=name, price=price, delivered=stock, stock=stock))
+        fill_shelves(db, orders)
+
+
+def fill_shelves(db: AsyncSession, orders: int) -> None:
+    """Fill the shelves, with too few teapots and far too few lamps."""
+    for name, price, stock in [
+        ("Notebook", 349, orders),
+        ("Umbrella", 1_995, orders),
+        ("Teapot", 2_450, orders // 4),
+        ("Lamp", 8_999, orders // 20),
+    ]:
+        db.add(Product(name=name, price=price, delivered=stock, stock=stock))
 
 
 def wishes(orders: int) -> Iterator[Wish]:

@@ -1,0 +1,186 @@
+"""The shop as a service: it never oversells, and shows who holds what."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from scenario import until
+from serving import served
+
+CHECKOUT = Path(__file__).parent.parent
+LAMP = 4  # of which there are five
+PROOF = "Nothing oversold, and the books balance to the cent."
+
+
+@pytest.fixture
+def shop(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[httpx.Client]:
+    """A client of the shop, which stands on a fresh database."""
+    from examples.shop.service import app  # not at the top: its tables are only for these tests
+
+    monkeypatch.setenv("DATABASE_URL", url)
+    with served(app) as base, httpx.Client(base_url=base, timeout=30) as client:
+        yield client
+
+
+def left(shop: httpx.Client, product: int = LAMP) -> int:
+    (stock,) = [shelf["stock"] for shelf in shop.get("/stock").json() if shelf["id"] == product]
+    return int(stock)
+
+
+def holders(shop: httpx.Client) -> list[dict[str, Any]]:
+    return [scope for scope in shop.get("/stats").json()["scopes"] if scope["connected"]]
+
+
+def audit(url: str) -> str:
+    """Have the books looked at, by the demo's own program."""
+    environment = os.environ | {"DATABASE_URL": url}
+    command = [sys.executable, "-m", "examples.shop", "--audit"]
+    run = subprocess.run(
+        command, cwd=CHECKOUT, env=environment, capture_output=True, text=True, check=False
+    )
+    return run.stdout + run.stderr
+
+
+# -- buying ----------------------------------------------------------------------------------------
+
+
+def test_what_is_bought_is_ordered_and_off_the_shelf(
+    shop: httpx.Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "examples.shop.service"):
+        answer = shop.post("/orders", json={"product_id": LAMP, "quantity": 2})
+
+        assert answer.status_code == 201
+        assert answer.json() == {"id": 1, "product_id": LAMP, "quantity": 2, "total": 17_998}
+        assert left(shop) == 3
+        assert shop.get("/orders").json() == [answer.json()]
+        assert caplog.messages == ["Order 1 is paid: pack 2 of 4"]
+
+
+def test_what_is_sold_out_is_rolled_back(
+    shop: httpx.Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "examples.shop.service"):
+        answer = shop.post("/orders", json={"product_id": LAMP, "quantity": 6})
+
+        assert answer.status_code == 409
+        assert answer.json() == {"detail": "Lamp: there are not so many left"}
+        assert (left(shop), shop.get("/orders").json()) == (5, [])
+        assert caplog.messages == [], "nothing was packed"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "status"),
+    [
+        ({"product_id": 5}, 404),
+        ({"product_id": LAMP, "quantity": 0}, 422),
+        ({"product_id": LAMP, "quantity": -1}, 422),
+        ({"product_id": 2**70}, 422),
+    ],
+)
+def test_what_cannot_be_bought(shop: httpx.Client, wanted: dict[str, int], status: int) -> None:
+    for path in "/orders", "/deliveries":
+        assert shop.post(path, json=wanted).status_code == status
+    assert left(shop) == 5
+
+
+def test_a_delivery_fills_the_shelf(shop: httpx.Client, url: str) -> None:
+    assert shop.post("/deliveries", json={"product_id": LAMP, "quantity": 7}).status_code == 204
+    assert left(shop) == 12
+    assert PROOF in audit(url)
+
+
+def test_fifty_buyers_at_once_never_oversell(shop: httpx.Client, url: str) -> None:
+    shop.post("/deliveries", json={"product_id": LAMP, "quantity": 15})
+
+    async def buyers() -> list[int]:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=shop.base_url, timeout=60, limits=limits) as client:
+            wanted = {"product_id": LAMP}
+            crowd = [client.post("/orders", json=wanted) for _ in range(50)]
+            return [answer.status_code for answer in await asyncio.gather(*crowd)]
+
+    assert Counter(asyncio.run(buyers())) == {201: 20, 409: 30}
+    assert left(shop) == 0
+    assert PROOF in audit(url)
+
+
+def test_who_hangs_up_at_the_till_has_bought_nothing(shop: httpx.Client, url: str) -> None:
+    wanted = {"product_id": LAMP, "quantity": 2, "pays_after": 60}
+
+    def at_the_till() -> bool:
+        return any("POST /orders" in holder["owner"] for holder in holders(shop))
+
+    hang_up(shop, wanted, at_the_till)
+
+    until(lambda: holders(shop), lambda now: now == [])
+    assert (left(shop), shop.get("/orders").json()) == (5, [])
+    assert shop.post("/orders", json={"product_id": LAMP, "quantity": 5}).status_code == 201
+    assert PROOF in audit(url)
+
+
+def hang_up(shop: httpx.Client, wanted: dict[str, int], when: Callable[[], bool]) -> None:
+    """Ask for something, and leave without the answer."""
+    with socket.create_connection((shop.base_url.host, shop.base_url.port or 0)) as client:
+        request = shop.build_request("POST", "/orders", json=wanted)
+        lines = [f"{name}: {value}" for name, value in request.headers.items()]
+        head = "\r\n".join(["POST /orders HTTP/1.1", *lines, "", ""])
+        client.sendall(head.encode() + request.read())
+        until(when, bool)
+
+
+# -- what there is to see --------------------------------------------------------------------------
+
+
+def test_stats_name_the_route_and_the_line(shop: httpx.Client) -> None:
+    held = threading.Thread(target=lambda: shop.post("/hold?seconds=3"))
+    held.start()
+    (holder,) = until(lambda: holders(shop), bool)
+    pools = shop.get("/stats").json()["pools"]
+    held.join()
+
+    assert holder["kind"] == "reader"
+    assert "(POST /hold)" in holder["owner"]
+    assert holder["where"].endswith(" in hold")
+    assert "service.py" in holder["where"]
+    (readers,) = [pool for pool in pools if pool["role"] == "reader"]
+    assert (readers["size"], readers["lent"], readers["waiting"]) == (3, 1, 0)
+    assert holders(shop) == []
+
+
+def test_openapi_knows_nothing_of_sessions(shop: httpx.Client) -> None:
+    schema = shop.get("/docs/openapi.json").json()
+    parameters = {
+        f"{verb} {path}": [parameter["name"] for parameter in route.get("parameters", [])]
+        for path, verbs in schema["paths"].items()
+        for verb, route in verbs.items()
+    }
+    assert parameters == {
+        "get /stock": [],
+        "get /orders": [],
+        "post /orders": [],
+        "post /deliveries": [],
+        "get /stats": [],
+        "post /hold": ["seconds"],
+    }
+    bodies = schema["components"]["schemas"]
+    assert set(bodies["Purchase"]["properties"]) == {"product_id", "quantity", "pays_after"}
+
+
+def test_the_page_needs_nothing_from_elsewhere(shop: httpx.Client) -> None:
+    page = shop.get("/")
+    assert page.headers["content-type"].startswith("text/html")
+    assert "//" not in page.text.replace("// ", ""), "no address of another host"
+    assert shop.get("/ready").json()["database"] == "ok"
