@@ -59,9 +59,8 @@ class PoolUnavailable(PoolExhausted, HTTPException):
     """`PoolExhausted` in a request: 503 with `Retry-After`, unless the app handles the former."""
 
     def __init__(self, error: PoolExhausted) -> None:
-        PoolExhausted.__init__(
-            self, error.message, error.size, error.overflow, error.waiting, error.holders
-        )
+        Exception.__init__(self, *error.args)  # the next in line would take it for a status
+        self.__dict__.update(error.__dict__)
         self.status_code = 503
         self.detail = BUSY
         self.headers: dict[str, str] = {"Retry-After": str(RETRY_AFTER)}
