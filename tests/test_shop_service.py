@@ -117,17 +117,26 @@ def test_fifty_buyers_at_once_never_oversell(shop: httpx.Client, url: str) -> No
     assert PROOF in audit(url)
 
 
-def test_who_hangs_up_at_the_till_has_bought_nothing(shop: httpx.Client, url: str) -> None:
+def test_who_hangs_up_at_the_till_has_bought_nothing(
+    shop: httpx.Client, url: str, caplog: pytest.LogCaptureFixture
+) -> None:
     wanted = {"product_id": LAMP, "quantity": 2, "pays_after": 60}
 
     def at_the_till() -> bool:
-        return any("POST /orders" in holder["owner"] for holder in holders(shop))
+        """Whether the buyer looks for the purse, with the order written: "idle in … for 0.5 s"."""
+        pools = shop.get("/stats").json()["pools"]
+        doing = [holder["doing"] for pool in pools for holder in pool["holders"]]
+        return any(
+            "idle in transaction" in said and float(said.split()[-2]) > 0.4 for said in doing
+        )
 
-    hang_up(shop, wanted, at_the_till)
+    with caplog.at_level(logging.INFO, "examples.shop.service"):
+        hang_up(shop, wanted, at_the_till)
 
-    until(lambda: holders(shop), lambda now: now == [])
-    assert (left(shop), shop.get("/orders").json()) == (5, [])
-    assert shop.post("/orders", json={"product_id": LAMP, "quantity": 5}).status_code == 201
+        until(lambda: holders(shop), lambda now: now == [])
+        assert (left(shop), shop.get("/orders").json()) == (5, [])
+        assert shop.post("/orders", json={"product_id": LAMP, "quantity": 5}).status_code == 201
+        assert [said.rpartition(": ")[2] for said in caplog.messages] == ["pack 5 of 4"]
     assert PROOF in audit(url)
 
 
