@@ -340,6 +340,11 @@ def test_returned_commits_and_raised_rolls_back(tables: str) -> None:
     assert names(tables) == ["returned", "threads"]
 
 
+async def from_state(request: Request) -> bool:
+    """Ask the middleware before the dependency."""
+    return request.state.db is await get_db(request)
+
+
 @pytest.mark.parametrize("commit_on", [None, lambda status: status < 400])
 def test_the_middleware_may_decide_by_the_status(tables: str, commit_on: Any) -> None:
     app = FastAPI(lifespan=lifespan(url=tables))
@@ -357,7 +362,17 @@ def test_the_middleware_may_decide_by_the_status(tables: str, commit_on: Any) ->
         await request.state.db.execute(INSERT, {"name": f"state {status}", "parent": RIGHT})
         return JSONResponse("", status)
 
+    @app.post("/same")
+    async def same(request: Request, db: AsyncSessionDep) -> bool:
+        return request.state.db is db
+
+    @app.post("/same-first")
+    async def same_first(request: Request, first: Any = Depends(from_state)) -> bool:
+        return first
+
     with served(app) as base, httpx.Client(base_url=base) as client:
+        assert client.post("/same").json() is True
+        assert client.post("/same-first").json() is True
         answers = {name: client.post(f"/{name}").status_code for name in ANSWERS}
         assert client.post("/state/raised").status_code == 409
         for status in (200, 404):

@@ -114,7 +114,8 @@ def session_dependency(
     role = Role.READER if reader else Role.PRIMARY
     room = manager._room
     scope_class = HandedScope if sync or isinstance(manager, Database) else AsyncSessionScope
-    key = (manager, kind, scope_class)
+    # The middleware's sessions are known by the same keys: `request.state.db` is this one, too.
+    key = (manager, kind if scope_class is AsyncSessionScope else f"synchronous {kind}")
 
     async def give(connection: HTTPConnection) -> AsyncSession | Session:
         sessions = connection.scope.setdefault(SESSIONS_KEY, {})
