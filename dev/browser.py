@@ -44,7 +44,7 @@ def install() -> None:
     print("· installing Debian's chromium", file=sys.stderr, flush=True)
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     for words in (("update",), (*INSTALL, "chromium")):
-        command = ["apt-get", "-qq", *words]
+        command = ["apt-get", "-qq", "-o=Acquire::Retries=3", *words]
         run = subprocess.run(
             command,
             env=environment,
