@@ -280,7 +280,8 @@ class HandedScope(SessionScope):
         """Open the session; no thread has it yet."""
         self._reservation: Reservation | None = None
         session = self.__enter__()
-        self.thread, self.task = 0, None
+        self.thread: int = 0
+        self.task: asyncio.Task[Any] | None = None
         return session
 
     @property
