@@ -63,7 +63,7 @@ def raw(url: str) -> Any:
 
 
 def calling(base: str) -> httpx.Client:
-    """Return a client that connects anew each time: uvicorn hangs up after an error it has logged."""
+    """Return a client that connects anew each time: uvicorn hangs up after an error it logs."""
     return httpx.Client(base_url=base, headers={"connection": "close"})
 
 
