@@ -62,6 +62,11 @@ def raw(url: str) -> Any:
     return psycopg.connect(url.replace("+asyncpg", "").replace("+psycopg", ""), autocommit=True)
 
 
+def calling(base: str) -> httpx.Client:
+    """Return a client that connects anew each time: uvicorn hangs up after an error it logs."""
+    return httpx.Client(base_url=base, headers={"connection": "close"})
+
+
 def names(url: str) -> list[str]:
     """Return what another connection sees."""
     with contextlib.closing(raw(url)) as connection:
@@ -244,7 +249,7 @@ def test_one_session_under_every_spelling_and_no_success_before_commit(
 ) -> None:
     monkeypatch.setenv("DATABASE_URL", tables)
     TOLD.clear()
-    with served(all_spellings()) as base, httpx.Client(base_url=base) as client:
+    with served(all_spellings()) as base, calling(base) as client:
         for prefix in ("", "/routed"):
             for name in SPELLINGS:
                 for kind in ("plain", "streaming", "background"):
@@ -334,7 +339,7 @@ ANSWERS = {
 def test_returned_commits_and_raised_rolls_back(tables: str) -> None:
     app = FastAPI(lifespan=lifespan(url=tables))
     insert_into(app)
-    with served(app) as base, httpx.Client(base_url=base) as client:
+    with served(app) as base, calling(base) as client:
         answers = {name: client.post(f"/{name}").status_code for name in ANSWERS}
     assert answers == ANSWERS
     assert names(tables) == ["returned", "threads"]
@@ -370,7 +375,7 @@ def test_the_middleware_may_decide_by_the_status(tables: str, commit_on: Any) ->
     async def same_first(request: Request, first: Any = Depends(from_state)) -> bool:
         return first
 
-    with served(app) as base, httpx.Client(base_url=base) as client:
+    with served(app) as base, calling(base) as client:
         assert client.post("/same").json() is True
         assert client.post("/same-first").json() is True
         answers = {name: client.post(f"/{name}").status_code for name in ANSWERS}
@@ -698,7 +703,7 @@ def test_three_round_trips_write_and_one_reads(
     @app.post("/nothing")
     async def nothing(db: AsyncSessionDep, reader: ReaderDep) -> None: ...
 
-    with served(app) as base, httpx.Client(base_url=base) as client:
+    with served(app) as base, calling(base) as client:
         for path, trips in (("/write", 3), ("/sync", 3), ("/read", 1), ("/nothing", 0)):
             for _ in range(8):  # psycopg prepares at the sixth
                 assert client.post(path).status_code == 200

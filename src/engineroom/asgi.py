@@ -197,7 +197,7 @@ class DatabaseMiddleware:
 class Readiness:
     """An application for one path: 200 if the database answers in time, else 503.
 
-        app.add_route("/ready", Readiness())
+        app.routes.append(Route("/ready", Readiness()))
 
     It does not wait behind the pool: where that has no connection to lend, it opens one. Probes
     that come while one is under way share its answer.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Annotated, Any, TypeGuard, TypeVar
@@ -63,7 +63,7 @@ class PoolUnavailable(PoolExhausted, HTTPException):
         self.__dict__.update(error.__dict__)
         self.status_code = 503
         self.detail = BUSY
-        self.headers: dict[str, str] = {"Retry-After": str(RETRY_AFTER)}
+        self.headers: Mapping[str, str] | None = {"Retry-After": str(RETRY_AFTER)}
 
 
 def function_stack(scope: ASGIScope) -> AsyncExitStack:
