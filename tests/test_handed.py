@@ -149,7 +149,8 @@ async def request(
     manager: DatabaseSessionManager, name: str = "GET /"
 ) -> AsyncGenerator[tuple[Any, HandedScope]]:
     """Do what the dependency of a framework does."""
-    before = REQUEST.set(REQUEST.get() or Request(name))
+    known = REQUEST.get()
+    before = REQUEST.set(known if str(known) == name else Request(name))
     try:
         scope = HandedScope(manager._room, "session", Role.PRIMARY, read_only=True)
         scope.stand_at(slots_of)  # a `def` endpoint

@@ -354,6 +354,7 @@ class EngineRoom:
         connection = entry.held()
         permit = None if connection is None else permit_of(connection)
         if connection is not None and permit is not None and permit.running:
+            permit.is_interrupted = True
             with suppress(Exception):  # it was closed just now
                 self.backend.interrupt(connection.driver_connection)
 

@@ -251,7 +251,9 @@ class Lender(QueuePool):
                     self.is_filled = self.least == 0
                 elif not self.backend.is_at_rest(berth.driver()):
                     self._end(record)
-                elif self.ended or len(self.rack.items) >= self.rack.maxsize:
+                elif (
+                    self.ended or permit.is_interrupted or len(self.rack.items) >= self.rack.maxsize
+                ):
                     self._close(record)  # SQLAlchemy would, but where it can be interrupted
             finally:
                 super()._do_return_conn(record)

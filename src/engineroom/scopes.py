@@ -167,8 +167,6 @@ class SyncScope(Scope, Generic[R]):
         if self.is_open:
             failed = self._must_fail(error)
             try:
-                if self.obituary:  # what was to stop it may still be on its way
-                    self._resource.invalidate()
                 finish(self._resource, failed, self.connection)
             except BaseException as struck:
                 failed = self._must_fail(struck)
@@ -184,6 +182,8 @@ class SyncScope(Scope, Generic[R]):
 
     def may_be_elsewhere(self) -> bool:
         """Whether its thread has left the function that opened it, and may serve another by now."""
+        if self.task is not None:
+            return False
         frame = sys._current_frames().get(self.thread)
         return all(one.f_code is not self.code for one, _ in walk_stack(frame))
 

@@ -23,6 +23,7 @@ class Permit:
     __slots__ = (
         "connection",
         "entry",
+        "is_interrupted",
         "is_reported",
         "owner",
         "running",
@@ -46,6 +47,7 @@ class Permit:
         self.statement_since: float = 0.0  # when it began; when it ended, if it runs no more
         self.running: bool = False
         self.is_reported: bool = False  # held too long, and the log has said so
+        self.is_interrupted: bool = False  # from outside: what did that may still be on its way
 
 
 DISMISSED = Permit()  # stands in a ticket that was sent away
@@ -235,7 +237,7 @@ class Slots:
         permit.owner = permit.connection = permit.entry = None
         permit.waited = permit.since = permit.statement_since = 0.0
         permit.statement = ""
-        permit.running = permit.is_reported = False
+        permit.running = permit.is_reported = permit.is_interrupted = False
         self.came_back = time.monotonic()
         self._free.append(permit)
         if self._queue:
