@@ -15,7 +15,7 @@ from sqlalchemy.orm import registry
 from engineroom import Base
 
 CHECKOUT = Path(__file__).parent.parent
-EXAMPLES = sorted(path.name for path in (CHECKOUT / "examples").glob("*_items.py"))
+EXAMPLES = ["fastapi_items.py", "starlette_items.py"]  # Flask's and Litestar's: in their tests
 
 
 @pytest.fixture
@@ -37,10 +37,6 @@ def test_an_example_stores_items_and_lists_them(example: str, empty: Path) -> No
         assert (answer.status_code, answer.json()) == (201, 1)
         assert client.get("/items").json() == ["anvil"]
     assert [path.name for path in empty.iterdir()] == ["items.db"]
-
-
-def test_there_are_examples() -> None:
-    assert len(EXAMPLES) == 2
 
 
 def test_the_first_lines_of_the_readme_are_the_example() -> None:

@@ -32,7 +32,6 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from werkzeug.exceptions import HTTPException
 from werkzeug.serving import make_server
 
-from conftest import Backend
 from engineroom import (
     Database,
     PoolExhausted,
@@ -406,7 +405,7 @@ def test_a_request_answered_before_its_view_is_committed_too(
 
 
 def test_nothing_is_connected_before_the_first_statement(
-    app: Flask, postgres_url: str, backends: Callable[[str], list[Backend]]
+    app: Flask, postgres_url: str, backends: Callable[[str], list[Any]]
 ) -> None:
     db = EngineRoom(app, url=postgres_url)
 
