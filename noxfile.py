@@ -88,6 +88,7 @@ SLOW = (
     "shop_process",
     "sqlite",
     "strikes",
+    "web_load",
 )
 WITHOUT_SLOW = tuple(f"--ignore=tests/test_{name}.py" for name in SLOW)
 
