@@ -26,7 +26,7 @@ from .engines import ROOMS
 from .errors import AlreadyInitialized, NotEntered, PoolExhausted
 from .ledger import REQUEST, Request
 from .manager import DatabaseSessionManager, session_manager
-from .scopes import AsyncSessionScope, Scope, SyncScope
+from .scopes import Scope, SyncScope
 from .settings import Options
 
 logger: logging.Logger = logging.getLogger("engineroom")
@@ -216,9 +216,8 @@ class Readiness:
 
     async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         """Answer one probe."""
-        status, said = 200, await self._ask()
-        if "seconds" not in said:
-            status = 503
+        said = await self._ask()
+        status = 200 if "seconds" in said else 503
         body = json.dumps(said).encode()
         headers = [(b"content-type", b"application/json"), (b"cache-control", b"no-store")]
         await send({"type": "http.response.start", "status": status, "headers": headers})
@@ -302,13 +301,17 @@ class Exchange:
             opening = manager.reader() if reader else manager.session()
             stand_at_endpoint(opening, self._scope)
             session = sessions[key] = opening.open()
-            self.enlist(opening)
+            self.enlist(opening, opening.__aexit__)
         return session
 
-    def enlist(self, opened: AsyncSessionScope) -> None:
-        """End this scope with the request."""
+    def enlist(self, opened: Scope, end: Callable[..., Awaitable[Any]]) -> None:
+        """End this scope with the request.
+
+        Args:
+            end: What ends it; it takes what an exit takes.
+        """
         self.scopes.append(opened)
-        self.stack.push_async_exit(opened)
+        self.stack.push_async_exit(end)
 
     async def run(self, *, cancels: bool) -> None:
         """Run the application, and end what it opened.

@@ -72,7 +72,7 @@ async def end_pools(room: EngineRoom) -> None:
     """End every pool, each in the loop that its connections belong to."""
     try:
         deadline = time.monotonic() + CONNECT_LIMIT
-        while connecting(room) and time.monotonic() < deadline:  # noqa: ASYNC110
+        while connecting(room) and time.monotonic() < deadline:  # noqa: ASYNC110  # as above
             await asyncio.sleep(LOOK_EVERY)
         for pool in list(room.lenders()):
             with log_failure():

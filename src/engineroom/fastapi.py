@@ -131,6 +131,7 @@ def session_dependency(
         session: AsyncSession | Session = sessions[key]
         return session
 
+    # FastAPI always gives it, and wants its plain type; who calls it otherwise is told below.
     def dependency(connection: HTTPConnection = None) -> Awaitable[Any]:  # type: ignore[assignment]
         if not isinstance(connection, HTTPConnection):
             raise OutsideRequest(
@@ -202,8 +203,7 @@ def enlist(
     if isinstance(connection, WebSocket):
         end_before_close(connection, opening, end)
     if exchange is not None:  # which answers 503 itself
-        exchange.scopes.append(opening)
-        exchange.stack.push_async_exit(end)
+        exchange.enlist(opening, end)
     else:
         function_stack(connection.scope).push_async_exit(end)
 
@@ -221,7 +221,7 @@ def end_before_close(
             await end(*triple(sys.exception()))
         await send(message)
 
-    connection.send = send_after_commit  # type: ignore[method-assign]
+    connection.send = send_after_commit  # type: ignore[method-assign]  # `close()` sends by it
 
 
 def deciding_by_status(connection: HTTPConnection) -> Exchange | None:

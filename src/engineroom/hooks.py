@@ -21,6 +21,7 @@ from sqlalchemy.util import await_only
 
 from .cancellation import SETTLE_LIMIT, settle
 from .errors import AsyncCallback, RollbackOnly, SessionClosed, UsageError
+from .ledger import place
 from .sessions import Guarded
 from .statements import UNKNOWN_OUTCOME
 
@@ -313,7 +314,7 @@ def _guarded(session: object) -> Guarded:
 
 def _line(depth: int) -> str:
     frame = sys._getframe(depth)
-    return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
+    return place(frame.f_code, frame.f_lineno)
 
 
 def is_coroutine_function(function: Any) -> bool:

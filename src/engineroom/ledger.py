@@ -71,7 +71,7 @@ class Entry:
     @property
     def where(self) -> str:
         """The caller's line, as `file:line in function`."""
-        return f"{self.code.co_filename}:{self.line} in {self.code.co_name}"
+        return place(self.code, self.line)
 
     @property
     def holder(self) -> Any:
@@ -250,7 +250,12 @@ def line_of(owner: Any) -> str:
     if not frames:
         return "an unknown line"
     line = next(filter(is_applications, frames), frames[0])
-    return f"{line.f_code.co_filename}:{line.f_lineno} in {line.f_code.co_name}"
+    return place(line.f_code, line.f_lineno)
+
+
+def place(code: CodeType, line: int) -> str:
+    """Write down a line of code: `file:line in function`."""
+    return f"{code.co_filename}:{line} in {code.co_name}"
 
 
 def is_inside(thread: int, opened: object) -> bool:

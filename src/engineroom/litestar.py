@@ -108,7 +108,7 @@ def provide(name: str, *, reader: bool = False) -> Provide:
     """Return what gives a request its session: the one of the plugin with this name."""
 
     def session(scope: Scope) -> AsyncSession:
-        exchange: Exchange = scope[passage_key(name)]  # type: ignore[literal-required]
+        exchange: Exchange = scope[passage_key(name)]  # type: ignore[literal-required]  # ours
         return exchange.session(reader=reader)
 
     return Provide(session, sync_to_thread=False)
