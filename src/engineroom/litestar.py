@@ -8,11 +8,10 @@ from typing import Any, Unpack
 from litestar import Request, Response
 from litestar.config.app import AppConfig
 from litestar.di import NamedDependency, Provide
-from litestar.exceptions import ServiceUnavailableException, WebSocketException
+from litestar.exceptions import ServiceUnavailableException
 from litestar.exceptions.responses import create_exception_response
 from litestar.middleware import DefineMiddleware
 from litestar.plugins import InitPlugin
-from litestar.status_codes import WS_1011_INTERNAL_ERROR
 from litestar.types import Scope
 from litestar.utils.scope.state import ScopeState
 from sqlalchemy.engine import URL
@@ -162,14 +161,3 @@ class Passage(Exchange):
     async def _refuse(self, error: PoolExhausted) -> None:
         """Leave it to Litestar's handlers of exceptions, of which the plugin adds one."""
         raise error
-
-    async def _end(self, error: BaseException | None, status: int | None = None) -> None:
-        """Commit or roll back; a WebSocket whose COMMIT fails is closed with 1011."""
-        try:
-            await super()._end(error, status)
-        except Exception as failure:
-            if self._scope["type"] == "websocket":
-                raise WebSocketException(
-                    detail="Internal Server Error", code=WS_1011_INTERNAL_ERROR
-                ) from failure
-            raise
