@@ -669,16 +669,21 @@ def writer_of_another_request(url: str) -> None:
         with database.session() as db:
             db.execute(text("INSERT INTO item VALUES ('second')"))
 
+    def first_again() -> None:
+        [*mine()]
+
     with ThreadPoolExecutor(1) as thread:
-        entered = mine()
-        thread.submit(next, entered).result()
-        waits = thread.submit(second)
-        time.sleep(0.2)  # it waits for the lock by then, and is not told that it never gets it
-        with pytest.raises(StopIteration):
-            next(entered)
-        waits.result()
+        for work in (second, first_again):
+            entered = mine()
+            thread.submit(next, entered).result()
+            waits = thread.submit(work)
+            time.sleep(0.2)  # it waits for the lock by then, and is not told that it never gets it
+            with pytest.raises(StopIteration):
+                next(entered)
+            waits.result()
     with database.reader() as db:
-        assert [*db.scalars(text("SELECT name FROM item"))] == ["first", "second"]
+        names = [*db.scalars(text("SELECT name FROM item"))]
+        assert names == ["first", "second", "first", "first"]
     database.close()
 
 

@@ -184,8 +184,16 @@ class SyncScope(Scope, Generic[R]):
         """Whether its thread has left the function that opened it, and may serve another by now."""
         if self.task is not None:
             return False
-        frame = sys._current_frames().get(self.thread)
-        return all(one.f_code is not self.code for one, _ in walk_stack(frame))
+        running = sys._current_frames().get(self.thread)
+        frames = walk_stack(running) if running else ()
+        entered = sum(frame.f_code is self.code for frame, _ in frames)
+        # Of several that the same line opened in the thread, the newest are those that it is in.
+        newer = sum(
+            (entry.thread, entry.code, entry.line) == (self.thread, self.code, self.line)
+            and entry.since > self.since
+            for entry in self._room.ledger
+        )
+        return entered <= newer
 
     def mind_the_loop(self) -> None:
         """Say that it is about to stop the event loop it is opened in."""
