@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -453,6 +454,8 @@ async def leave_at_random(base: str, paths: list[str], count: int) -> None:
             writer.write(f"GET {path} HTTP/1.1\r\nHost: test\r\n\r\n".encode())
             await asyncio.sleep(dice.random() * 0.5)
             writer.transport.abort() if number % 2 else writer.close()
+            with suppress(ConnectionError):
+                await writer.wait_closed()
 
     await asyncio.gather(*(one(number) for number in range(count)))
 

@@ -211,11 +211,8 @@ def _settling_connection() -> Any:
                 return await super().connect(*args, **kw)
 
         async def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
-            options = {} if timeout is None else {"timeout": timeout}  # psycopg 3.2 has none
             try:
-                return await waiting.wait_async(
-                    gen, self.pgconn.socket, interval=interval, **options
-                )
+                return await waiting.wait_async(gen, self.pgconn.socket, interval, timeout)
             except asyncio.CancelledError:
                 await settle(self._break_off())
                 raise

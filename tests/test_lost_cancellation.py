@@ -1,0 +1,40 @@
+"""A cancellation that meets an answer of the server is not lost (guarantee 2)."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+from sqlalchemy import text
+
+from engineroom import DatabaseSessionManager
+
+TURNS = 8  # of the event loop, from the socket's word to the driver's return
+
+
+@pytest.mark.anyio
+@pytest.mark.both_loops
+async def test_a_cancellation_that_meets_an_answer_is_not_lost(driver_url: str) -> None:
+    """Whichever turn of the event loop it strikes, the next statement does not run."""
+    async with DatabaseSessionManager().init(driver_url) as manager:
+        for turns in range(TURNS):
+            begun = asyncio.Event()
+
+            async def work(begun: asyncio.Event = begun) -> None:
+                async with manager.session() as db:
+                    await db.execute(text("SELECT 1"))
+                    begun.set()
+                    await db.execute(text("SELECT pg_sleep(0.05)"))
+                    await db.execute(text("SELECT pg_sleep(60)"))
+
+            worker = asyncio.create_task(work())
+            await begun.wait()
+            await asyncio.sleep(0.01)
+            time.sleep(0.1)  # the answer comes while the loop looks elsewhere
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            worker.cancel()
+            done, _ = await asyncio.wait([worker], timeout=5)
+            assert done, f"struck {turns} turns after the answer, it was lost"
+            assert worker.cancelled()
