@@ -67,7 +67,7 @@ def lifespan(
 
     @asynccontextmanager
     async def opened(app: Any) -> AsyncGenerator[Mapping[str, Any] | None]:
-        if manager.stats().state == "open":
+        if manager.stats().state == "open" and manager._room.sandbox is None:
             raise AlreadyInitialized(
                 f"lifespan(): {type(manager).__name__} is open already, and one application opens "
                 "and closes it. Give the second application a manager of its own, leave out the "

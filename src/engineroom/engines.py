@@ -104,6 +104,7 @@ class EngineRoom:
         self._engines: dict[tuple[Side, Role], Engine] = {}
         self.binds: dict[tuple[Side, Role, bool, str | None], Any] = {}
         self._arguments: tuple[str | URL | None, Options] = (None, {})  # of the last `open`
+        self.sandbox: Any = None  # what a test has put around the engines: testing.sandbox
         ROOMS.add(self)
 
     # -- opening ------------------------------------------------------------------------------
@@ -117,6 +118,8 @@ class EngineRoom:
             AlreadyInitialized: it is open.
             ConfigurationError: a setting, an option or the URL cannot work.
         """
+        if self.sandbox is not None:
+            return  # the application that is tested opens and closes as it does elsewhere
         if not self.life.allows("init"):
             raise self.life.refusal("init()")
         if database_url is not None and url is not None:
@@ -159,7 +162,10 @@ class EngineRoom:
             if not self.life.allows("use"):
                 raise self.life.refusal("engine") from None
         # Two threads may both come here: one engine is kept, the other has no connection yet.
-        return self._engines.setdefault((side, role), self._make_engine(side, role))
+        engine = self._engines.setdefault((side, role), self._make_engine(side, role))
+        if self.sandbox is not None:
+            self.sandbox.take_in(engine, role)
+        return engine
 
     def bind(
         self, side: Side, role: Role, read_only: bool = False, isolation_level: str | None = None
@@ -290,7 +296,7 @@ class EngineRoom:
     def lenders(self) -> Iterator[tuple[Side, Role, asyncio.AbstractEventLoop | None, Lender]]:
         """Yield every pool, with the event loop that its connections belong to."""
         for (side, role), engine in list(self._engines.items()):
-            pool = engine.pool
+            pool = getattr(engine.pool, "behind", engine.pool)  # a sandbox stands in front of it
             if isinstance(pool, LoopPool):
                 for loop, shelf in list(pool.shelves.items()):
                     yield side, role, loop, shelf

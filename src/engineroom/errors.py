@@ -25,7 +25,11 @@
     │   ├── RollbackOnly           `commit()` after `rollback_only()`
     │   ├── AsyncCallback          a coroutine function where nobody can await it
     │   ├── SyncInAsync            a synchronous session inside a running event loop
-    │   └── SelfDeadlock           a SQLite writer that would wait for itself
+    │   ├── SelfDeadlock           a SQLite writer that would wait for itself
+    │   └── SandboxError           misuse of a sandbox
+    │       ├── NotInSandbox       what one transaction cannot serve
+    │       ├── SandboxConflict    sessions that cannot be served in turn
+    │       └── SandboxEnded       a session used after the end of its sandbox
     └── PoolTimeout                no connection in time (also SQLAlchemy's `TimeoutError`)
         ├── ConnectTimeout         none was opened
         └── PoolExhausted          none came free
@@ -196,6 +200,30 @@ class SelfDeadlock(UsageError):
     """A SQLite writer would wait for itself: inside another, or in the forked child of one."""
 
     code = "self-deadlock"
+
+
+class SandboxError(UsageError):
+    """A sandbox where none can be: the manager is not open, is in use, or has one already."""
+
+    code = "sandbox"
+
+
+class NotInSandbox(SandboxError, AttributeError):
+    """What one transaction cannot serve: it needs a database of its own."""
+
+    code = "not-in-sandbox"
+
+
+class SandboxConflict(SandboxError):
+    """Sessions that cannot be served one after another in one transaction."""
+
+    code = "sandbox-conflict"
+
+
+class SandboxEnded(SandboxError):
+    """A session used after the end of the sandbox that it was opened in."""
+
+    code = "sandbox-ended"
 
 
 @dataclass(frozen=True, slots=True)

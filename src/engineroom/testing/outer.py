@@ -1,0 +1,485 @@
+"""The outer transaction of a sandbox: each transaction inside is a savepoint of it.
+
+One connection serves all who ask, in turn. A transaction that has begun stands on a stack, as its
+savepoint does, and only the top of it may be used. Whoever else comes goes on top if
+
+- nothing stands there, or only what has written nothing: that is taken off, and set again at its
+  next statement;
+- the top is its own: it was begun in the same task, in one that started this task, or in the
+  thread that did (a context variable knows);
+- the top has been idle for a while (`GRACE`): its owner may well be waiting for this one.
+
+Otherwise it waits until the top has ended. When that takes too long, an error names the top.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+from collections.abc import Callable, Coroutine, Iterable
+from contextlib import suppress
+from contextvars import ContextVar
+from typing import Any, TypeVar, cast
+
+from sqlalchemy.engine import Engine
+from sqlalchemy.pool import PoolProxiedConnection
+from sqlalchemy.util import await_only, greenlet_spawn
+
+from ..engines import EngineRoom
+from ..errors import NotInSandbox, SandboxConflict, SandboxEnded
+from ..ledger import current_owner, line_of
+
+logger: logging.Logger = logging.getLogger("engineroom.sandbox")
+
+T = TypeVar("T")
+
+GRACE = 0.5  # seconds that the top may be idle before another one goes above it
+LIMIT = 10.0  # seconds to wait for one's turn
+
+CURE = 'Give this test a database of its own: sandbox(manager, isolation="database").'
+
+# What ends the outer transaction, or cannot run in one.
+ESCAPES = re.compile(
+    r"(?:^|;)\s*(?:COMMIT|END|ABORT|BEGIN|START\s+TRANSACTION|PREPARE\s+TRANSACTION"
+    r"|ROLLBACK(?!\s+(?:WORK\s+|TRANSACTION\s+)?TO\b))\b",
+    re.IGNORECASE,
+)
+FAILED = "25P02"  # the SQLSTATE of a transaction in which a statement has failed
+REFUSED = {  # by SQLSTATE
+    "25001": "it cannot run inside a transaction block",
+    "2D000": "it ends a transaction",
+}
+# The name of a setting that lasts until the end of the transaction, which here is the sandbox's.
+SET_LOCAL = re.compile(r"(?:^|;)\s*SET\s+LOCAL\s+(?!SESSION\b)([\w.]+)", re.IGNORECASE)
+SET_CONFIG = re.compile(r"\bset_config\s*\(\s*(?:'([\w.]+)')?", re.IGNORECASE)
+SETTING = re.compile(r"[a-z_]\w*(?:\.\w+)*", re.IGNORECASE)
+DDL = re.compile(r"(?:^|;)\s*(?:CREATE|ALTER|DROP)\b", re.IGNORECASE)
+COMMENTS = re.compile(r"--[^\n]*|/\*.*?\*/", re.DOTALL)
+
+LINEAGE: ContextVar[tuple[Part, ...]] = ContextVar("engineroom_sandbox", default=())
+
+
+class Part:
+    """One transaction of those that the outer one serves, and the next ones after its end."""
+
+    def __init__(self, room: EngineRoom, *, stands_alone: bool, reads: bool) -> None:
+        """Remember who asks, and in what they stand.
+
+        Args:
+            stands_alone: Each statement is a transaction (AUTOCOMMIT).
+            reads: The server refuses writes.
+        """
+        self.stands_alone: bool = stands_alone
+        self.reads: bool = reads
+        self.owner: Any = current_owner()
+        self.savepoint: str = ""  # while it stands on the stack
+        self.error: BaseException | None = None  # its last; what it gets when it was rolled back
+        self.is_lost: bool = False  # rolled back in its absence
+        self.is_stopped: bool = False  # its caller was cancelled
+        self.idle_since: float = time.monotonic()
+        self.settings: dict[str, str] = {}  # what SET LOCAL has changed, as it was before
+        self._room = room
+        self.lineage: tuple[Part, ...] = tuple(p for p in LINEAGE.get() if not p.is_closed)
+        self.is_closed: bool = False
+        LINEAGE.set((*self.lineage, self))
+
+    def is_kin(self, other: Part) -> bool:
+        """Whether one of both was begun inside the other."""
+        return other in self.lineage or self in other.lineage
+
+    def __str__(self) -> str:
+        for entry in self._room.ledger:
+            held = entry.held()
+            if held is not None and getattr(held.dbapi_connection, "part", None) is self:
+                return f"the {entry.kind} of {entry.owner}, opened at {entry.where}"
+        return f"a connection taken at {line_of(self.owner)}"
+
+
+class OuterTransaction:
+    """One connection in one transaction, and the stack of those that run inside it.
+
+    Everything here runs on the background loop, in turns: `_lock`.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.dialect: Any = engine.dialect
+        self._pool = engine.pool
+        self.is_over: bool = False
+        self._stack: list[Part] = []
+        self.runs: Part | None = None  # whose statement is on the wire
+        self._task: asyncio.Task[Any] | None = None  # in which it is
+        self._waits: dict[Part, asyncio.Task[Any]] = {}  # for their turn
+        self._lock = asyncio.Lock()
+        self._ended = asyncio.Event()  # a part has; replaced by the next one each time
+        self._deferred: list[str] | None = None  # what is checked at COMMIT; None: not looked up
+        self._has_deferrable: bool = False
+        self._changes_schema: bool = False
+        self._unlocks: bool = False  # advisory locks of the session may be left
+        self.fairy: PoolProxiedConnection
+
+    # -- its own life -------------------------------------------------------------------------
+
+    async def begin(self) -> None:
+        """Take a connection from the manager's own pool, and begin."""
+        await greenlet_spawn(self._begin)
+
+    def _begin(self) -> None:
+        self.fairy = self._pool.connect()
+        try:
+            self.dialect.set_isolation_level(
+                self.adapted, "AUTOCOMMIT"
+            )  # the driver begins nothing
+            self._control("BEGIN; SET LOCAL idle_in_transaction_session_timeout = 0")
+        except BaseException:
+            self.fairy.invalidate()
+            raise
+
+    async def end(self) -> None:
+        """Roll everything back; give the connection back as it came."""
+        async with self._lock:
+            self.is_over = True
+            self._lose(self._stack, SandboxEnded("The sandbox of this session has ended."))
+            await greenlet_spawn(self._end)
+
+    def _end(self) -> None:
+        try:
+            unlock = "; SELECT pg_advisory_unlock_all()" if self._unlocks else ""
+            self._control(f"ROLLBACK{unlock}")
+            self.dialect.reset_isolation_level(self.adapted)
+        except Exception as error:  # noqa: BLE001  # a test may have killed it
+            logger.info("The sandbox's connection was lost: %r", error)
+            self.fairy.invalidate()
+        else:
+            self.fairy.close()
+
+    @property
+    def adapted(self) -> Any:
+        """The DBAPI connection."""
+        return self.fairy.dbapi_connection
+
+    def _control(self, statements: str) -> None:
+        """Run statements of our own in one message, for which the driver has to be asked."""
+        driver = self.dialect.get_driver_connection(self.adapted)
+        try:
+            if self.dialect.is_async:
+                await_only(driver.execute(statements))
+            elif hasattr(driver, "execute"):
+                driver.execute(statements)
+            else:  # psycopg2
+                self._send(statements)
+        except Exception as error:
+            if sqlstate(error) == FAILED:
+                raise
+            raise SandboxEnded(
+                "The sandbox lost its connection, and with it whatever was done inside. See the "
+                "cause: a test may have killed it, or the server."
+            ) from error
+
+    def _send(self, statement: str) -> list[Any]:
+        """Run a statement of our own; its errors are the application's."""
+        cursor = self.adapted.cursor()
+        try:
+            cursor.execute(statement)
+            return list(cursor.fetchall()) if cursor.description else []
+        finally:
+            cursor.close()
+
+    # -- what parts ask for -------------------------------------------------------------------
+
+    async def run(
+        self, part: Part, call: Callable[[], T], statement: str = "", parameters: Any = None
+    ) -> T:
+        """Run a statement of a part, when it is its turn."""
+        text = COMMENTS.sub(" ", statement)
+        refuse_escape(text)
+        await self._take_turn(part)
+        try:
+            try:
+                if part.stands_alone:
+                    return await self._run_alone(part, call)
+                await self._save(part)
+                await self._remember_settings(part, text, parameters)
+                return await self._put_on_wire(part, call)
+            except BaseException as error:
+                part.error = error
+                refuse_by_state(error)
+                raise
+        finally:
+            part.idle_since = time.monotonic()
+            if DDL.search(text):
+                self._changes_schema, self._deferred = True, None
+            self._unlocks = self._unlocks or "advisory" in text.lower()
+            self._lock.release()
+
+    async def _run_alone(self, part: Part, call: Callable[[], T]) -> T:
+        await self._save(part)
+        try:
+            result = await self._put_on_wire(part, call)
+            await self._put_on_wire(part, self._check_deferred)
+        except BaseException:
+            await greenlet_spawn(self._roll_back, part)
+            raise
+        await greenlet_spawn(self._release, part)
+        return result
+
+    async def commit(self, part: Part) -> None:
+        """Release the savepoint of a part; what a COMMIT checks is checked before."""
+        if not part.savepoint and not part.is_lost:
+            return
+        await self._take_turn(part)
+        try:
+            if part.savepoint:
+                await self._put_on_wire(part, self._check_deferred)
+                await greenlet_spawn(self._release, part)
+        except BaseException as error:
+            if sqlstate(error) != FAILED:
+                part.error = error
+                raise
+            await greenlet_spawn(self._roll_back, part)  # as the server takes such a COMMIT
+        finally:
+            self._lock.release()
+
+    async def _put_on_wire(self, part: Part, call: Callable[[], T]) -> T:
+        """Run what may take long, and can be stopped."""
+        if part.is_stopped:
+            raise asyncio.CancelledError
+        self.runs, self._task = part, asyncio.current_task()
+        try:
+            return await greenlet_spawn(call)
+        finally:
+            self.runs = self._task = None
+
+    def stop(self, part: Part) -> None:
+        """Stop what a part runs or waits for. The connection survives it.
+
+        Nothing else is ever cancelled here: psycopg's connection would be closed by that.
+        """
+        part.is_stopped = True
+        driver = self.dialect.get_driver_connection(self.adapted)
+        if part in self._waits:
+            self._waits[part].cancel()
+        elif self.runs is part and hasattr(driver, "cancel"):
+            driver.cancel()
+        elif self.runs is part and self._task is not None:
+            self._task.cancel()  # asyncpg asks the server to cancel, and goes on afterwards
+
+    async def rest(self) -> None:
+        """Return when nothing is on the wire."""
+        async with self._lock:
+            pass
+
+    async def roll_back(self, part: Part) -> None:
+        """Roll back what a part has done. That never waits for a turn."""
+        async with self._lock:
+            if part.savepoint and not self.is_over:
+                await greenlet_spawn(self._roll_back, part)
+            part.is_lost, part.is_stopped, part.error = False, False, None
+
+    # -- turns --------------------------------------------------------------------------------
+
+    async def _take_turn(self, part: Part) -> None:
+        """Wait until a part may go on, and keep the lock.
+
+        Raises:
+            SandboxConflict: it never may, or did not in time.
+        """
+        end = time.monotonic() + LIMIT
+        while True:
+            await self._wait(part, self._lock.acquire())
+            try:
+                patience = await self._stands_in_the_way(part)
+            except BaseException:
+                self._lock.release()
+                raise
+            if not patience:
+                return
+            top, ended = self._stack[-1], self._ended
+            self._lock.release()
+            if time.monotonic() > end:
+                raise SandboxConflict(
+                    f"{part} waited for {LIMIT:g} s for its turn in the sandbox, which is held by "
+                    f"{top}. A sandbox is one transaction, and serves those inside one after "
+                    f"another. End that one before, or give them transactions of their own. {CURE}"
+                )
+            with suppress(TimeoutError):
+                await self._wait(part, ended.wait(), min(patience, end - time.monotonic()))
+
+    async def _wait(
+        self, part: Part, event: Coroutine[Any, Any, object], seconds: float | None = None
+    ) -> None:
+        """Wait for something, for so long; the part may be stopped meanwhile."""
+        self._waits[part] = cast("asyncio.Task[Any]", asyncio.current_task())
+        try:
+            async with asyncio.timeout(seconds):
+                await event
+        finally:
+            del self._waits[part]
+
+    async def _stands_in_the_way(self, part: Part) -> float:
+        """Return how many seconds another part is to be waited for; 0: it is this one's turn."""
+        if self.is_over:
+            raise SandboxEnded("The sandbox of this session has ended. Open sessions inside it.")
+        if part.is_lost:
+            raise part.error or SandboxEnded("What this session did was rolled back.")
+        if not self._stack or self._stack[-1] is part:
+            return 0.0
+        await greenlet_spawn(self._take_off_what_is_clean, part)
+        if not self._stack or self._stack[-1] is part:
+            return 0.0
+        top = self._stack[-1]
+        if part.savepoint:  # and another one that has written stands above
+            if part.is_kin(top):
+                raise SandboxConflict(
+                    f"{part} goes on while {top}, which was begun inside it, has written and not "
+                    "ended. In a sandbox both are savepoints of one transaction, and a rollback of "
+                    f"the first would take the other's rows along. End the inner one first. {CURE}"
+                )
+            return LIMIT
+        if part.is_kin(top):
+            return 0.0
+        idle = time.monotonic() - top.idle_since
+        if idle < GRACE:
+            return GRACE - idle
+        logger.warning(
+            "%s goes on inside the transaction of %s, which has been idle for %.1f s in the "
+            "sandbox: if that one rolls back, the rows of both are gone.",
+            part,
+            top,
+            idle,
+        )
+        return 0.0
+
+    def _take_off_what_is_clean(self, part: Part) -> None:
+        """Release the savepoints, from the top, of those who have written nothing."""
+        try:
+            # Each that has written, and each that it stands in, holds a lock on its own number.
+            ((locks,),) = self._send(
+                "SELECT count(*) FROM pg_locks WHERE locktype = 'transactionid' "
+                "AND pid = pg_backend_pid() AND mode = 'ExclusiveLock'"
+            )
+        except Exception:  # noqa: BLE001  # the top has failed
+            top = self._stack[-1]
+            if part.is_kin(top):
+                self._roll_back(top)  # its owner can do no more than that
+                top.is_lost = True
+            return
+        written = max(0, locks - 1)
+        if self._stack[written:]:
+            self._control(f"RELEASE SAVEPOINT {self._stack[written].savepoint}")
+            for clean in self._stack[written:]:
+                clean.savepoint = ""
+            del self._stack[written:]
+
+    # -- savepoints ---------------------------------------------------------------------------
+
+    async def _save(self, part: Part) -> None:
+        if not part.savepoint:
+            await greenlet_spawn(self._set_savepoint, part)
+
+    def _set_savepoint(self, part: Part) -> None:
+        name = f"engineroom_{len(self._stack)}"
+        self._control(f"SAVEPOINT {name}" + ("; SET TRANSACTION READ ONLY" if part.reads else ""))
+        part.savepoint = name
+        self._stack.append(part)
+
+    def _release(self, part: Part) -> None:
+        statements = [f"RELEASE SAVEPOINT {part.savepoint}"]
+        for name, value in part.settings.items():
+            literal = value.replace("'", "''")
+            statements.append(f"SELECT set_config('{name}', '{literal}', true)")
+        self._control("; ".join(statements))
+        self._pop(part)
+        part.settings.clear()
+
+    def _roll_back(self, part: Part) -> None:
+        above = self._stack[self._stack.index(part) + 1 :]
+        if above:
+            error = SandboxConflict(f"{part} was rolled back, and this session inside it. {CURE}")
+            self._lose(above, error)
+        name = part.savepoint
+        self._control(f"ROLLBACK TO SAVEPOINT {name}; RELEASE SAVEPOINT {name}")
+        part.settings.clear()
+        self._pop(part)
+        if self._changes_schema:
+            self._deferred = None
+
+    def _lose(self, parts: Iterable[Part], error: Exception) -> None:
+        for part in parts:
+            part.savepoint, part.is_lost, part.error = "", True, error
+
+    def _pop(self, part: Part) -> None:
+        """Take a part off the stack, and whatever stands above it."""
+        del self._stack[self._stack.index(part) :]
+        part.savepoint = ""
+        self._ended.set()
+        self._ended = asyncio.Event()
+
+    # -- what a COMMIT would do ---------------------------------------------------------------
+
+    def _check_deferred(self) -> None:
+        """Check the constraints that wait for COMMIT, and have them wait again."""
+        if self._deferred is None:
+            self._deferred = self._find_deferred()
+        if self._has_deferrable:
+            self._send("SET CONSTRAINTS ALL IMMEDIATE")
+            if self._deferred:
+                self._send(f"SET CONSTRAINTS {', '.join(self._deferred)} DEFERRED")
+
+    def _find_deferred(self) -> list[str]:
+        """Look up which constraints and triggers wait for COMMIT by themselves."""
+        rows = self._send(
+            "SELECT quote_ident(n.nspname) || '.' || quote_ident(c.conname), c.condeferred "
+            "FROM pg_constraint c JOIN pg_namespace n ON n.oid = c.connamespace "
+            "WHERE c.condeferrable"  # a constraint trigger has a row here as well
+        )
+        self._has_deferrable = bool(rows)
+        return sorted({name for name, is_deferred in rows if is_deferred})
+
+    async def _remember_settings(self, part: Part, text: str, parameters: Any) -> None:
+        """Note how a setting is that a statement is about to change until COMMIT."""
+        names = {*SET_LOCAL.findall(text)}
+        if found := SET_CONFIG.findall(text):
+            given = parameters.values() if isinstance(parameters, dict) else parameters or ()
+            names |= {*filter(None, found)}
+            names |= {g for g in given if isinstance(g, str) and SETTING.fullmatch(g)}
+        for name in names - part.settings.keys():
+            known = "timezone" if name.upper() == "TIME" else name
+            select = f"SELECT current_setting('{known}', true)"
+            ((value,),) = await greenlet_spawn(self._send, select)
+            if value is not None or "." in known:
+                part.settings[known] = value or ""
+
+
+def refuse_escape(text: str) -> None:
+    """Refuse a statement that would end the outer transaction.
+
+    Raises:
+        NotInSandbox: it would.
+    """
+    if found := ESCAPES.search(text):
+        verb = " ".join(found.group().strip("; \n").split()).upper()
+        raise NotInSandbox(
+            f"{verb} was sent as text, inside a sandbox: it would end the transaction that is to "
+            f"be rolled back. Use the session's own commit() and rollback(). Or: {CURE}"
+        )
+
+
+def sqlstate(error: BaseException) -> str | None:
+    """Return the code that the server gave an error."""
+    return getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
+
+
+def refuse_by_state(error: BaseException) -> None:
+    """Say what an error of the server has to do with the sandbox.
+
+    Raises:
+        NotInSandbox: one transaction cannot serve the statement.
+    """
+    state = sqlstate(error)
+    if state in REFUSED:
+        raise NotInSandbox(
+            f"The server refused a statement, for {REFUSED[state]}, and in a sandbox everything "
+            f"runs in one. {CURE}"
+        ) from error
