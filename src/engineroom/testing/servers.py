@@ -208,7 +208,8 @@ class PostgresServer:
         self.stop()
 
     def __repr__(self) -> str:
-        return f"<PostgresServer {self.version} {self.host}:{self.port}>"
+        where = f"{self.version} {self.host}:{self.port}" if hasattr(self, "pid") else "not started"
+        return f"<PostgresServer {where}>"
 
     def _start(self, port: int | None) -> None:
         """Start the postmaster on a port, or on a free one."""
