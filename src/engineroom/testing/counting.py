@@ -172,7 +172,6 @@ class _Recorder:
             and not self._is_autocommit(connection, role)
         ):
             self._note(how, _where())
-        self._has_begun[connection] = False
 
     def _role(self, connection: Connection) -> Role | None:
         """Return the role of a connection's engine; None if it is no engine of the manager."""

@@ -261,12 +261,12 @@ class _Connection:
         return _Lane(self._proxy, writer, self._strike)
 
     def _strike(self, fault: Fault, message: Message) -> None:
+        self._proxy._faults.remove(fault)
         if fault.action == "freeze":
             self._proxy._flowing.clear()
-        else:
-            self.cut(gently=fault.moment == "during")
-        self._proxy._faults.remove(fault)
         fault.strike(message)
+        if fault.action == "cut":  # last: whom it breaks may ask at once whether it has happened
+            self.cut(gently=fault.moment == "during")
 
     async def _from_client(self, to_server: _Lane, to_client: _Lane) -> None:
         while data := await self._reader.read(65536):

@@ -223,7 +223,7 @@ class Wire:
         parcels: list[Parcel] = []
         forward = bytearray(before)
         for raw in _split(self._client_bytes):
-            asked = self._asked
+            asked = self._asked if self._phase == "session" else 0  # a login has no turns
             message = self._note_message(raw[:1], raw[5:])
             fault = next((fault for fault in tuple(self._faults) if fault.is_for(message)), None)
             if fault is None:
