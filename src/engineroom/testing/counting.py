@@ -73,7 +73,7 @@ def record_statements(
     """Record what is sent to a manager's database while the block runs.
 
     A plain `with`, in asynchronous code too. It hears every session, reader and connection of both
-    sides, in whichever task, thread or event loop; not what is given to the driver itself.
+    sides, in whichever task, thread or event loop; not what is given to the driver itself::
 
         with record_statements(manager) as recording:
             ...

@@ -124,7 +124,7 @@ class WireProxy:
         return self._arm("cut", "before", what, nth)
 
     def cut_during(self, what: What = None, *, nth: int = 1) -> Fault:
-        """Break the connection when the server has got the first half of the message."""
+        """Break the connection in the middle of the message: the server gets a part of it."""
         return self._arm("cut", "during", what, nth)
 
     def cut_after(self, what: What = None, *, nth: int = 1) -> Fault:
@@ -244,14 +244,12 @@ class _Connection:
         finally:
             self.cut()
 
-    def cut(self, gently: bool = False) -> None:
-        """Break both sides; gently, so that the server still gets what was sent to it."""
+    def cut(self) -> None:
+        """Break both sides."""
         if not self.is_open:
             return
         self.is_open = False
-        if self._server is not None and gently:
-            self._server.close()
-        elif self._server is not None:
+        if self._server is not None:
             _break(self._server)
         _break(self._client)
         if self._task is not None:
@@ -266,7 +264,7 @@ class _Connection:
             self._proxy._flowing.clear()
         fault.strike(message)
         if fault.action == "cut":  # last: whom it breaks may ask at once whether it has happened
-            self.cut(gently=fault.moment == "during")
+            self.cut()
 
     async def _from_client(self, to_server: _Lane, to_client: _Lane) -> None:
         while data := await self._reader.read(65536):
