@@ -221,7 +221,6 @@ class _Connection:
         self._reader = reader
         self._client = writer
         self._server: asyncio.StreamWriter | None = None
-        self._task = asyncio.current_task()
         proxy._connections.append(self)
 
     async def relay(self) -> None:
@@ -252,8 +251,6 @@ class _Connection:
         if self._server is not None:
             _break(self._server)
         _break(self._client)
-        if self._task is not None:
-            self._task.cancel()  # its lanes may stand frozen
 
     def _lane(self, writer: asyncio.StreamWriter) -> _Lane:
         return _Lane(self._proxy, writer, self._strike)
