@@ -124,10 +124,10 @@ class Wire:
     """One connection: follows the protocol on it and counts."""
 
     def __init__(self, statements: list[str], faults: Iterable[Fault]) -> None:
-        self.trips = 0
-        self.startup_trips = 0
-        self.notifications = 0
-        self.is_new = False  # set by the startup packet, which a cancel request has not
+        self.trips: int = 0
+        self.startup_trips: int = 0
+        self.notifications: int = 0
+        self.is_new: bool = False  # set by the startup packet, which a cancel request has not
         self._statements = statements
         self._faults = faults
         self._phase = "greeting"  # then "login" and "session", or "cancel"
