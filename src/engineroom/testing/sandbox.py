@@ -100,7 +100,7 @@ class Sandbox:
         """Have an engine work inside; one that is made meanwhile as well."""
         if engine not in self._before:
             self._before[engine] = (engine.pool, engine.dialect)
-            engine.dialect = twin(self._outer.dialect, engine.dialect.is_async)
+            engine.dialect = twin(self._outer.dialect, engine)
             engine.pool = Stage(engine, self._room, role, self._outer)
 
     def _check(self) -> None:
@@ -158,19 +158,20 @@ class Sandbox:
 
 
 # Kept from sandbox to sandbox: SQLAlchemy's compiled statements are remembered by dialect.
-_twins: weakref.WeakKeyDictionary[Any, dict[bool, Any]] = weakref.WeakKeyDictionary()
+_twins: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, Any]]
+_twins = weakref.WeakKeyDictionary()
 
 
-def twin(dialect: Any, is_async: bool) -> Any:
+def twin(dialect: Any, engine: Engine) -> Any:
     """Return a copy of the dialect of the one connection, for an engine of either side.
 
     What is noted around its verbs elsewhere has no meaning here: those are as its class has them.
     """
-    twins = _twins.setdefault(dialect, {})
-    if is_async not in twins:
-        twins[is_async] = made = copy.copy(dialect)
+    twins = _twins.setdefault(engine.dialect, weakref.WeakKeyDictionary())
+    if dialect not in twins:
+        twins[dialect] = made = copy.copy(dialect)
         for name in [name for name in vars(made) if name.startswith("do_") or name == "connect"]:
             delattr(made, name)
-        made.is_async = is_async
+        made.is_async = engine.dialect.is_async
         made.get_driver_connection = lambda connection: RawDriver()
-    return twins[is_async]
+    return twins[dialect]

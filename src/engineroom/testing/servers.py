@@ -1,30 +1,30 @@
 """A PostgreSQL server that lives exactly as long as the process that asked for it.
 
-A small `sh`, the *keeper*, in a session of its own, is the parent of everything that belongs to a
-server: its folder, `initdb`, the postmaster. It takes orders from a pipe that only the owner holds.
-When the pipe closes, and the kernel closes it however the owner ends, the keeper stops the server
-and removes the folder. `stop()` does no more than close that pipe: there is one way to end.
+Its keeper (`keeper.py`) sees to that. Nobody else on the machine gets in: each server has a random
+password, which its URL carries.
 """
 
 from __future__ import annotations
 
-import contextlib
+import base64
 import csv
+import hashlib
+import hmac
 import importlib.util
 import io
 import os
-import shutil
+import secrets
 import socket
 import subprocess
 import tempfile
-import threading
 import time
 import uuid
-import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self, cast
+from typing import Self
+
+from engineroom.testing.keeper import Keeper
 
 __all__ = ["PostgresServer", "postgres"]
 
@@ -45,71 +45,6 @@ _SETTINGS: dict[str, str | int | bool] = {
     "jit": False,
 }
 
-_KEEPER = r"""
-parent=$1 binaries=$2 user=$3
-shift 3                       # what is left is the command that drops root's rights, or nothing
-folder= pid=
-umask 077
-
-family() {
-    echo "$pid" && { cat "/proc/$pid/task/$pid/children" 2>/dev/null || pgrep -P "$pid"; }
-}
-tell() {
-    kill -s "$1" $(family)
-}
-end() {                       # again and again: before its handlers stand, a signal is lost
-    while [ "$pid" ] && kill -s "$1" "$pid"; do
-        sleep 0.02            # not a builtin: waiting for it also reaps the server
-    done
-    pid=
-}
-is_ready() {
-    read -r first && read -r _ && read -r _ && read -r _ && read -r _ && read -r _ && read -r _ &&
-        read -r state && [ "$first $state" = "$pid ready" ]
-}
-finish() {
-    trap '' HUP INT TERM
-    [ "$pid" ] && tell CONT
-    end QUIT
-    if [ -e "$folder/data/postmaster.pid" ]; then      # it was killed: its segment is still there
-        set -- $(sed -n 7p "$folder/data/postmaster.pid")
-        ipcrm -m "$2"
-    fi
-    [ "$folder" ] && { rm -rf "$folder" || { sleep 1; rm -rf "$folder"; }; }
-}
-trap '' PIPE
-trap 'exit 1' HUP INT TERM
-trap finish EXIT
-
-folder=$(mktemp -d "$parent/engineroom-pg-XXXXXXXX") || exit
-[ -z "$user" ] || chown "$user" "$folder" || exit
-exec 2>>"$folder/log"
-echo "0 $folder"
-while read -r number verb argument; do
-    answer=ok
-    case $verb in
-    initdb)
-        "$@" "$binaries/initdb" -D "$folder/data" -U postgres -A trust -E UTF8 --locale=C \
-            --no-sync --no-instructions --wal-segsize=4 </dev/null >&2 || answer=failed ;;
-    start)
-        "$@" "$binaries/postgres" -D "$folder/data" -p "$argument" </dev/null >&2 &
-        pid=$!
-        until is_ready <"$folder/data/postmaster.pid"; do
-            sleep 0.02
-            kill -s 0 "$pid" || { pid= answer=failed; break; }
-        done 2>/dev/null
-        [ "$pid" ] && answer=$pid ;;
-    freeze) kill -s STOP "$pid" && tell STOP || answer=failed ;;
-    thaw) tell CONT || answer=failed ;;
-    shutdown) tell CONT; end INT ;;
-    kill) kill -s STOP "$pid" && tell KILL; end KILL ;;
-    esac
-    echo "$number $answer"
-done
-"""
-
-_open_servers: weakref.WeakSet[PostgresServer] = weakref.WeakSet()
-
 
 def postgres(
     version: int = 18,
@@ -120,8 +55,8 @@ def postgres(
 ) -> PostgresServer:
     """Start a throwaway PostgreSQL server, tuned for tests.
 
-    It needs no Docker and no rights. It listens on a free port of 127.0.0.1 and trusts whoever
-    connects, so use it on machines whose users you trust. For root it runs as `nobody`.
+    It needs no Docker and no rights. It listens on a free port of 127.0.0.1 and lets nobody in
+    without the password in its URL, which is random. For root it runs as `nobody`.
 
         with postgres(16) as server:
             engine = create_engine(server.url("postgres", "psycopg"))
@@ -156,6 +91,7 @@ class PostgresServer:
         port: The TCP port; a restart keeps it.
         pid: The postmaster's process id; a restart changes it.
         version: The major version.
+        password: That of its superuser `postgres`; random, and part of `url()`.
         socket_directory: The folder of the Unix socket; None where its path would be too long.
     """
 
@@ -171,32 +107,15 @@ class PostgresServer:
         self._bindir = bindir
         self._environment = {k: v for k, v in os.environ.items() if not k.startswith("PG")}
         self._environment["LC_ALL"] = "C"
-        self._owner = os.getpid()
-        self._lock = threading.Lock()
-        self._count = 0
-        user, drop_rights = _without_root(bindir / "postgres", directory)
-        self._keeper = subprocess.Popen(  # noqa: S603
-            ["/bin/sh", "-c", _KEEPER, "keeper", str(directory), str(bindir), user, *drop_rights],
-            bufsize=0,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            cwd="/",
-            env=self._environment,
-            start_new_session=True,
-        )
-        self._orders = cast(IO[bytes], self._keeper.stdin)
-        self._answers = cast(IO[bytes], self._keeper.stdout)
-        _open_servers.add(self)
+        self.password: str = secrets.token_urlsafe(24)
+        self._keeper = Keeper(directory, bindir, self._environment)
+        folder = self._keeper.folder
+        data = folder / "data"
         try:
-            self._folder = Path(self._answer(0, f"make a folder in {directory}"))
-            data = self._folder / "data"
-            if self._order("initdb") != "ok":
+            if self._keeper.order("initdb", _verifier(self.password)) != "ok":
                 raise self._failure("PostgreSQL's initdb failed")
             self.version: int = int((data / "PG_VERSION").read_text())
-            self.socket_directory: Path | None = (
-                self._folder if len(os.fsencode(self._folder)) < 85 else None
-            )
+            self.socket_directory: Path | None = folder if len(os.fsencode(folder)) < 85 else None
             sockets = "" if self.socket_directory is None else f'"{self.socket_directory}"'
             with (data / "postgresql.conf").open("a") as file:
                 for name, value in {"unix_socket_directories": sockets, **settings}.items():
@@ -208,9 +127,12 @@ class PostgresServer:
             raise
 
     def url(self, database: str = "postgres", driver: str | None = None) -> str:
-        """Return the SQLAlchemy URL of a database, with or without the name of a driver."""
+        """Return the SQLAlchemy URL of a database, with or without the name of a driver.
+
+        The password is in it.
+        """
         scheme = f"postgresql+{driver}" if driver else "postgresql"
-        return f"{scheme}://postgres@{self.host}:{self.port}/{database}"
+        return f"{scheme}://postgres:{self.password}@{self.host}:{self.port}/{database}"
 
     def execute(self, sql: str, database: str = "postgres") -> list[list[str]]:
         """Run SQL on a connection of its own and return the rows as text, NULL as "".
@@ -229,7 +151,7 @@ class PostgresServer:
             text=True,
             check=False,
             stdin=subprocess.DEVNULL,
-            env=self._environment,
+            env=self._environment | {"PGPASSWORD": self.password},
         )
         if done.returncode != 0:
             raise RuntimeError(done.stderr.strip() or f"psql ended with {done.returncode}")
@@ -260,11 +182,11 @@ class PostgresServer:
 
         The folder stays: `restart()` recovers from it.
         """
-        self._order("kill")
+        self._keeper.order("kill")
 
     def restart(self) -> None:
         """Start the server again on its port; one that runs ends its connections (57P01) first."""
-        self._order("shutdown")
+        self._keeper.order("shutdown")
         self._start(self.port)
 
     def stop(self) -> None:
@@ -272,12 +194,7 @@ class PostgresServer:
 
         A second call, and one in a forked child, whose server it is not, do nothing.
         """
-        if os.getpid() != self._owner:
-            return
-        self._orders.close()
-        self._answers.close()
-        self._keeper.wait()
-        _open_servers.discard(self)
+        self._keeper.stop()
 
     def __enter__(self) -> Self:
         return self
@@ -291,65 +208,45 @@ class PostgresServer:
         self.stop()
 
     def __repr__(self) -> str:
-        return f"<PostgresServer {self.version} {self.host}:{self.port}>"
+        where = f"{self.version} {self.host}:{self.port}" if hasattr(self, "pid") else "not started"
+        return f"<PostgresServer {where}>"
 
     def _start(self, port: int | None) -> None:
         """Start the postmaster on a port, or on a free one."""
         for _ in range(5):
             # Somebody may take the port before the server does, or hold it for a moment.
             candidate = port or _free_port()
-            answer = self._order("start", str(candidate))
+            answer = self._keeper.order("start", str(candidate))
             if answer != "failed":
                 self.pid, self.port = int(answer), candidate
                 return
             time.sleep(0.1)
         raise self._failure("PostgreSQL did not start")
 
-    def _order(self, verb: str, argument: str = "") -> str:
-        """Have the keeper do something, and return its answer."""
-        if os.getpid() != self._owner:
-            raise RuntimeError(f"the server belongs to process {self._owner}: {verb} it there")
-        with self._lock:
-            if self._orders.closed:
-                raise RuntimeError(f"the server has been stopped: cannot {verb} it")
-            self._count += 1
-            with contextlib.suppress(BrokenPipeError):  # no answer will come, which says the same
-                self._orders.write(f"{self._count} {verb} {argument}\n".encode())
-            return self._answer(self._count, verb)
-
     def _order_running(self, verb: str) -> None:
-        if self._order(verb) == "failed":
+        if self._keeper.order(verb) == "failed":
             raise RuntimeError(f"the server does not run: cannot {verb} it; restart() it first")
 
-    def _answer(self, number: int, what: str) -> str:
-        """Return the answer to an order; answers to interrupted orders before it are passed by."""
-        while line := os.fsdecode(self._answers.readline()).rstrip("\n"):
-            answered, _, answer = line.partition(" ")
-            if answered == str(number):
-                return answer
-            if not answered.isdigit():
-                raise RuntimeError(f"cannot {what}: {line}")
-        raise RuntimeError(f"cannot {what}: the server's keeper has ended")
-
     def _failure(self, what: str) -> RuntimeError:
-        log = (self._folder / "log").read_text(errors="replace").strip().splitlines()
+        log = (self._keeper.folder / "log").read_text(errors="replace").strip().splitlines()
         return RuntimeError("\n".join([f"{what}; the end of its log:", *log[-15:]]))
 
-    def _forget(self) -> None:
-        """Let go of the server in a forked child, which must neither keep it alive nor end it."""
-        self._orders.close()
-        self._answers.close()
-        self._keeper.returncode = 0  # Popen must not look for a child that is not this process's
 
+def _verifier(password: str) -> str:
+    """Return what the server keeps in the password's place (SCRAM-SHA-256, RFC 5803).
 
-def _forget_after_fork() -> None:
-    for server in list(_open_servers):
-        server._forget()
-    _open_servers.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_after_fork)
+    The server's own would be 4096 rounds of hashing, which each connect repeats: they make up for
+    passwords that can be guessed, and cost a client 2 to 4 ms. A random one needs a single round.
+    Made here, the password itself is in no file, no command line and no log.
+    """
+    salt = secrets.token_bytes(16)
+    salted = hashlib.pbkdf2_hmac("sha256", password.encode(), salt, 1)
+    client, server = (
+        hmac.digest(salted, whose, "sha256") for whose in (b"Client Key", b"Server Key")
+    )
+    stored = hashlib.sha256(client).digest()
+    text = [base64.b64encode(part).decode() for part in (salt, stored, server)]
+    return "SCRAM-SHA-256$1:{}${}:{}".format(*text)
 
 
 def _packaged_binaries(version: int) -> Path:
@@ -382,60 +279,3 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def _without_root(*paths: Path) -> tuple[str, list[str]]:
-    """Return whose the server's folder is, and the command that gives root's rights away.
-
-    PostgreSQL refuses to run as root. `nobody` may not be able to reach the binaries or the
-    folder, when they lie under /root for example; then it keeps the one right to pass through.
-
-    Raises:
-        RuntimeError: Root's rights cannot be given away, or not without losing the way.
-    """
-    if os.geteuid() != 0:
-        return "", []
-    import pwd
-
-    setpriv = shutil.which("setpriv")
-    if setpriv is None:
-        raise RuntimeError(
-            "PostgreSQL refuses to run as root, and setpriv, which would run it as nobody, is"
-            " missing: install util-linux, or run as an ordinary user"
-        )
-    nobody = pwd.getpwnam("nobody")
-    user = f"{nobody.pw_uid}:{nobody.pw_gid}"
-    command = [setpriv, f"--reuid={nobody.pw_uid}", f"--regid={nobody.pw_gid}", "--clear-groups"]
-    closed = [
-        place
-        for path in paths
-        for place in (path, *path.parents)
-        if place.stat().st_mode & 0o001 == 0
-    ]
-    if not closed:
-        return user, [*command, "--inh-caps=-all", "--bounding-set=-all"]
-    right = _right_to_pass()
-    if right is None:
-        raise RuntimeError(
-            f"PostgreSQL would run as nobody, who cannot reach {closed[0]}, and root has no right"
-            f" to lend here: chmod o+x {closed[0]}, or run as an ordinary user"
-        )
-    rights = [f"--{kind}=-all,+{right}" for kind in ("inh-caps", "ambient-caps", "bounding-set")]
-    # Without this, access(2), which PostgreSQL asks about its own binaries, ignores the right.
-    return user, [*command, *rights, "--securebits=+no_setuid_fixup"]
-
-
-def _right_to_pass() -> str | None:
-    """Return the capability to pass through closed folders that this process can lend."""
-    permitted = 0
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("CapPrm:"):
-                permitted = int(line.split()[1], 16)
-    except OSError:
-        return None
-    # Numbers from linux/capability.h. Containers often keep only the second from the first on.
-    for right, number in (("dac_read_search", 2), ("dac_override", 1)):
-        if permitted >> number & 1:
-            return right
-    return None
