@@ -464,7 +464,7 @@ def test_a_manager_that_is_open_is_put_back(run: Run, server_url: str) -> None:
             before = session_manager._room.settings
             yield
             after = session_manager._room.settings
-            print("put back", after == before and session_manager._room.life.state)
+            print("put back", session_manager._room.life.state, after.url == before.url)
     """
     test = """
         from app import session_manager
@@ -478,7 +478,9 @@ def test_a_manager_that_is_open_is_put_back(run: Run, server_url: str) -> None:
     """
     done = run("-s", url=server_url, app=SYNCHRONOUS, conftest=conftest, test_it=test)
     done.assert_outcomes(passed=1, errors=1)
-    done.stdout.fnmatch_lines(["*put back State.OPEN*", "*is a Database, which is synchronous*"])
+    done.stdout.fnmatch_lines(
+        ["*put back State.OPEN True*", "*is a Database, which is synchronous*"]
+    )
 
 
 def test_a_database_finds_a_url_when_it_is_imported(run: Run) -> None:
@@ -500,6 +502,31 @@ def test_a_manager_that_is_none_is_an_error(name: str, says: str, run: Run) -> N
     done = run(url="sqlite://", ini=ini, test_it="def test_it(db_session): pass")
     done.assert_outcomes(errors=1)
     done.stdout.fnmatch_lines([says])
+
+
+# -- the how-to ----------------------------------------------------------------------------------
+
+
+def test_the_how_to_works_and_changes_few_lines(
+    run: Run, server_url: str, pytester: pytest.Pytester
+) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "testing.md").read_text()
+    blocks = re.findall(r"^```(?:python|ini)\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    files = dict(re.match(r"(?:# (\S+)\n)?((?s:.*))", block).groups() for block in blocks)
+    ini = next(block for block in blocks if block.startswith("[pytest]"))
+    (before,) = (block for block in blocks if block.startswith("# before: conftest.py"))
+    after = [*files["conftest.py"].splitlines(), *ini.splitlines()[2:]]
+    assert len([line for line in after if line and line not in before.splitlines()]) < 10
+    names = ("app", "conftest", "test_items")
+    (cases,) = (block for block in blocks if "IsolatedAsyncioTestCase" in block)
+    done = run(
+        *("-W", "ignore::DeprecationWarning:starlette"),
+        url=server_url,
+        ini=ini,
+        **{name: files[f"{name}.py"] for name in names},
+        test_cases=f"from app import Item\nfrom sqlalchemy import select\n{cases}",
+    )
+    done.assert_outcomes(passed=4)
 
 
 # -- projects that do not use it -----------------------------------------------------------------
