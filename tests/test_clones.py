@@ -166,7 +166,9 @@ def test_asyncpg_alone_will_do(
     from engineroom import backends
 
     there = backends.find_spec
-    monkeypatch.setattr(backends, "find_spec", lambda name: "psycopg" not in name and there(name))
+    monkeypatch.setattr(
+        backends, "find_spec", lambda name: None if "psycopg" in name else there(name)
+    )
     with clones(postgres_url, lambda url: None) as template:
         url = template.clone()
         assert make_url(url).database in made()
@@ -219,7 +221,15 @@ def test_what_prepare_raises_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_other_databases_and_memory_are_refused() -> None:
+def test_a_file_may_be_given_as_sqlites_own_uri(sqlite_url: str, tmp_path: Path) -> None:
+    prepare(sqlite_url)
+    with clones(f"sqlite:///file:{tmp_path}/test.sqlite?uri=true") as template:
+        assert add(template.clone()) == [1]
+
+
+def test_other_databases_and_memory_are_refused(sqlite_url: str) -> None:
+    with pytest.raises(TemplateUnusable, match=r"no SQLite file .*test\.sqlite"):
+        clones(sqlite_url).__enter__()
     with pytest.raises(InvalidURL, match=r"mysql://me:\*\*\*@host/db: only postgresql:// and"):
         clones("mysql://me:secret@host/db")
     with pytest.raises(TemplateUnusable, match="URL of a file"):

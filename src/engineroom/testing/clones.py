@@ -126,11 +126,8 @@ class FileTemplate(Template):
             if self._prepare is not None:
                 self._url = self._url.set(database=str(self._folder / "template.db"))
                 self._prepare(self._url.render_as_string(hide_password=False))
-            elif self._url.database in (None, "", ":memory:"):
-                raise TemplateUnusable(
-                    "A SQLite database in memory was to be cloned, which nobody else can read. "
-                    "Give clones() the URL of a file, or a function that makes the tables."
-                )
+            else:
+                self._check_file(self._url.database)
         except BaseException:
             self.close()
             raise
@@ -143,7 +140,9 @@ class FileTemplate(Template):
         import sqlite3
 
         path = self._folder / f"{uuid.uuid4().hex[:12]}.db"
-        source, target = sqlite3.connect(str(self._url.database)), sqlite3.connect(path)
+        is_uri = self._url.query.get("uri") == "true"
+        source = sqlite3.connect(str(self._url.database), uri=is_uri)
+        target = sqlite3.connect(path)
         try:
             source.backup(target)
         finally:
@@ -160,6 +159,19 @@ class FileTemplate(Template):
             raise ValueError(NO_CLONE)
         for suffix in ("", "-wal", "-shm", "-journal"):
             path.with_name(path.name + suffix).unlink(missing_ok=True)
+
+    def _check_file(self, name: str | None) -> None:
+        """Refuse what SQLite would take for a new and empty database."""
+        if name in (None, "", ":memory:"):
+            raise TemplateUnusable(
+                "A SQLite database in memory was to be cloned, which nobody else can read. "
+                "Give clones() the URL of a file, or a function that makes the tables."
+            )
+        if self._url.query.get("uri") != "true" and not Path(str(name)).exists():
+            raise TemplateUnusable(
+                f"There is no SQLite file {name} to be cloned. Make it first, or give clones() a "
+                "function that makes the tables."
+            )
 
     def close(self) -> None:
         """Remove the folder."""
