@@ -77,11 +77,13 @@ def floors() -> list[str]:
 SLOW = (
     "abandoned",
     "bench",
+    "clones",
     "close",
     "fork",
     "liveness",
     "loops",
     "memory",
+    "plugin",
     "proxy",
     "servers",
     "shop",

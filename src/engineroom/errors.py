@@ -10,7 +10,8 @@
     │   │   ├── DriverNotInstalled the URL's driver is not there
     │   │   ├── UnknownOption      an option that does not exist
     │   │   ├── InvalidOption      an option or a variable with a value it cannot have
-    │   │   └── InvalidPath        a SQLite file that cannot be opened or written
+    │   │   ├── InvalidPath        a SQLite file that cannot be opened or written
+    │   │   └── TemplateUnusable   tests cannot clone their database
     │   ├── NotInitialized         used before `init()`
     │   ├── AlreadyInitialized     a second `init()` while open
     │   ├── ManagerClosed          used while or after `close()`
@@ -110,6 +111,12 @@ class InvalidPath(ConfigurationError):
     """A SQLite file that cannot be opened or written."""
 
     code = "invalid-path"
+
+
+class TemplateUnusable(ConfigurationError):
+    """The databases of tests cannot be cloned: no right to, or no template that can be."""
+
+    code = "template-unusable"
 
 
 class NotInitialized(UsageError):

@@ -1,8 +1,9 @@
-"""What tests of database code need: sandboxes, throwaway servers, faults, counted round trips.
+"""What tests of database code need: sandboxes, clones, servers, faults, counted round trips.
 
 Nothing in the rest of engineroom imports this package.
 """
 
+from engineroom.testing.clones import Template, clones
 from engineroom.testing.counting import Recording, Statement, assert_round_trips, record_statements
 from engineroom.testing.faults import Fault, Message, WireProxy, kill_backends
 from engineroom.testing.sandbox import Sandbox, sandbox
@@ -15,8 +16,10 @@ __all__ = [
     "Recording",
     "Sandbox",
     "Statement",
+    "Template",
     "WireProxy",
     "assert_round_trips",
+    "clones",
     "kill_backends",
     "postgres",
     "record_statements",
