@@ -662,6 +662,83 @@ async def test_the_guard_does_not_strike_the_sandbox(driver_url: str) -> None:
         assert await count(manager) == 1
 
 
+# -- a database of its own -------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["sqlite", "asyncpg", "psycopg"])
+def alone(request: pytest.FixtureRequest) -> DatabaseSessionManager:
+    """A manager with its tables, of which a sandbox is made as a clone."""
+    if request.param == "sqlite":
+        url = request.getfixturevalue("sqlite_url")
+    else:
+        server, database = (request.getfixturevalue(name) for name in ("pg18", "database"))
+        url = server.url(database, request.param)
+    with Database(url, metadata=Model.metadata) as database:
+        database.create_all()
+    options: Any = {"metadata": Model.metadata, "sync_in_async": "allow"}
+    return DatabaseSessionManager().init(url, **options)
+
+
+async def test_a_database_of_its_own(alone: DatabaseSessionManager) -> None:
+    """Writers alternate, transactions commit for good; nothing of it is in the real one."""
+    async with alone as manager:
+        await add(manager, 1)  # the pool is warm, and the clone has what there was
+        for _ in range(2):
+            async with sandbox(manager, isolation="database"):
+                await add(manager, 2)
+                await asyncio.to_thread(sync_add, manager, 3)
+                await asyncio.to_thread(asyncio.run, add(manager, 4))
+                await manager.close()
+                async with manager.reader() as db:
+                    assert await db.scalar(COUNT) == 4
+                if manager.engine.dialect.name == "postgresql":
+                    async with manager.session() as first, manager.session() as second:
+                        first.add(Item(id=5))
+                        await first.flush()
+                        second.add(Item(id=6))
+                        await second.flush()
+                        await first.rollback()
+                    assert await count(manager) == 5
+                    async with manager.connect(isolation_level="AUTOCOMMIT") as connection:
+                        await connection.execute(text("VACUUM sandboxed_item"))
+            assert await count(manager) == 1
+            await asyncio.to_thread(sync_add, manager, 10)
+            async with manager.session() as db:
+                await db.delete(await db.get_one(Item, 10))
+
+
+@pytest.mark.parametrize("where", ["file", "memory"])
+async def test_on_sqlite_a_sandbox_is_a_clone_of_the_file(sqlite_url: str, where: str) -> None:
+    url = sqlite_url if where == "file" else "sqlite://"
+    options: Any = {"metadata": Model.metadata, "sync_in_async": "allow"}
+    async with DatabaseSessionManager().init(url, **options) as manager:
+        await manager.create_all()
+        await add(manager, 1)
+        for _ in range(3):
+            async with sandbox(manager):
+                await asyncio.gather(*(add(manager, key) for key in range(2, 20)))
+                with pytest.raises(IntegrityError):
+                    async with manager.session() as db:
+                        db.add(Link(id=1, other=99))
+                with manager.sync_session() as session:
+                    assert session.scalar(COUNT) == 19
+            assert await count(manager) == 1
+
+
+@pytest.mark.parametrize("isolation", ["transaction", "database"])
+def test_a_plain_with(driver_url: str, sqlite_url: str, isolation: Any) -> None:
+    for url in (driver_url, sqlite_url):
+        with Database(url, metadata=Model.metadata) as database:
+            database.create_all()
+            with sandbox(database, isolation=isolation):
+                with database.session() as db:
+                    db.add(Item(id=1))
+                with database.session() as db:
+                    assert db.scalar(COUNT) == 1
+            with database.session() as db:
+                assert db.scalar(COUNT) == 0
+
+
 def test_an_unused_sandbox_costs_nothing(caplog: pytest.LogCaptureFixture) -> None:
     """Nothing of it is imported with engineroom, and a manager without one asks one attribute."""
     import subprocess

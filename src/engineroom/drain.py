@@ -47,11 +47,22 @@ def close(room: EngineRoom, timeout: float | None) -> None:
             while connecting(room) and time.monotonic() < opened_by:
                 time.sleep(LOOK_EVERY)
             for pool in list(room.lenders()):
-                with log_failure():
-                    if elsewhere := end_where_it_belongs(room, *pool):
-                        elsewhere.result(POOL_LIMIT)
+                end_now(room, *pool)
         finally:
             room.clear()
+
+
+def end_now(
+    room: EngineRoom,
+    side: Side,
+    role: Role,
+    loop: asyncio.AbstractEventLoop | None,
+    lender: Lender,
+) -> None:
+    """End a pool, from a thread, and wait for it."""
+    with log_failure():
+        if elsewhere := end_where_it_belongs(room, side, role, loop, lender):
+            elsewhere.result(POOL_LIMIT)
 
 
 async def aclose(room: EngineRoom, timeout: float | None) -> None:
@@ -65,22 +76,27 @@ async def aclose(room: EngineRoom, timeout: float | None) -> None:
     finally:
         retire_overdue(room)
         pools = sum(1 for _ in room.lenders())
-        await settle(end_pools(room), CONNECT_LIMIT + POOL_LIMIT * (pools + 1))
+        await settle(end_pools_and_clear(room), CONNECT_LIMIT + POOL_LIMIT * (pools + 1))
+
+
+async def end_pools_and_clear(room: EngineRoom) -> None:
+    """End every pool, and forget the engines."""
+    try:
+        await end_pools(room)
+    finally:
+        room.clear()
 
 
 async def end_pools(room: EngineRoom) -> None:
     """End every pool, each in the loop that its connections belong to."""
-    try:
-        deadline = time.monotonic() + CONNECT_LIMIT
-        while connecting(room) and time.monotonic() < deadline:  # noqa: ASYNC110  # as above
-            await asyncio.sleep(LOOK_EVERY)
-        for pool in list(room.lenders()):
-            with log_failure():
-                async with asyncio.timeout(POOL_LIMIT):
-                    if elsewhere := await greenlet_spawn(end_where_it_belongs, room, *pool):
-                        await asyncio.wrap_future(elsewhere)
-    finally:
-        room.clear()
+    deadline = time.monotonic() + CONNECT_LIMIT
+    while connecting(room) and time.monotonic() < deadline:  # noqa: ASYNC110  # as above
+        await asyncio.sleep(LOOK_EVERY)
+    for pool in list(room.lenders()):
+        with log_failure():
+            async with asyncio.timeout(POOL_LIMIT):
+                if elsewhere := await greenlet_spawn(end_where_it_belongs, room, *pool):
+                    await asyncio.wrap_future(elsewhere)
 
 
 def connecting(room: EngineRoom) -> bool:

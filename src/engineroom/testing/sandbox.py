@@ -17,8 +17,10 @@ from ..engines import EngineRoom
 from ..errors import SandboxError
 from ..manager import DatabaseSessionManager
 from . import background
+from .clones import Template
 from .facade import RawDriver, Stage
 from .outer import OuterTransaction
+from .redirect import Alone
 
 Isolation = Literal["transaction", "database"]
 
@@ -26,7 +28,10 @@ BEGIN_LIMIT = 60.0  # seconds; a pool has its own, shorter one
 
 
 def sandbox(
-    manager: DatabaseSessionManager | Database, *, isolation: Isolation = "transaction"
+    manager: DatabaseSessionManager | Database,
+    *,
+    isolation: Isolation = "transaction",
+    template: Template | None = None,
 ) -> Sandbox:
     """Undo at the end what everything that the manager hands out inside has done.
 
@@ -39,39 +44,48 @@ def sandbox(
         manager: It must be open, with no session open yet.
         isolation: "transaction"; or "database", a clone of the database for this sandbox alone,
             for what one transaction cannot serve. On SQLite it is always a clone of the file.
+        template: What the clone is made of, by `clones()`; without it, the manager's own database,
+            to which nobody else may be connected then (PostgreSQL).
 
     Raises:
         SandboxError: on entering, if the manager cannot have one now; on leaving, if a session was
             left open inside.
     """
-    return Sandbox(manager, isolation)
+    return Sandbox(manager, isolation, template)
 
 
 class Sandbox:
     """What `sandbox()` returns: to be entered by `with` or `async with`, once."""
 
-    def __init__(self, manager: DatabaseSessionManager | Database, isolation: Isolation) -> None:
+    def __init__(
+        self,
+        manager: DatabaseSessionManager | Database,
+        isolation: Isolation,
+        template: Template | None,
+    ) -> None:
         self._room: EngineRoom = manager._room
         self._side = Side.ASYNC if isinstance(manager, DatabaseSessionManager) else Side.SYNC
         self._isolation = isolation
-        self._before: dict[Engine, tuple[Any, Any]] = {}  # pool and dialect, as they were
-        self._outer: OuterTransaction
+        self._template = template
+        self._inside: Shared | Alone
 
     def __enter__(self) -> Self:
         """Begin."""
-        self._check()
-        background.submit(self._begin()).result()
+        self._choose()
+        self._inside.begin()
+        self._take_in_all()
         return self
 
     async def __aenter__(self) -> Self:
         """Begin."""
-        self._check()
+        self._choose()
         try:
-            await settle(background.wait(self._begin()), BEGIN_LIMIT)
+            await settle(self._inside.abegin(), BEGIN_LIMIT)
         except asyncio.CancelledError:
-            if self._room.sandbox is self:
-                await settle(background.wait(self._end()))
+            if self._inside.has_begun:
+                await settle(self._inside.aend(), BEGIN_LIMIT)
             raise
+        self._take_in_all()
         return self
 
     def __exit__(
@@ -82,7 +96,10 @@ class Sandbox:
     ) -> None:
         """Roll back."""
         left = self._retire_open()
-        background.submit(self._end()).result()
+        try:
+            self._inside.end()
+        finally:
+            self._forget()
         self._refuse_open(left, error)
 
     async def __aexit__(
@@ -93,17 +110,17 @@ class Sandbox:
     ) -> None:
         """Roll back."""
         left = self._retire_open()
-        await settle(background.wait(self._end()), BEGIN_LIMIT)
+        try:
+            await settle(self._inside.aend(), BEGIN_LIMIT)
+        finally:
+            self._forget()
         self._refuse_open(left, error)
 
     def take_in(self, engine: Engine, role: Role) -> None:
-        """Have an engine work inside; one that is made meanwhile as well."""
-        if engine not in self._before:
-            self._before[engine] = (engine.pool, engine.dialect)
-            engine.dialect = twin(self._outer.dialect, engine)
-            engine.pool = Stage(engine, self._room, role, self._outer)
+        """Have an engine work inside: the manager makes one at its first use."""
+        self._inside.take_in(engine, role)
 
-    def _check(self) -> None:
+    def _choose(self) -> None:
         room = self._room
         if not room.life.is_usable:
             raise room.life.refusal("sandbox()")
@@ -117,26 +134,22 @@ class Sandbox:
                 f"A sandbox cannot take in what was opened before it: {'; '.join(open_ones)}. "
                 "End that first, or open it inside."
             )
+        engine = room.engine(self._side)
+        if self._isolation == "database" or engine.dialect.name == "sqlite":
+            self._inside = Alone(room, self._side, self._template)
+        else:
+            self._inside = Shared(room, engine)
 
-    async def _begin(self) -> None:
+    def _take_in_all(self) -> None:
         room = self._room
-        self._outer = OuterTransaction(room.engine(self._side))
-        await self._outer.begin()
         room.sandbox = self
         for (_, role), engine in list(room._engines.items()):
             self.take_in(engine, role)
-        room.binds.clear()
+        room.binds.clear()  # SQLAlchemy's engines with options remember the dialect
 
-    async def _end(self) -> None:
-        room = self._room
-        try:
-            await self._outer.end()
-        finally:
-            for engine, (pool, dialect) in self._before.items():
-                engine.pool, engine.dialect = pool, dialect
-            self._before.clear()
-            room.binds.clear()
-            room.sandbox = None
+    def _forget(self) -> None:
+        self._room.binds.clear()
+        self._room.sandbox = None
 
     def _retire_open(self) -> list[str]:
         """End what was left open inside; return where it was opened."""
@@ -155,6 +168,54 @@ class Sandbox:
                 f"At the end of the sandbox there was still open: {'; '.join(left)}. It was rolled "
                 "back with everything. End it inside, as the application must, too."
             )
+
+
+class Shared:
+    """One transaction for all."""
+
+    def __init__(self, room: EngineRoom, engine: Engine) -> None:
+        self.has_begun = False
+        self._room = room
+        self._outer = OuterTransaction(engine)
+        self._before: dict[Engine, tuple[Any, Any]] = {}  # pool and dialect, as they were
+
+    def begin(self) -> None:
+        """Begin, from a thread."""
+        background.submit(self._begin()).result()
+
+    async def abegin(self) -> None:
+        """Begin, from an event loop."""
+        await background.wait(self._begin())
+
+    async def _begin(self) -> None:
+        await self._outer.begin()
+        self.has_begun = True
+
+    def end(self) -> None:
+        """Roll back, from a thread."""
+        try:
+            background.submit(self._outer.end()).result()
+        finally:
+            self._restore()
+
+    async def aend(self) -> None:
+        """Roll back, from an event loop."""
+        try:
+            await background.wait(self._outer.end())
+        finally:
+            self._restore()
+
+    def take_in(self, engine: Engine, role: Role) -> None:
+        """Have an engine's connections be facades of the one."""
+        if engine not in self._before:
+            self._before[engine] = (engine.pool, engine.dialect)
+            engine.dialect = twin(self._outer.dialect, engine)
+            engine.pool = Stage(engine, self._room, role, self._outer)
+
+    def _restore(self) -> None:
+        for engine, (pool, dialect) in self._before.items():
+            engine.pool, engine.dialect = pool, dialect
+        self._before.clear()
 
 
 # Kept from sandbox to sandbox: SQLAlchemy's compiled statements are remembered by dialect.

@@ -1,0 +1,103 @@
+"""A database for one sandbox alone: the engines connect to a clone until its end."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import ExitStack
+from typing import Any
+
+from sqlalchemy.engine import Engine, make_url
+
+from .. import drain
+from ..backends import Role, Side
+from ..engines import EngineRoom
+from .clones import Template, clones
+
+
+class Alone:
+    """A clone for all, until the end."""
+
+    def __init__(self, room: EngineRoom, side: Side, template: Template | None) -> None:
+        self.has_begun = False
+        self._room = room
+        self._side = side
+        self._template = template
+        self._stack = ExitStack()
+        self._before: dict[Engine, tuple[Any, Any]] = {}  # pool, and the dialect's own `connect`
+        self._database: str | None = None
+
+    def begin(self) -> None:
+        """Make the clone, from a thread."""
+        if self._needs_quiet:
+            self._end_pools()
+        self._clone()
+
+    async def abegin(self) -> None:
+        """Make the clone, from an event loop."""
+        if self._needs_quiet:
+            await drain.end_pools(self._room)
+        await asyncio.to_thread(self._clone)
+
+    @property
+    def _needs_quiet(self) -> bool:
+        """Whether the database itself is the template, to which nobody may be connected."""
+        engine = self._room.engine(self._side)
+        return self._template is None and engine.dialect.name != "sqlite"
+
+    def _clone(self) -> None:
+        template = self._template
+        if template is None:
+            url = self._room.engine(self._side).url
+            own = clones(url.set(drivername=url.get_backend_name()))
+            template = self._stack.enter_context(own)
+        url_of_clone = template.clone()
+        self._stack.callback(template.discard, url_of_clone)
+        self._database = make_url(url_of_clone).database
+        self.has_begun = True
+
+    def end(self) -> None:
+        """Close what is connected to the clone, and leave it to be dropped; from a thread."""
+        try:
+            self._end_pools()
+        finally:
+            self._restore()
+            self._stack.close()
+
+    async def aend(self) -> None:
+        """Do the same from an event loop."""
+        try:
+            await drain.end_pools(self._room)
+        finally:
+            self._restore()
+            await asyncio.to_thread(self._stack.close)
+
+    def _end_pools(self) -> None:
+        here = asyncio._get_running_loop()
+        for side, role, loop, lender in list(self._room.lenders()):
+            if loop is not None and loop is here:  # `with` in a coroutine: nothing can be awaited
+                lender.reap(loop)
+            else:
+                drain.end_now(self._room, side, role, loop, lender)
+
+    def take_in(self, engine: Engine, role: Role) -> None:
+        """Have an engine connect to the clone from now on."""
+        if engine in self._before:
+            return
+        dialect: Any = engine.dialect
+        connect = dialect.connect
+        self._before[engine] = (engine.pool, vars(dialect).get("connect"))
+        there = engine.url.set(database=self._database)
+        (path, options) = dialect.create_connect_args(there)
+        name = {key: options[key] for key in ("database", "dbname") if key in options}
+        dialect.connect = lambda *_, **given: connect(*path, **given | name)
+        engine.pool = engine.pool.recreate()
+
+    def _restore(self) -> None:
+        """Have the engines connect to their own database again."""
+        for engine, (pool, connect) in self._before.items():
+            dialect: Any = engine.dialect
+            del dialect.connect
+            if connect is not None:
+                dialect.connect = connect
+            engine.pool = pool.recreate() if self._needs_quiet else pool  # that one has ended
+        self._before.clear()
