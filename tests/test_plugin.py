@@ -55,6 +55,8 @@ INI = """
     engineroom_manager = app:session_manager
 """
 
+# Plugins that happen to be here, and take half of a second to load in each process.
+LEAN = [f"-pno:{name}" for name in ("cacheprovider", "faker", "hypothesispytest")]
 WARNINGS = (
     *("-W", "error"),
     # pytest-asyncio's own, about an option that concerns asynchronous fixtures.
@@ -77,7 +79,7 @@ def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Run:
             monkeypatch.setenv("DATABASE_URL", url)
         pytester.makeini(ini.rstrip() + "\n" + (more and f"    {more}\n"))
         pytester.makepyfile(**{"app": APP, **files})
-        return pytester.runpytest_subprocess("-p", "no:cacheprovider", *WARNINGS, *options)
+        return pytester.runpytest_subprocess(*LEAN, *WARNINGS, *options)
 
     return run
 
@@ -576,6 +578,7 @@ MANY = """
 """
 
 
+@pytest.mark.timeout(300)  # it starts nine processes, on whatever machine this is
 @pytest.mark.parametrize("where", ["throwaway", "environment"])
 def test_of_a_killed_worker_nothing_is_left(
     where: str, run: Run, pg18: PostgresServer, eventually: Callable[..., None]
