@@ -11,7 +11,7 @@ from sqlalchemy.engine import Engine, make_url
 from .. import drain
 from ..backends import Role, Side
 from ..engines import EngineRoom
-from .clones import Template, clones
+from .clones import CARELESS, Template, clones
 
 
 class Alone:
@@ -89,7 +89,14 @@ class Alone:
         there = engine.url.set(database=self._database)
         (path, options) = dialect.create_connect_args(there)
         name = {key: options[key] for key in ("database", "dbname") if key in options}
-        dialect.connect = lambda *_, **given: connect(*path, **given | name)
+
+        def connect_there(*_: Any, **given: Any) -> Any:
+            connection = connect(*path, **given | name)
+            if dialect.name == "sqlite":
+                connection.cursor().execute(CARELESS)
+            return connection
+
+        dialect.connect = connect_there
         engine.pool = engine.pool.recreate()
 
     def _restore(self) -> None:
