@@ -140,7 +140,7 @@ class Facade:
     def set_deferrable(self, value: bool | None) -> None:
         """Nothing: the snapshot is that of the outer transaction."""
 
-    SETTERS: ClassVar = {
+    SETTERS: ClassVar[dict[str, Callable[[Facade, Any], None]]] = {
         "autocommit": set_autocommit,
         "read_only": set_read_only,
         "readonly": set_read_only,

@@ -18,7 +18,7 @@ class Alone:
     """A clone for all, until the end."""
 
     def __init__(self, room: EngineRoom, side: Side, template: Template | None) -> None:
-        self.has_begun = False
+        self.has_begun: bool = False
         self._room = room
         self._side = side
         self._template = template

@@ -174,7 +174,7 @@ class Shared:
     """One transaction for all."""
 
     def __init__(self, room: EngineRoom, engine: Engine) -> None:
-        self.has_begun = False
+        self.has_begun: bool = False
         self._room = room
         self._outer = OuterTransaction(engine)
         self._before: dict[Engine, tuple[Any, Any]] = {}  # pool and dialect, as they were
