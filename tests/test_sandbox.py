@@ -14,6 +14,7 @@ import pytest
 from fastapi import Depends, FastAPI, HTTPException
 from fastapi.testclient import TestClient
 from httpx import ASGITransport, AsyncClient
+from scenario import fork
 from sqlalchemy import ForeignKey, MetaData, func, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -322,6 +323,36 @@ async def test_what_was_set_for_a_transaction_ends_with_it(
                 assert not await db.scalar(tenant), statement
 
 
+async def test_a_setting_of_one_that_only_reads_does_not_leak(
+    manager: DatabaseSessionManager,
+) -> None:
+    """It is taken off the stack for another one, and put back, with what it has set."""
+    tenant = text("SELECT current_setting('app.tenant', true)")
+    async with manager, sandbox(manager):
+        async with manager.session() as db:
+            await db.execute(text("""SET LOCAL "app"."tenant" = 'A'"""))
+            async with manager.session() as inner:
+                assert not await inner.scalar(tenant)
+                inner.add(Item(id=1))
+            assert await db.scalar(tenant) == "A"
+        async with manager.session() as db:
+            assert not await db.scalar(tenant)
+
+
+async def test_what_goes_with_an_outer_one_is_in_the_log(
+    manager: DatabaseSessionManager, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Both have written, the inner one has committed, and the outer one rolls back."""
+    async with manager, sandbox(manager):
+        with pytest.raises(KeyError):
+            async with manager.session() as db:
+                db.add(Item(id=1))
+                await db.flush()
+                await add(manager, 2)
+                raise KeyError
+    assert caplog.text.count(__file__) >= 2, "both lines are named"
+
+
 async def test_readers_and_read_only_sessions_write_nothing(
     manager: DatabaseSessionManager,
 ) -> None:
@@ -369,7 +400,16 @@ async def test_callbacks_run_after_each_commit(manager: DatabaseSessionManager) 
 
 @pytest.mark.parametrize(
     "statement",
-    ["COMMIT", "ROLLBACK", "/* so */ commit and chain", "SELECT 1; COMMIT", "BEGIN", "END"],
+    [
+        "COMMIT",
+        "ROLLBACK",
+        "/* so */ commit and chain",
+        "/* a /* b */ c */ COMMIT",
+        "SELECT 1; COMMIT",
+        "SELECT '--'; COMMIT",
+        "BEGIN",
+        "END",
+    ],
 )
 async def test_what_would_end_the_sandbox_is_refused(
     manager: DatabaseSessionManager, statement: str
@@ -380,6 +420,23 @@ async def test_what_would_end_the_sandbox_is_refused(
             async with manager.session() as db:
                 await db.execute(text(statement))
         assert await count(manager) == 1
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "DO $$ BEGIN PERFORM 1; END $$",
+        "SELECT 'step one; end of story'",
+        "/* begin */ SELECT 1 -- ; commit",
+        "CREATE FUNCTION f() RETURNS int LANGUAGE plpgsql AS $x$ BEGIN RETURN 1; END $x$",
+    ],
+)
+async def test_what_only_looks_like_an_end_is_not(
+    manager: DatabaseSessionManager, statement: str
+) -> None:
+    async with manager, sandbox(manager):
+        async with manager.session() as db:
+            await db.execute(text(statement))
 
 
 @pytest.mark.parametrize("what", ["VACUUM", "two phases", "the driver's own"])
@@ -524,6 +581,79 @@ async def test_where_there_can_be_no_sandbox(manager: DatabaseSessionManager) ->
                     pass
             await add(manager, 1)
         assert await count(manager) == 0
+
+
+async def test_what_holds_a_connection_before_is_refused(manager: DatabaseSessionManager) -> None:
+    """It would commit for good: a session of one's own, or a connection of the engine."""
+    async with manager:
+        async with manager.engine.connect() as connection:
+            await connection.execute(COUNT)
+            with pytest.raises(SandboxError, match="holds a connection"):
+                async with sandbox(manager):
+                    pass
+        session = manager.sync.get_session()
+        session.execute(COUNT)
+        with pytest.raises(SandboxError, match="holds a connection"):
+            async with sandbox(manager):
+                pass
+        session.close()
+
+
+async def test_an_engine_may_be_disposed_inside(manager: DatabaseSessionManager) -> None:
+    """As many a lifespan does."""
+    async with manager, sandbox(manager):
+        await add(manager, 1)
+        await manager.engine.dispose()
+        manager.sync_engine.dispose()
+        assert await count(manager) == 1
+
+
+async def test_one_that_waits_for_its_turn_can_be_cancelled(
+    manager: DatabaseSessionManager,
+) -> None:
+    """At once, though somebody's statement is on its way."""
+    async with manager, sandbox(manager):
+        async with manager.session() as db:
+            await db.execute(text("SELECT 1"))
+            sleeping = asyncio.create_task(db.execute(text("SELECT pg_sleep(4)")))
+            await asyncio.sleep(0.1)
+            began = time.monotonic()
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.2):
+                    await count(manager)
+            assert time.monotonic() - began < 3
+            await sleeping
+
+
+def test_a_fork_inside_leaves_every_manager_alone(driver_url: str) -> None:
+    Model.metadata.create_all(Database(driver_url).engine)
+    url = driver_url.replace("asyncpg", "psycopg")
+    others = [Database(url) for _ in range(3)]
+    pid = text("SELECT pg_backend_pid()")
+
+    def pids() -> set[int]:
+        found = set()
+        for other in others:
+            with other.session() as db:
+                found.add(db.scalar(pid) or 0)
+        return found
+
+    with Database(url, metadata=Model.metadata) as database, sandbox(database):
+        with database.session() as db:
+            db.add(Item(id=1))
+        mine = pids()
+
+        def child() -> None:
+            assert not pids() & mine, "the child uses its parent's connections"
+            with database.session() as db:
+                assert db.scalar(COUNT) == 0
+
+        fork(child)
+        assert pids() == mine
+        with database.session() as db:
+            assert db.scalar(COUNT) == 1
+    for other in others:
+        other.close()
 
 
 async def test_what_is_left_open_is_named(manager: DatabaseSessionManager) -> None:

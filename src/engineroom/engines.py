@@ -397,6 +397,8 @@ class EngineRoom:
         self.ledger.clear()
         for _, _, _, lender in self.lenders():
             lender.disown()
+        if self.sandbox is not None:
+            self.sandbox.disown()
         for engine in self._engines.values():
             engine.dispose(close=False)
 

@@ -21,6 +21,9 @@ from .outer import CURE, OuterTransaction, Part
 
 T = TypeVar("T")
 
+# What cursors of the drivers do beside SQLAlchemy, and so beside the turns.
+BEYOND = {"copy", "copy_expert", "copy_from", "copy_to", "callproc", "stream", "scroll"}
+
 
 class Stage(NullPool):
     """The pool of an engine inside a sandbox. The engine's own stands behind it."""
@@ -33,6 +36,13 @@ class Stage(NullPool):
         part = partial(Part, room, stands_alone=reads, reads=reads)
         is_async = engine.dialect.is_async
         super().__init__(lambda: Facade(outer, part(), is_async), dialect=engine.dialect)
+
+    def recreate(self) -> Stage:
+        """Return itself: `engine.dispose()`, inside a sandbox, has nothing to close."""
+        return self
+
+    def dispose(self) -> None:
+        """Close nothing."""
 
     async def reserve(self, entry: object) -> Unreserved:
         """Nothing has to be waited for: the turn comes with the first statement."""
@@ -106,7 +116,7 @@ class Facade:
         except asyncio.CancelledError:
             if not future.done():
                 self._stop()
-                await settle(background.wait(self.outer.rest()))
+                await settle(background.wait(self.outer.rest(self.part)))
             waiting.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
             raise
 
@@ -184,8 +194,9 @@ class FacadeCursor:
 
     def execute(self, operation: Any, *parameters: Any) -> Any:
         """Execute a statement."""
+        text = operation.decode() if isinstance(operation, bytes) else str(operation)
         call = partial(self._real.execute, operation, *parameters)
-        return self._connection.run(call, str(operation), parameters[0] if parameters else None)
+        return self._connection.run(call, text, parameters[0] if parameters else None)
 
     def executemany(self, operation: Any, parameters: Any) -> Any:
         """Execute a statement for each set of parameters."""
@@ -218,7 +229,18 @@ class FacadeCursor:
         while (row := self.fetchone()) is not None:
             yield row
 
+    @property
+    def connection(self) -> Facade:
+        """The connection that made it."""
+        facade: Facade = self._connection
+        return facade
+
     def __getattr__(self, name: str) -> Any:
+        if name in BEYOND:
+            raise NotInSandbox(
+                f"cursor.{name}() speaks to the driver's own connection, which all sessions of the "
+                f"sandbox share. {CURE}"
+            )
         return getattr(self._real, name)
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -52,11 +52,16 @@ REFUSED = {  # by SQLSTATE
     "2D000": "it ends a transaction",
 }
 # The name of a setting that lasts until the end of the transaction, which here is the sandbox's.
-SET_LOCAL = re.compile(r"(?:^|;)\s*SET\s+LOCAL\s+(?!SESSION\b)([\w.]+)", re.IGNORECASE)
+SET_LOCAL = re.compile(r"\bSET\s+LOCAL\s+(?!SESSION\b)([\w.\"]+)", re.IGNORECASE)
 SET_CONFIG = re.compile(r"\bset_config\s*\(\s*(?:'([\w.]+)')?", re.IGNORECASE)
 SETTING = re.compile(r"[a-z_]\w*(?:\.\w+)*", re.IGNORECASE)
 DDL = re.compile(r"(?:^|;)\s*(?:CREATE|ALTER|DROP)\b", re.IGNORECASE)
-COMMENTS = re.compile(r"--[^\n]*|/\*.*?\*/", re.DOTALL)
+QUOTED = re.compile(
+    r"--[^\n]*|/\*|\bE'(?:[^'\\]|\\.|'')*'|'(?:[^']|'')*'"
+    r"|\"(?:[^\"]|\"\")*\"|\$(?P<tag>\w*)\$.*?\$(?P=tag)\$",
+    re.DOTALL | re.IGNORECASE,
+)
+COMMENT = re.compile(r"/\*|\*/")
 
 LINEAGE: ContextVar[tuple[Part, ...]] = ContextVar("engineroom_sandbox", default=())
 
@@ -80,6 +85,8 @@ class Part:
         self.is_stopped: bool = False  # its caller was cancelled
         self.idle_since: float = time.monotonic()
         self.settings: dict[str, str] = {}  # what SET LOCAL has changed, as it was before
+        self.inside: list[str] = []  # who has committed on top of what it has written
+        self.kept: dict[str, str] = {}  # the same as it is, while it is off the stack
         self._room = room
         self.lineage: tuple[Part, ...] = tuple(p for p in LINEAGE.get() if not p.is_closed)
         self.is_closed: bool = False
@@ -138,8 +145,10 @@ class OuterTransaction:
 
     async def end(self) -> None:
         """Roll everything back; give the connection back as it came."""
+        self.is_over = True
+        if self.runs is not None:
+            self.stop(self.runs)  # a thread that nobody waits for, say
         async with self._lock:
-            self.is_over = True
             self._lose(self._stack, SandboxEnded("The sandbox of this session has ended."))
             await greenlet_spawn(self._end)
 
@@ -192,7 +201,7 @@ class OuterTransaction:
         self, part: Part, call: Callable[[], T], statement: str = "", parameters: Any = None
     ) -> T:
         """Run a statement of a part, when it is its turn."""
-        text = COMMENTS.sub(" ", statement)
+        text = code_of(statement)
         refuse_escape(text)
         await self._take_turn(part)
         try:
@@ -200,7 +209,7 @@ class OuterTransaction:
                 if part.stands_alone:
                     return await self._run_alone(part, call)
                 await self._save(part)
-                await self._remember_settings(part, text, parameters)
+                await self._remember_settings(part, text, statement, parameters)
                 return await self._put_on_wire(part, call)
             except BaseException as error:
                 part.error = error
@@ -226,6 +235,7 @@ class OuterTransaction:
 
     async def commit(self, part: Part) -> None:
         """Release the savepoint of a part; what a COMMIT checks is checked before."""
+        part.kept.clear()
         if not part.savepoint and not part.is_lost:
             return
         await self._take_turn(part)
@@ -265,10 +275,11 @@ class OuterTransaction:
         elif self.runs is part and self._task is not None:
             self._task.cancel()  # asyncpg asks the server to cancel, and goes on afterwards
 
-    async def rest(self) -> None:
-        """Return when nothing is on the wire."""
-        async with self._lock:
-            pass
+    async def rest(self, part: Part) -> None:
+        """Return when nothing of a part is on the wire."""
+        if self.runs is part:
+            async with self._lock:
+                pass
 
     async def roll_back(self, part: Part) -> None:
         """Roll back what a part has done. That never waits for a turn."""
@@ -276,6 +287,8 @@ class OuterTransaction:
             if part.savepoint and not self.is_over:
                 await greenlet_spawn(self._roll_back, part)
             part.is_lost, part.is_stopped, part.error = False, False, None
+            part.kept.clear()
+            part.settings.clear()
 
     # -- turns --------------------------------------------------------------------------------
 
@@ -287,7 +300,10 @@ class OuterTransaction:
         """
         end = time.monotonic() + LIMIT
         while True:
-            await self._wait(part, self._lock.acquire())
+            try:
+                await self._wait(part, self._lock.acquire(), end - time.monotonic())
+            except TimeoutError:
+                raise self._too_long(part, "somebody whose statement still runs") from None
             try:
                 patience = await self._stands_in_the_way(part)
             except BaseException:
@@ -298,13 +314,17 @@ class OuterTransaction:
             top, ended = self._stack[-1], self._ended
             self._lock.release()
             if time.monotonic() > end:
-                raise SandboxConflict(
-                    f"{part} waited for {LIMIT:g} s for its turn in the sandbox, which is held by "
-                    f"{top}. A sandbox is one transaction, and serves those inside one after "
-                    f"another. End that one before, or give them transactions of their own. {CURE}"
-                )
+                raise self._too_long(part, top)
             with suppress(TimeoutError):
                 await self._wait(part, ended.wait(), min(patience, end - time.monotonic()))
+
+    def _too_long(self, part: Part, holder: object) -> SandboxConflict:
+        return SandboxConflict(
+            f"{part} waited for {LIMIT:g} s for its turn in the sandbox, which is held by "
+            f"{self.runs or holder}. A sandbox is one transaction, and serves those inside one "
+            "after another. End that one before, or give them transactions of their own. "
+            f"{CURE}"
+        )
 
     async def _wait(
         self, part: Part, event: Coroutine[Any, Any, object], seconds: float | None = None
@@ -367,8 +387,13 @@ class OuterTransaction:
             return
         written = max(0, locks - 1)
         if self._stack[written:]:
-            self._control(f"RELEASE SAVEPOINT {self._stack[written].savepoint}")
-            for clean in self._stack[written:]:
+            taken_off = self._stack[written:]
+            settings: dict[str, str] = {}
+            for clean in reversed(taken_off):  # the first to change one knows how it was
+                settings |= clean.settings
+                clean.kept = self._read(clean.settings)
+            self._control(back(f"RELEASE SAVEPOINT {taken_off[0].savepoint}", settings))
+            for clean in taken_off:
                 clean.savepoint = ""
             del self._stack[written:]
 
@@ -380,17 +405,18 @@ class OuterTransaction:
 
     def _set_savepoint(self, part: Part) -> None:
         name = f"engineroom_{len(self._stack)}"
-        self._control(f"SAVEPOINT {name}" + ("; SET TRANSACTION READ ONLY" if part.reads else ""))
+        begin = f"SAVEPOINT {name}" + ("; SET TRANSACTION READ ONLY" if part.reads else "")
+        self._control(back(begin, part.kept))
+        part.kept.clear()
         part.savepoint = name
         self._stack.append(part)
 
     def _release(self, part: Part) -> None:
-        statements = [f"RELEASE SAVEPOINT {part.savepoint}"]
-        for name, value in part.settings.items():
-            literal = value.replace("'", "''")
-            statements.append(f"SELECT set_config('{name}', '{literal}', true)")
-        self._control("; ".join(statements))
+        self._control(back(f"RELEASE SAVEPOINT {part.savepoint}", part.settings))
         self._pop(part)
+        if self._stack:
+            self._stack[-1].inside += [str(part), *part.inside]
+        part.inside.clear()
         part.settings.clear()
 
     def _roll_back(self, part: Part) -> None:
@@ -398,6 +424,15 @@ class OuterTransaction:
         if above:
             error = SandboxConflict(f"{part} was rolled back, and this session inside it. {CURE}")
             self._lose(above, error)
+        if part.inside:
+            logger.warning(
+                "%s is rolled back, and with it what was committed inside it, in a sandbox: by %s. "
+                "%s",
+                part,
+                "; ".join(part.inside),
+                CURE,
+            )
+            part.inside.clear()
         name = part.savepoint
         self._control(f"ROLLBACK TO SAVEPOINT {name}; RELEASE SAVEPOINT {name}")
         part.settings.clear()
@@ -437,19 +472,52 @@ class OuterTransaction:
         self._has_deferrable = bool(rows)
         return sorted({name for name, is_deferred in rows if is_deferred})
 
-    async def _remember_settings(self, part: Part, text: str, parameters: Any) -> None:
+    async def _remember_settings(
+        self, part: Part, text: str, statement: str, parameters: Any
+    ) -> None:
         """Note how a setting is that a statement is about to change until COMMIT."""
-        names = {*SET_LOCAL.findall(text)}
-        if found := SET_CONFIG.findall(text):
+        names = {name.replace('"', "") for name in SET_LOCAL.findall(statement)}
+        if "set_config" in text.lower() and (found := SET_CONFIG.findall(statement)):
             given = parameters.values() if isinstance(parameters, dict) else parameters or ()
             names |= {*filter(None, found)}
             names |= {g for g in given if isinstance(g, str) and SETTING.fullmatch(g)}
-        for name in names - part.settings.keys():
-            known = "timezone" if name.upper() == "TIME" else name
-            select = f"SELECT current_setting('{known}', true)"
-            ((value,),) = await greenlet_spawn(self._send, select)
-            if value is not None or "." in known:
-                part.settings[known] = value or ""
+        named = {"timezone" if name.upper() == "TIME" else name for name in names}
+        if new := named - part.settings.keys():
+            part.settings |= await greenlet_spawn(self._read, new)
+
+    def _read(self, names: Iterable[str]) -> dict[str, str]:
+        """Return the settings of these names, as far as there are such."""
+        settings = {}
+        for name in names:
+            ((value,),) = self._send(f"SELECT current_setting('{name}', true)")
+            if value is not None or "." in name:
+                settings[name] = value or ""
+        return settings
+
+
+def back(statement: str, settings: dict[str, str]) -> str:
+    """Add to a statement what gives settings their values."""
+    statements = [statement]
+    for name, value in settings.items():
+        literal = value.replace("'", "''")
+        statements.append(f"SELECT set_config('{name}', '{literal}', true)")
+    return "; ".join(statements)
+
+
+def code_of(statement: str) -> str:
+    """Return a statement without what is in quotes and comments, which nest."""
+    code, start = [], 0
+    while found := QUOTED.search(statement, start):
+        code += [statement[start : found.start()], " "]
+        start = found.end()
+        depth = 1 if found.group() == "/*" else 0
+        while depth:
+            mark = COMMENT.search(statement, start)
+            if mark is None:
+                return "".join(code)
+            depth += 1 if mark.group() == "/*" else -1
+            start = mark.end()
+    return "".join([*code, statement[start:]])
 
 
 def refuse_escape(text: str) -> None:

@@ -60,7 +60,7 @@ class Alone:
         try:
             self._end_pools()
         finally:
-            self._restore()
+            self.restore()
             self._stack.close()
 
     async def aend(self) -> None:
@@ -68,7 +68,7 @@ class Alone:
         try:
             await drain.end_pools(self._room)
         finally:
-            self._restore()
+            self.restore()
             await asyncio.to_thread(self._stack.close)
 
     def _end_pools(self) -> None:
@@ -99,7 +99,7 @@ class Alone:
         dialect.connect = connect_there
         engine.pool = engine.pool.recreate()
 
-    def _restore(self) -> None:
+    def restore(self) -> None:
         """Have the engines connect to their own database again."""
         for engine, (pool, connect) in self._before.items():
             dialect: Any = engine.dialect

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import time
 import weakref
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -15,6 +16,7 @@ from ..cancellation import settle
 from ..database import Database
 from ..engines import EngineRoom
 from ..errors import SandboxError
+from ..ledger import describe_held
 from ..manager import DatabaseSessionManager
 from . import background
 from .clones import Template
@@ -116,6 +118,11 @@ class Sandbox:
             self._forget()
         self._refuse_open(left, error)
 
+    def disown(self) -> None:
+        """Leave the manager to a forked child as it is without a sandbox."""
+        self._inside.restore()
+        self._forget()
+
     def take_in(self, engine: Engine, role: Role) -> None:
         """Have an engine work inside: the manager makes one at its first use."""
         self._inside.take_in(engine, role)
@@ -132,6 +139,13 @@ class Sandbox:
         if open_ones := [f"the {entry.kind} opened at {entry.where}" for entry in room.ledger]:
             raise SandboxError(
                 f"A sandbox cannot take in what was opened before it: {'; '.join(open_ones)}. "
+                "End that first, or open it inside."
+            )
+        now = time.monotonic()
+        lent = [describe_held(lender.slots.held, now) for _, _, _, lender in room.lenders()]
+        if held := [str(holder) for holders in lent for holder in holders]:
+            raise SandboxError(
+                f"A sandbox cannot take in what holds a connection already: {'; '.join(held)}. "
                 "End that first, or open it inside."
             )
         engine = room.engine(self._side)
@@ -196,14 +210,14 @@ class Shared:
         try:
             background.submit(self._outer.end()).result()
         finally:
-            self._restore()
+            self.restore()
 
     async def aend(self) -> None:
         """Roll back, from an event loop."""
         try:
             await background.wait(self._outer.end())
         finally:
-            self._restore()
+            self.restore()
 
     def take_in(self, engine: Engine, role: Role) -> None:
         """Have an engine's connections be facades of the one."""
@@ -212,7 +226,8 @@ class Shared:
             engine.dialect = twin(self._outer.dialect, engine)
             engine.pool = Stage(engine, self._room, role, self._outer)
 
-    def _restore(self) -> None:
+    def restore(self) -> None:
+        """Have the engines work as they did before."""
         for engine, (pool, dialect) in self._before.items():
             engine.pool, engine.dialect = pool, dialect
         self._before.clear()
