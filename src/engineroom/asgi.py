@@ -6,14 +6,11 @@ import asyncio
 import json
 import logging
 import sys
-import time
-from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, MutableMapping
 from contextlib import (
     AbstractAsyncContextManager,
     AsyncExitStack,
     asynccontextmanager,
-    suppress,
 )
 from inspect import isasyncgenfunction
 from types import TracebackType
@@ -22,18 +19,16 @@ from typing import Any, Unpack
 from sqlalchemy import URL
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from .engines import ROOMS
 from .errors import AlreadyInitialized, NotEntered, PoolExhausted
 from .ledger import REQUEST, Request
 from .manager import DatabaseSessionManager, session_manager
-from .scopes import Scope, SyncScope
+from .patrol import Message, Patrol, Receive
+from .scopes import Scope
 from .settings import Options
 
 logger: logging.Logger = logging.getLogger("engineroom")
 
 ASGIScope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 ASGIApp = Callable[[ASGIScope, Receive, Send], Awaitable[None]]
 Lifespan = Callable[[Any], AbstractAsyncContextManager[Any]]  # frameworks differ in what it gives
@@ -43,7 +38,6 @@ REQUEST_KEY = "engineroom.request"
 SESSIONS_KEY = "engineroom.sessions"
 EXCHANGE_KEY = "engineroom.exchange"
 RETRY_AFTER = 1  # seconds that a client is asked to wait where the pool was empty
-STOP_LIMIT = 1.0  # seconds for which what threads run on is stopped, after a client has gone
 
 
 def lifespan(
@@ -410,87 +404,3 @@ def stand_at_endpoint(opening: Scope, scope: ASGIScope) -> None:
     """Have reports name the endpoint that a session was opened for, where it is known."""
     if (endpoint := scope.get("endpoint")) is not None:
         opening.stand_at(endpoint)
-
-
-class Patrol:
-    """Looks out for the client's leave, and cancels the task that serves it.
-
-    It reads ahead of the application, by one message at most while the body still comes: memory is
-    the client's to fill otherwise.
-    """
-
-    def __init__(self, receive: Receive, request: Request) -> None:
-        self.has_cancelled: bool = False
-        self._receive = receive
-        self._served = asyncio.current_task()
-        self._request = request
-        self._messages: deque[Message] = deque()
-        self._arrived, self._taken = asyncio.Event(), asyncio.Event()
-        self._is_on_duty = True
-        self._watch = asyncio.ensure_future(self._look_out())
-
-    async def receive(self) -> Message:
-        """Return the next message, as the server's own `receive` would."""
-        while not self._messages:
-            if self._watch.done():
-                self._watch.result()  # the server's own error
-            self._arrived.clear()
-            await self._arrived.wait()
-        if self._messages[0]["type"] == "http.disconnect":  # however often it is asked for
-            return self._messages[0]
-        self._taken.set()
-        return self._messages.popleft()
-
-    def stand_down(self) -> None:
-        """Let the client go from now on: its response is complete."""
-        self._is_on_duty = False
-
-    async def end(self) -> None:
-        """Stop looking out, and take back the cancellation."""
-        if not self.has_cancelled:
-            self._watch.cancel()
-        with suppress(asyncio.CancelledError, Exception):
-            await self._watch
-        if self.has_cancelled and self._served is not None:
-            with suppress(asyncio.CancelledError):
-                await asyncio.sleep(0)  # where it has not arrived yet, it does here
-            if self._served.uncancel():
-                raise asyncio.CancelledError
-
-    async def _look_out(self) -> None:
-        more = True
-        try:
-            while True:
-                while more and self._messages:
-                    self._taken.clear()
-                    await self._taken.wait()
-                message = await self._receive()
-                more = bool(message.get("more_body"))
-                self._messages.append(message)
-                self._arrived.set()
-                if message["type"] == "http.disconnect":
-                    break
-        finally:
-            self._arrived.set()
-        if self._is_on_duty and self._served is not None:
-            self.has_cancelled = self._request.is_abandoned = True
-            self._served.cancel("the client has gone")
-            await stop_threads(self._request)
-
-
-async def stop_threads(request: Request) -> None:
-    """Stop what threads do for a request: what they run now, and what they would run next."""
-    deadline = time.monotonic() + STOP_LIMIT
-    while time.monotonic() < deadline:
-        working = [
-            (room, entry)
-            for room in list(ROOMS)
-            for entry in room.ledger
-            if entry.request is request and isinstance(entry, SyncScope)
-        ]
-        if not working:
-            break
-        for room, entry in working:
-            entry.retire(f"The client of {request} has gone. Its {entry.kind} is rolled back.")
-            await asyncio.to_thread(room.interrupt, entry)
-        await asyncio.sleep(0.01)

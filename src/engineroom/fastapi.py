@@ -25,7 +25,6 @@ from .asgi import (
     SESSIONS_KEY,
     ASGIScope,
     Exchange,
-    Message,
     lifespan,
     log_refusal,
     request_of,
@@ -38,6 +37,7 @@ from .database import Database
 from .errors import NotInitialized, OutsideRequest, PoolExhausted
 from .ledger import REQUEST, Request
 from .manager import DatabaseSessionManager, session_manager
+from .patrol import Message
 from .scopes import AsyncSessionScope, HandedScope
 
 __all__ = [

@@ -25,7 +25,6 @@ from .asgi import (
     DatabaseMiddleware,
     Exchange,
     Lifespan,
-    Receive,
     Send,
     lifespan,
     log_refusal,
@@ -33,6 +32,7 @@ from .asgi import (
 )
 from .errors import PoolExhausted
 from .manager import DatabaseSessionManager, session_manager
+from .patrol import Receive
 from .settings import Options
 
 __all__ = ["AsyncSessionDep", "EngineRoomPlugin"]
