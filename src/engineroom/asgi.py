@@ -6,20 +6,29 @@ import asyncio
 import json
 import logging
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from contextlib import (
     AbstractAsyncContextManager,
     AsyncExitStack,
     asynccontextmanager,
+    suppress,
 )
 from inspect import isasyncgenfunction
-from types import TracebackType
+from traceback import walk_tb
+from types import CodeType, TracebackType
 from typing import Any, Unpack
 
 from sqlalchemy import URL
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from .errors import AlreadyInitialized, NotEntered, PoolExhausted
+from .errors import AlreadyInitialized, NotEntered, PoolExhausted, SessionClosed
 from .ledger import REQUEST, Request
 from .manager import DatabaseSessionManager, session_manager
 from .patrol import Message, Patrol, Receive
@@ -38,6 +47,7 @@ REQUEST_KEY = "engineroom.request"
 SESSIONS_KEY = "engineroom.sessions"
 EXCHANGE_KEY = "engineroom.exchange"
 RETRY_AFTER = 1  # seconds that a client is asked to wait where the pool was empty
+TRY_AGAIN_LATER = 1013  # the code with which a WebSocket is closed then
 
 
 def lifespan(
@@ -158,7 +168,8 @@ class DatabaseMiddleware:
             await self._serve_inside(around, scope, receive, send)
             return
         exchange = scope[EXCHANGE_KEY] = self.exchange(scope, receive, send)
-        scope["state"] = State(exchange, scope.get("state") or {})
+        state = scope.setdefault("state", {})
+        scope["state"] = State(exchange, state)
         request = scope[REQUEST_KEY] = RoutedRequest(scope)
         token = REQUEST.set(request)
         try:
@@ -166,7 +177,7 @@ class DatabaseMiddleware:
         finally:
             REQUEST.reset(token)
             request.freeze()
-            scope["state"] = dict(scope["state"])  # or they would keep each other alive
+            scope["state"] = state  # or they would keep each other alive
             del scope[EXCHANGE_KEY]
 
     def exchange(self, scope: ASGIScope, receive: Receive, send: Send) -> Exchange:
@@ -183,7 +194,6 @@ class DatabaseMiddleware:
         try:
             await exchange.run(cancels=False)
         finally:
-            state.update(scope["state"])
             scope["state"] = state
             scope[EXCHANGE_KEY] = around
 
@@ -219,13 +229,16 @@ class Readiness:
 
     async def _ask(self) -> dict[str, Any]:
         probe = self._probe
-        if probe is None or probe.done():
+        here = asyncio.get_running_loop()
+        if probe is None or probe.done() or probe.get_loop() is not here:
             probe = self._probe = asyncio.ensure_future(self.manager.check())
         # Not `wait_for`: a server that is silent would have its connection's end awaited, too.
         await asyncio.wait((probe,), timeout=self.timeout)
         if not probe.done():
             probe.cancel()
             logger.warning("The database did not answer a probe within %g s", self.timeout)
+        elif probe.cancelled():  # by one that had shared it, and said so
+            pass
         elif (error := probe.exception()) is not None:
             logger.warning("The database did not answer a probe: %r", error)
         else:
@@ -234,12 +247,28 @@ class Readiness:
 
 
 class State(dict[str, Any]):
-    """`request.state`: its session is opened when it is first asked for."""
+    """`request.state`: its session is opened when it is first asked for.
 
-    def __init__(self, exchange: Exchange, given: Mapping[str, Any]) -> None:
+    What the application writes goes to the server's own as well, where outer middleware looks.
+    """
+
+    def __init__(self, exchange: Exchange, given: MutableMapping[str, Any]) -> None:
         super().__init__(given)
         self._exchange = exchange
         self._given = given
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, value)
+        self._given[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        self._given.pop(name, None)
+
+    def update(self, *args: Any, **kw: Any) -> None:
+        """Write several."""
+        for name, value in dict(*args, **kw).items():
+            self[name] = value
 
     def __missing__(self, name: str) -> Any:
         if name == self._exchange.middleware.state:
@@ -254,6 +283,7 @@ def current_session() -> AsyncSession:
 
     Raises:
         NotEntered: no request is, or not under `DatabaseMiddleware`.
+        SessionClosed: its response has started.
     """
     scope = getattr(REQUEST.get(), "scope", None) or {}
     exchange: Exchange | None = scope.get(EXCHANGE_KEY)
@@ -281,22 +311,43 @@ class Exchange:
         self._is_ended = False  # the sessions are
         self._is_started = False  # the response is; of a WebSocket, its close
         self._is_accepted = False
+        self._close: Message | None = None  # of a WebSocket, sent once it is known how that ends
         self._failure: BaseException | None = None  # of the sessions' end
         self._patrol: Patrol | None = None
         self._around = sys.exception()  # what the caller may be handling already
+        self._opened: list[Any] = []  # keys of sessions
 
     def session(self, *, reader: bool = False) -> AsyncSession:
-        """Return the request's session, or its reader; it is opened at the first call."""
+        """Return the request's session, or its reader; it is opened at the first call.
+
+        Raises:
+            SessionClosed: the response has started.
+        """
         manager = self.middleware.manager
         sessions = self._scope.setdefault(SESSIONS_KEY, {})
         key = (manager, "reader" if reader else "session")
         session: AsyncSession | None = sessions.get(key)
         if session is None:
+            self.mind_the_end()
             opening = manager.reader() if reader else manager.session()
             stand_at_endpoint(opening, self._scope)
             session = sessions[key] = opening.open()
+            self._opened.append(key)
             self.enlist(opening, opening.__aexit__)
         return session
+
+    def mind_the_end(self) -> None:
+        """Refuse to open what nothing would end any more.
+
+        Raises:
+            SessionClosed: the response has started.
+        """
+        if self._is_ended:
+            raise SessionClosed(
+                f"A session of {self._scope[REQUEST_KEY]} was asked for after its response had "
+                "started: what it did would never be committed. Open one where it is done: async "
+                "with session_manager.session() as db: …"
+            )
 
     def enlist(self, opened: Scope, end: Callable[..., Awaitable[Any]]) -> None:
         """End this scope with the request.
@@ -304,8 +355,16 @@ class Exchange:
         Args:
             end: What ends it; it takes what an exit takes.
         """
+        handled = sys.exception()
+        reached = None if handled is None else handled.__traceback__
+
+        async def end_it(_: Any, error: BaseException | None, traceback: Any) -> None:
+            # What was handled already when it was opened, and has come no further: not its fault.
+            was_there = error is handled and traceback is reached
+            await end(*triple(None if was_there else error))
+
         self.scopes.append(opened)
-        self.stack.push_async_exit(end)
+        self.stack.push_async_exit(end_it)
 
     async def run(self, *, cancels: bool) -> None:
         """Run the application, and end what it opened.
@@ -319,13 +378,18 @@ class Exchange:
             receive = self._patrol.receive
         try:
             await self._run(receive)
-        except BaseException:
-            if self._patrol is None or not self._patrol.has_cancelled:
+        except BaseException as error:
+            if self._patrol is None or not self._patrol.explains(error):
                 raise
             logger.debug("The client of %s has gone: its work was cancelled", REQUEST.get())
         finally:
             if self._patrol is not None:
                 await self._patrol.end()
+            for key in self._opened:
+                self._scope[SESSIONS_KEY].pop(key, None)
+        if self._patrol is not None and self._patrol.has_cancelled and not self._is_started:
+            with suppress(Exception):  # outer middleware wants an answer, though nobody reads it
+                await self._answer(499)
 
     async def _run(self, receive: Receive) -> None:
         try:
@@ -333,22 +397,29 @@ class Exchange:
         except BaseException as error:
             await self._end(error)
             told = self._failure or error  # frameworks wrap what is raised in `send`
-            if isinstance(told, PoolExhausted) and not self._is_started:
-                await self._refuse(told)
+            if (exhausted := pool_exhausted(told)) is not None and not self._is_started:
+                await self._refuse(exhausted)
                 return
             if told is not error:
                 raise told from None
             raise
         await self._end(None)
+        if self._close is not None:
+            await self._send(self._close)
 
     async def send(self, message: Message) -> None:
         """Pass a message on; before the first of a response, commit."""
         kind = message["type"]
-        if kind in ("http.response.start", "websocket.close"):
-            # An exception that the application answers is still being handled at this point.
-            answered = sys.exception()
-            error = None if answered is self._around else answered
-            await self._end(error, message.get("status"))
+        if kind.endswith((".response.start", "websocket.close")):
+            answered = sys.exception()  # what is answered with this, or handled for other reasons
+            if answered is self._around:
+                answered = None
+            elif answered is not None and is_success(message) and not has_left(answered):
+                if kind == "websocket.close":  # in `except:`, or in `finally:` and about to raise
+                    self._close = message
+                    return
+                answered = None
+            await self._end(answered, message.get("status"))
             self._is_started = True
         elif kind == "websocket.accept":
             self._is_accepted = True
@@ -362,15 +433,25 @@ class Exchange:
             return
         self._is_ended = True
         commit_on = self.middleware.commit_on
-        if status is not None and commit_on is not None and not commit_on(status):
+        try:
+            commits = status is None or commit_on is None or commit_on(status)
+        except BaseException as broken:
+            self._failure = broken
+            await self._leave(broken)
+            raise
+        if not commits:
             for scope in self.scopes:
                 scope.is_rollback_only = True
+        await self._leave(error)
+
+    async def _leave(self, error: BaseException | None) -> None:
         try:
             await self.stack.__aexit__(*triple(error))
         except BaseException as failure:
             if failure is not error:
                 self._failure = failure
                 if self._is_accepted:  # servers would just hang up
+                    self._is_started = True
                     await self._send({"type": "websocket.close", "code": 1011})
             raise
 
@@ -378,9 +459,53 @@ class Exchange:
         """Answer 503: the names are for the log."""
         log_refusal(error)
         retry_after = str(RETRY_AFTER).encode()
-        headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"retry-after", retry_after)]
-        await self.send({"type": "http.response.start", "status": 503, "headers": headers})
-        await self.send({"type": "http.response.body", "body": BUSY.encode()})
+        headers = [(b"content-type", b"text/plain"), (b"retry-after", retry_after)]
+        await self._answer(503, headers, BUSY.encode())
+
+    async def _answer(
+        self, status: int, headers: Sequence[tuple[bytes, bytes]] = (), body: bytes = b""
+    ) -> None:
+        kind = "http.response"
+        if self._scope["type"] == "websocket":
+            kind = "websocket.http.response"
+            if self._is_accepted or kind not in (self._scope.get("extensions") or {}):
+                await self.send({"type": "websocket.close", "code": TRY_AGAIN_LATER})
+                return
+        await self.send({"type": f"{kind}.start", "status": status, "headers": [*headers]})
+        await self.send({"type": f"{kind}.body", "body": body})
+
+
+def is_success(message: Message) -> bool:
+    """Whether a client takes this start of a response, or close, for a success."""
+    if message["type"] == "websocket.close":
+        return message.get("code", 1000) in (1000, 1001)
+    return bool(message["status"] < 400)
+
+
+def has_left(error: BaseException) -> bool:
+    """Whether an exception was raised out of an ASGI application by now, and not only inside one.
+
+    Its traceback begins with the function that handles it, and goes on with what that had called.
+    """
+    reached = error.__traceback__
+    return reached is not None and any(
+        is_application(frame.f_code) for frame, _ in walk_tb(reached.tb_next)
+    )
+
+
+def is_application(code: CodeType) -> bool:
+    """Whether it is that of an ASGI application, by the names that the specification gives."""
+    return {"scope", "receive", "send"} <= set(code.co_varnames[: code.co_argcount])
+
+
+def pool_exhausted(error: BaseException | None) -> PoolExhausted | None:
+    """Return the error of an empty pool, if it is one, or several that a task group has wrapped."""
+    if isinstance(error, BaseExceptionGroup):
+        found, other = error.split(PoolExhausted)
+        error = None if other else found
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+    return error if isinstance(error, PoolExhausted) else None
 
 
 BUSY = "The service is busy. Please try again."
