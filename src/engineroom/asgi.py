@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import logging
 import sys
@@ -20,7 +21,7 @@ from contextlib import (
     asynccontextmanager,
     suppress,
 )
-from inspect import isasyncgenfunction
+from inspect import isasyncgenfunction, isgeneratorfunction
 from traceback import walk_tb
 from types import CodeType, TracebackType
 from typing import Any, Unpack
@@ -28,12 +29,13 @@ from typing import Any, Unpack
 from sqlalchemy import URL
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from .errors import AlreadyInitialized, NotEntered, PoolExhausted, SessionClosed
+from .errors import AlreadyInitialized, InvalidOption, NotEntered, PoolExhausted, SessionClosed
+from .hooks import is_coroutine_function
 from .ledger import REQUEST, Request
 from .manager import DatabaseSessionManager, session_manager
 from .patrol import Message, Patrol, Receive
 from .scopes import Scope
-from .settings import Options
+from .settings import Options, check_names
 
 logger: logging.Logger = logging.getLogger("engineroom")
 
@@ -66,7 +68,18 @@ def lifespan(
             an asynchronous context manager, or the bare generator function. What it yields is
             passed on.
         options: What else `init()` takes.
+
+    Raises:
+        InvalidOption: `manager` or `wraps` is something else.
+        UnknownOption: an option does not exist.
     """
+    mind_manager("lifespan", manager, DatabaseSessionManager)
+    check_names(options)
+    if wraps is not None and not is_lifespan(wraps):
+        raise InvalidOption(
+            f"lifespan() got wraps={wraps!r}. It takes a function of the application that gives an "
+            "asynchronous context manager, or an asynchronous generator: async def …: yield"
+        )
     inner = asynccontextmanager(wraps) if isasyncgenfunction(wraps) else wraps
 
     @asynccontextmanager
@@ -88,6 +101,43 @@ def lifespan(
             await manager.close()
 
     return opened
+
+
+def is_lifespan(wraps: Any) -> bool:
+    """Whether it may be one: what it gives is known only once it is called."""
+    made = inspect.unwrap(wraps) if callable(wraps) else wraps  # what a decorator was put on
+    return callable(made) and not (isgeneratorfunction(made) or is_coroutine_function(made))
+
+
+def mind_manager(what: str, given: Any, *kinds: type) -> None:
+    """Refuse what gives no sessions.
+
+    Args:
+        what: What it was given to.
+        kinds: What it may be.
+
+    Raises:
+        InvalidOption: it is none of them.
+    """
+    if not isinstance(given, kinds):
+        wanted = " or a ".join(kind.__name__ for kind in kinds)
+        raise InvalidOption(
+            f"{what}() got {type(given).__name__}, where it takes a {wanted}. A URL is given by "
+            "its name: url=…"
+        )
+
+
+def mind_policy(commit_on: Any) -> None:
+    """Refuse what cannot say whether a status commits.
+
+    Raises:
+        InvalidOption: it cannot be called, or gives a coroutine, which is always true.
+    """
+    if not callable(commit_on) or is_coroutine_function(commit_on):
+        raise InvalidOption(
+            f"commit_on= got {commit_on!r}. It takes a plain function of the status that says "
+            "whether it commits: commit_on=lambda status: status < 400."
+        )
 
 
 class RoutedRequest(Request):
@@ -152,6 +202,9 @@ class DatabaseMiddleware:
         cancel_on_disconnect: bool = True,
         state: str = "db",
     ) -> None:
+        mind_manager("DatabaseMiddleware", manager, DatabaseSessionManager)
+        if commit_on is not None:
+            mind_policy(commit_on)
         self.app: ASGIApp = app
         self.manager: DatabaseSessionManager = manager
         self.commit_on: Callable[[int], bool] | None = commit_on

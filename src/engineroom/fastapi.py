@@ -31,6 +31,7 @@ from .asgi import (
     is_success,
     lifespan,
     log_refusal,
+    mind_manager,
     pool_exhausted,
     request_of,
     stand_at_endpoint,
@@ -128,7 +129,11 @@ def session_dependency(
         sync: Give a `Session`, for `def` endpoints. A request waits for its turn on the event loop,
             so that those that wait take no thread from those that need no database.
         reader: Give a session without a transaction, in which the server refuses writes.
+
+    Raises:
+        InvalidOption: `manager` is none.
     """
+    mind_manager("session_dependency", manager, DatabaseSessionManager, Database)
     kind = "reader" if reader else "session"
     role = Role.READER if reader else Role.PRIMARY
     room = manager._room

@@ -28,6 +28,7 @@ from .asgi import (
     Send,
     lifespan,
     log_refusal,
+    mind_policy,
     request_of,
 )
 from .errors import PoolExhausted
@@ -78,6 +79,8 @@ class EngineRoomPlugin(InitPlugin):
         reader_dependency: str = "reader",
         **options: Unpack[Options],
     ) -> None:
+        if commit_on is not None:
+            mind_policy(commit_on)
         self.lifespan: Lifespan = lifespan(manager, url=url, **options)
         self.middleware: DefineMiddleware = DefineMiddleware(
             Middleware,  # type: ignore[arg-type]  # Litestar's types of ASGI are narrower

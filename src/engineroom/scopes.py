@@ -79,8 +79,8 @@ class Scope(Entry):
         code = getattr(function, "__code__", None)
         if code is None:  # an object that is called
             code = getattr(type(function).__call__, "__code__", None)
-        if code is not None:
-            self.code, self.line = code, code.co_firstlineno
+        # A class that is an endpoint shows no line: the one that asks is in it.
+        self.code, self.line = applications_line() if code is None else (code, code.co_firstlineno)
 
     def retire(self, why: str) -> None:
         """End the scope from outside: from now on, using its session raises."""
@@ -291,7 +291,21 @@ class SessionScope(SyncScope[Session]):
         return session
 
 
-class HandedScope(SessionScope):
+class FrameworkScope(SessionScope):
+    """A session that a framework ends, whichever thread or event loop used it last."""
+
+    __slots__ = ()
+
+    def can_end(self) -> bool:
+        """Whether somebody may still leave it."""
+        return True
+
+    def may_be_elsewhere(self) -> bool:
+        """Whether its thread may serve another by now: not before the framework has left it."""
+        return False
+
+
+class HandedScope(FrameworkScope):
     """A synchronous session that a framework hands from thread to thread, for one request.
 
     It is entered and left on the framework's event loop; statements and its end run in threads.
@@ -311,10 +325,6 @@ class HandedScope(SessionScope):
     def holder(self) -> Any:
         """The request: its threads change."""
         return self.request
-
-    def may_be_elsewhere(self) -> bool:
-        """A request does one thing after another."""
-        return False
 
     def mind_the_loop(self) -> None:
         """Let it be opened there: what matters is where it is used."""
