@@ -19,23 +19,31 @@ import psycopg
 import pytest
 from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, HTTPException, Request, WebSocket
 from fastapi.responses import JSONResponse, RedirectResponse, StreamingResponse
+from flask import Flask
 from scenario import until
 from serving import served
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
+from starlette.endpoints import HTTPEndpoint
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect as connect_websocket
 
 from engineroom import (
+    Database,
     DatabaseSessionManager,
     SyncInAsyncWarning,
     rollback_only,
     session_manager,
 )
 from engineroom.asgi import DatabaseMiddleware, current_session
-from engineroom.errors import AlreadyInitialized, OutsideRequest, SessionClosed
+from engineroom.errors import (
+    AlreadyInitialized,
+    ConfigurationError,
+    OutsideRequest,
+    SessionClosed,
+)
 from engineroom.fastapi import (
     AsyncSessionDep,
     ReaderDep,
@@ -45,6 +53,8 @@ from engineroom.fastapi import (
     lifespan,
     session_dependency,
 )
+from engineroom.flask import EngineRoom
+from engineroom.litestar import EngineRoomPlugin
 from engineroom.testing import PostgresServer, WireProxy
 
 TABLES = (
@@ -948,6 +958,47 @@ def test_the_lifespan_runs_around_ones_own(url: str) -> None:
     assert session_manager.stats().state == "closed"
 
 
+@contextlib.contextmanager
+def plain_manager(app: Any) -> Iterator[None]:
+    yield
+
+
+def plain_generator(app: Any) -> Iterator[None]:
+    yield
+
+
+async def coroutine(app: Any) -> None: ...
+
+
+async def answers_late(status: int) -> bool:
+    return False
+
+
+@pytest.mark.parametrize(
+    ("give", "told"),
+    [
+        (lambda: lifespan(wraps=plain_manager), "wraps="),
+        (lambda: lifespan(wraps=plain_generator), "wraps="),
+        (lambda: lifespan(wraps=coroutine), "wraps="),
+        (lambda: lifespan(wraps=5), "wraps="),
+        (lambda: lifespan(nonsense=1), "no option nonsense"),  # type: ignore[call-arg]
+        (lambda: lifespan("sqlite://"), "url="),  # type: ignore[arg-type]
+        (lambda: lifespan(Database("sqlite://")), "DatabaseSessionManager"),  # type: ignore[arg-type]
+        (lambda: session_dependency("x"), "or a Database"),  # type: ignore[arg-type]
+        (lambda: DatabaseMiddleware(FastAPI(), Database("sqlite://")), "got Database"),  # type: ignore[arg-type]
+        (lambda: DatabaseMiddleware(FastAPI(), commit_on=400), "commit_on="),  # type: ignore[arg-type]
+        (lambda: DatabaseMiddleware(FastAPI(), commit_on=answers_late), "commit_on="),  # type: ignore[arg-type]
+        (lambda: EngineRoomPlugin(commit_on=answers_late), "commit_on="),  # type: ignore[arg-type]
+        (lambda: EngineRoom(Flask("x"), "sqlite://"), "url="),  # type: ignore[arg-type]
+        (lambda: EngineRoom(Flask("x"), url="sqlite://", commit_on=None), "commit_on="),  # type: ignore[arg-type]
+        (lambda: EngineRoom(Flask("x"), url="sqlite://", commit_on=answers_late), "commit_on="),  # type: ignore[arg-type]
+    ],
+)
+def test_what_cannot_work_is_refused_where_it_is_given(give: Callable[[], Any], told: str) -> None:
+    with pytest.raises(ConfigurationError, match=told):
+        give()
+
+
 @pytest.mark.filterwarnings("ignore:async generator function lifespans:DeprecationWarning")
 def test_the_lifespan_that_users_write(url: str) -> None:
     """Contract 3, as it stands in the world: an undecorated generator included."""
@@ -1092,12 +1143,21 @@ def test_reports_name_an_endpoint_that_is_no_function(sqlite_url: str) -> None:
 
     View.__call__.__annotations__["db"] = SessionDep  # as above
     View.method.__annotations__["db"] = AsyncSessionDep
+
+    class Endpoint(HTTPEndpoint):
+        async def get(self, request: Request) -> JSONResponse:
+            await request.state.db.execute(text("SELECT 1"))
+            return JSONResponse(session_manager.stats().scopes[0].where)
+
     app = FastAPI(lifespan=lifespan(url=sqlite_url))
+    app.add_middleware(DatabaseMiddleware)
+    app.add_route("/class", Endpoint)  # type: ignore[arg-type]
     app.get("/object")(View())
     app.get("/method")(View().method)
     app.get("/partial")(functools.partial(View().method))
     with served(app) as base:
-        for path, name in (("object", "__call__"), ("method", "method"), ("partial", "method")):
+        named = {"object": "__call__", "method": "method", "partial": "method", "class": "get"}
+        for path, name in named.items():
             where = httpx.get(f"{base}/{path}").json()
             assert "test_fastapi.py:" in where
             assert where.endswith(f"in {name}")
