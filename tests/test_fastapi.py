@@ -552,18 +552,25 @@ def test_a_websocket_that_is_answered_with_a_response_commits_before(
     if middleware:
         app.add_middleware(DatabaseMiddleware)
 
-    @app.websocket("/")
-    async def deny(socket: WebSocket, db: AsyncSessionDep) -> None:
-        mine = socket.state.db if middleware else db
-        await mine.execute(INSERT, {"name": "denied", "parent": parent})
+    async def deny(socket: WebSocket, db: AsyncSession) -> None:
+        await db.execute(INSERT, {"name": "denied", "parent": parent})
         try:
             int("x")
         except ValueError:
             await socket.send_denial_response(JSONResponse("", status_code=201))
 
+    @app.websocket("/dependency")
+    async def by_dependency(socket: WebSocket, db: AsyncSessionDep) -> None:
+        await deny(socket, db)
+
+    @app.websocket("/state")
+    async def by_state(socket: WebSocket) -> None:
+        await deny(socket, socket.state.db)
+
+    path = "state" if middleware else "dependency"
     with served(app) as base:
         with pytest.raises(InvalidStatus) as denied:
-            connect_websocket(base.replace("http", "ws"))
+            connect_websocket(f"{base.replace('http', 'ws')}/{path}")
     assert denied.value.response.status_code == status
     assert names(tables) == (["denied"] if parent == RIGHT else [])
 
@@ -711,7 +718,7 @@ class TimeLimit:
             await JSONResponse("too slow", 504)(scope, receive, send)
 
 
-@pytest.mark.parametrize("path", ["/threads", "/loop"])
+@pytest.mark.parametrize("path", ["/threads", "/both", "/loop"])
 def test_a_request_that_anyio_cancels_leaves_no_session(postgres_tables: str, path: str) -> None:
     app = FastAPI(lifespan=lifespan(url=postgres_tables, pool_size=1, max_overflow=0))
     app.add_middleware(TimeLimit)
@@ -720,6 +727,11 @@ def test_a_request_that_anyio_cancels_leaves_no_session(postgres_tables: str, pa
     def in_a_thread(db: SessionDep) -> None:
         db.execute(INSERT, {"name": "threads", "parent": RIGHT})
         time.sleep(0.5)
+
+    @app.get("/both")
+    async def in_a_thread_and_the_loop(db: SessionDep) -> None:
+        await asyncio.to_thread(db.execute, INSERT, {"name": "both", "parent": RIGHT})
+        await asyncio.sleep(0.5)
 
     @app.get("/loop")
     async def in_the_loop(db: AsyncSessionDep) -> None:
