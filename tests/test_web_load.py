@@ -433,7 +433,7 @@ def test_probes_that_overlap_at_a_silent_server_are_all_answered(pg16: PostgresS
 
     try:
         with served(app) as base:
-            assert httpx.get(f"{base}/ready").status_code == 200
+            until(lambda: httpx.get(f"{base}/ready").status_code, lambda now: now == 200)
             pg16.freeze()
             try:
                 assert asyncio.run(probes(base)) == [503] * 8
