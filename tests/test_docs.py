@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
+from scenario import until
 
 from engineroom import DatabaseSettings, errors
 
@@ -43,6 +51,42 @@ def test_error_codes_are_slugs_and_unique() -> None:
 def test_the_exception_tree_in_the_docstring_is_the_tree() -> None:
     drawn = set(re.findall(r"(?:[├└]── |^    )(\w+)", errors.__doc__ or "", re.MULTILINE))
     assert drawn == {each.__name__ for each in error_classes()}
+
+
+@pytest.mark.parametrize("page", ["asgi.md", "fastapi.md", "flask.md", "litestar.md"])
+def test_a_new_users_path_is_what_the_page_says(page: str, tmp_path: Path) -> None:
+    """Its first block is `app.py`; its shell block starts that, and sends the first requests."""
+    told = (DOCS / page).read_text()
+    (tmp_path / "app.py").write_text(re.findall(r"```python\n(.*?)```", told, re.DOTALL)[0])
+    start, *calls = re.findall(r"```sh\n(.*?)```", told, re.DOTALL)[0].splitlines()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", *start.split(), "--port", str(port)]
+    for sent in (calls, calls[-1:]):  # and it is started again the next day
+        with started(command, tmp_path, port):
+            for call in sent:
+                host, _, path = call.split()[-1].strip("'").partition("/")
+                assert host.startswith("localhost:")
+                method = "POST" if "-X POST" in call else "GET"
+                answer = httpx.request(method, f"http://127.0.0.1:{port}/{path}")
+                assert answer.status_code < 300, answer.text
+            assert "valve" in answer.text
+
+
+@contextmanager
+def started(command: list[str], folder: Path, port: int) -> Iterator[None]:
+    env = {name: value for name, value in os.environ.items() if not name.endswith("_URL")}
+    with subprocess.Popen(command, cwd=folder, env=env, stderr=subprocess.DEVNULL) as server:
+        try:
+            until(lambda: is_listening(port) or server.poll() is not None, bool)
+            yield
+        finally:
+            server.terminate()
+
+
+def is_listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.mark.parametrize("name", sorted(DatabaseSettings.model_fields))

@@ -13,28 +13,37 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
+import anyio
 import httpx
 import psycopg
 import pytest
 from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, HTTPException, Request, WebSocket
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, RedirectResponse, StreamingResponse
+from flask import Flask
 from scenario import until
 from serving import served
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
-from websockets.exceptions import ConnectionClosed
+from starlette.endpoints import HTTPEndpoint
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect as connect_websocket
 
 from engineroom import (
+    Database,
     DatabaseSessionManager,
     SyncInAsyncWarning,
     rollback_only,
     session_manager,
 )
 from engineroom.asgi import DatabaseMiddleware, current_session
-from engineroom.errors import AlreadyInitialized, OutsideRequest
+from engineroom.errors import (
+    AlreadyInitialized,
+    ConfigurationError,
+    OutsideRequest,
+    SessionClosed,
+)
 from engineroom.fastapi import (
     AsyncSessionDep,
     ReaderDep,
@@ -44,6 +53,8 @@ from engineroom.fastapi import (
     lifespan,
     session_dependency,
 )
+from engineroom.flask import EngineRoom
+from engineroom.litestar import EngineRoomPlugin
 from engineroom.testing import PostgresServer, WireProxy
 
 TABLES = (
@@ -238,11 +249,6 @@ def add_sync(app: Any, name: str, spelling: Any) -> None:
 
 TOLD: list[str] = []  # by background tasks
 
-pytestmark = pytest.mark.filterwarnings(
-    # The session of threads is used in a WebSocket's coroutine here, by `to_thread`.
-    "ignore:The synchronous session:engineroom.errors.SyncInAsyncWarning"
-)
-
 
 def test_one_session_under_every_spelling_and_no_success_before_commit(
     tables: str, monkeypatch: pytest.MonkeyPatch
@@ -388,6 +394,423 @@ def test_the_middleware_may_decide_by_the_status(tables: str, commit_on: Any) ->
     else:
         assert answers == ANSWERS
         assert names(tables) == ["returned", "threads", "state 200", "state 404"]
+
+
+# -- what is being handled when the response starts ------------------------------------------------
+
+
+class CacheMiss:
+    """Calls the application in an `except` block, as caches do."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            {}[scope["path"]]
+        except KeyError:
+            await self.app(scope, receive, send)
+
+
+def handling(app: FastAPI) -> None:
+    """Add endpoints that answer in various ways while an exception is being handled."""
+
+    @app.post("/state/{status}")
+    async def state(request: Request, status: int) -> JSONResponse:
+        await request.state.db.execute(INSERT, {"name": f"state {status}", "parent": RIGHT})
+        return JSONResponse("", status)
+
+    @app.post("/dependency/{status}")
+    async def dependency(status: int, db: AsyncSessionDep) -> JSONResponse:
+        await db.execute(INSERT, {"name": f"dependency {status}", "parent": RIGHT})
+        return JSONResponse("", status)
+
+    @app.post("/redirected")
+    async def redirected(request: Request) -> None:
+        await request.state.db.execute(INSERT, {"name": "redirected", "parent": RIGHT})
+        raise LookupError
+
+    @app.post("/raised-again")
+    async def raised_again(request: Request) -> None:
+        try:
+            {}["a"]
+        except KeyError:
+            await request.state.db.execute(INSERT, {"name": "raised again", "parent": RIGHT})
+            raise
+
+    @app.post("/by-the-handler")
+    async def by_the_handler() -> None:
+        raise ValueError
+
+    @app.exception_handler(LookupError)
+    async def redirect(request: Request, error: LookupError) -> RedirectResponse:
+        return RedirectResponse("/elsewhere", 303)
+
+    @app.exception_handler(ValueError)
+    async def note(request: Request, error: ValueError) -> JSONResponse:
+        await request.state.db.execute(INSERT, {"name": "by the handler", "parent": RIGHT})
+        return JSONResponse("noted", 200)
+
+    async def bare(scope: Any, receive: Any, send: Any) -> None:
+        await scope["state"]["db"].execute(INSERT, {"name": "bare", "parent": RIGHT})
+        try:
+            int("x")
+        except ValueError:
+            status = int(scope["path"][-3:])
+            await send({"type": "http.response.start", "status": status, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
+
+    app.mount("/bare", bare)
+
+
+@pytest.mark.parametrize("commit_on", [None, lambda status: status != 404])
+@pytest.mark.parametrize("inside", [True, False])
+def test_only_what_the_application_raised_rolls_back(
+    tables: str, commit_on: Any, inside: bool
+) -> None:
+    app = FastAPI(lifespan=lifespan(url=tables))
+    handling(app)
+    order = [(CacheMiss, {}), (DatabaseMiddleware, {"commit_on": commit_on})]
+    for kind, options in order if inside else reversed(order):
+        app.add_middleware(kind, **options)
+    answers = {
+        "/state/201": 201,
+        "/state/409": 409,  # returned: a policy of its own would say no
+        "/dependency/201": 201,
+        "/dependency/409": 409,
+        "/redirected": 303,
+        "/raised-again": 303,
+        "/by-the-handler": 200,
+        "/bare/201": 201,
+        "/bare/409": 409,  # answered while it handles an error of its own
+    }
+    with served(app) as base, calling(base) as client:
+        assert {path: client.post(path).status_code for path in answers} == answers
+    stored = ["state 201", "state 409", "dependency 201", "dependency 409"]
+    assert names(tables) == [*stored, "by the handler", "bare"]
+
+
+@pytest.mark.parametrize("middleware", [False, True])
+@pytest.mark.parametrize("how", ["state", "dependency"])
+@pytest.mark.parametrize(
+    ("end", "code", "stored"),
+    [
+        ("except", 1000, ["idle"]),  # a usual end
+        ("finally", None, []),  # it raises yet, and the server hangs up
+        ("error", 1008, []),
+        ("after", 1000, ["idle"]),
+    ],
+)
+def test_a_websocket_that_is_closed_while_an_exception_is_handled(
+    tables: str, middleware: bool, how: str, end: str, code: int | None, stored: list[str]
+) -> None:
+    if how == "state" and not middleware:
+        return
+    app = FastAPI(lifespan=lifespan(url=tables))
+    if middleware:
+        app.add_middleware(DatabaseMiddleware)
+
+    async def serve(socket: WebSocket, db: AsyncSession) -> None:
+        await socket.accept()
+        await db.execute(INSERT, {"name": "idle", "parent": RIGHT})
+        if end == "finally":
+            try:
+                raise ArithmeticError
+            finally:
+                await socket.close()
+        try:
+            await asyncio.wait_for(socket.receive_text(), 0.01)
+        except TimeoutError:
+            if end != "after":
+                await socket.close(1000 if end == "except" else 1008)
+        if end == "after":
+            await socket.close()
+
+    @app.websocket("/dependency")
+    async def by_dependency(socket: WebSocket, db: AsyncSessionDep) -> None:
+        await serve(socket, db)
+
+    @app.websocket("/state")
+    async def by_state(socket: WebSocket) -> None:
+        await serve(socket, socket.state.db)
+
+    with served(app) as base:
+        with connect_websocket(f"{base.replace('http', 'ws')}/{how}") as client:
+            with pytest.raises(ConnectionClosed) as closed:
+                client.recv()
+        assert (closed.value.rcvd and closed.value.rcvd.code) == code
+        assert session_manager.stats().scopes == ()
+    assert names(tables) == stored
+
+
+@pytest.mark.parametrize("middleware", [False, True])
+@pytest.mark.parametrize(("parent", "status"), [(WRONG, 500), (RIGHT, 201)])
+def test_a_websocket_that_is_answered_with_a_response_commits_before(
+    tables: str, middleware: bool, parent: int, status: int
+) -> None:
+    app = FastAPI(lifespan=lifespan(url=tables))
+    if middleware:
+        app.add_middleware(DatabaseMiddleware)
+
+    async def deny(socket: WebSocket, db: AsyncSession) -> None:
+        await db.execute(INSERT, {"name": "denied", "parent": parent})
+        try:
+            int("x")
+        except ValueError:
+            await socket.send_denial_response(JSONResponse("", status_code=201))
+
+    @app.websocket("/dependency")
+    async def by_dependency(socket: WebSocket, db: AsyncSessionDep) -> None:
+        await deny(socket, db)
+
+    @app.websocket("/state")
+    async def by_state(socket: WebSocket) -> None:
+        await deny(socket, socket.state.db)
+
+    path = "state" if middleware else "dependency"
+    with served(app) as base:
+        with pytest.raises(InvalidStatus) as denied:
+            connect_websocket(f"{base.replace('http', 'ws')}/{path}")
+    assert denied.value.response.status_code == status
+    assert names(tables) == (["denied"] if parent == RIGHT else [])
+
+
+def test_a_policy_that_raises_rolls_back_and_is_a_500(tables: str) -> None:
+    app = FastAPI(lifespan=lifespan(url=tables, pool_size=1, max_overflow=0, pool_timeout=2))
+    app.add_middleware(DatabaseMiddleware, commit_on={200: True}.__getitem__)
+    insert_into(app)
+    handling(app)
+    with served(app) as base, calling(base) as client:
+        for path in ("/returned", "/threads", "/state/409"):
+            assert client.post(path).status_code == 500, path
+        assert client.post("/state/200").status_code == 200
+        assert session_manager.stats().scopes == ()
+    assert names(tables) == ["state 200"]
+
+
+# -- whose end would never come --------------------------------------------------------------------
+
+
+def test_a_session_that_is_first_asked_for_after_the_response_is_refused(tables: str) -> None:
+    told: list[str] = []
+    app = FastAPI(lifespan=lifespan(url=tables))
+    app.add_middleware(DatabaseMiddleware)
+
+    def ask(request: Any) -> None:
+        for asking in (current_session, lambda: request.state.db):
+            try:
+                asking()
+            except SessionClosed as error:
+                told.append(str(error))
+
+    @app.get("/background")
+    async def background(request: Request, tasks: BackgroundTasks) -> None:
+        tasks.add_task(asyncio.to_thread, ask, request)
+
+    @app.get("/stream")
+    async def stream(request: Request) -> StreamingResponse:
+        async def body() -> AsyncIterator[str]:
+            yield "started"
+            ask(request)
+
+        return StreamingResponse(body())
+
+    @app.websocket("/socket")
+    async def socket(websocket: WebSocket) -> None:
+        await websocket.accept()
+        await websocket.close()
+        ask(websocket)
+
+    with served(app) as base, calling(base) as client:
+        for path in ("/background", "/stream"):
+            assert client.get(path).status_code == 200
+        with connect_websocket(f"{base.replace('http', 'ws')}/socket") as ws:
+            with pytest.raises(ConnectionClosed):
+                ws.recv()
+        until(lambda: len(told), lambda count: count == 6)
+        assert session_manager.stats().scopes == ()
+    assert all("async with session_manager.session()" in each for each in told)
+    assert all("[session-closed]" in each for each in told)
+    assert "GET /background" in told[0]
+
+
+@pytest.mark.parametrize("options", [None, {}, {"commit_on": lambda status: True}])
+def test_a_dependency_called_where_nothing_would_end_its_session(tables: str, options: Any) -> None:
+    told: list[str] = []
+    app = FastAPI(lifespan=lifespan(url=tables))
+
+    async def by_hand(request: Request) -> str:
+        try:
+            db = await get_db(request)
+            await db.execute(INSERT, {"name": request.url.path, "parent": RIGHT})
+        except Exception as error:
+            told.append(str(error))
+        return "asked"
+
+    @app.middleware("http")
+    async def before(request: Request, call_next: Any) -> Any:
+        if request.url.path == "/middleware":
+            await by_hand(request)
+        return await call_next(request)
+
+    @app.exception_handler(KeyError)
+    async def handler(request: Request, error: KeyError) -> JSONResponse:
+        return JSONResponse(await by_hand(request))
+
+    @app.get("/handler")
+    async def fail() -> None:
+        raise KeyError
+
+    @app.get("/middleware")
+    async def nothing() -> None: ...
+
+    @app.get("/background")
+    async def background(request: Request, tasks: BackgroundTasks) -> None:
+        tasks.add_task(by_hand, request)
+
+    @app.get("/stream")
+    async def stream(request: Request) -> StreamingResponse:
+        async def body() -> AsyncIterator[str]:
+            yield await by_hand(request)
+
+        return StreamingResponse(body())
+
+    @app.get("/task")
+    async def task(request: Request) -> None:
+        await asyncio.create_task(by_hand(request))
+
+    @app.get("/endpoint")
+    async def endpoint(request: Request) -> str:
+        return await by_hand(request)
+
+    @app.get("/dependency")
+    async def dependency(db: Any = Depends(by_hand)) -> None: ...
+
+    if options is not None:
+        app.add_middleware(DatabaseMiddleware, **options)
+    elsewhere = ("/handler", "/middleware", "/background", "/stream", "/task")
+    with served(app) as base, calling(base) as client:
+        for count, path in enumerate(elsewhere, 1):
+            assert client.get(path).status_code == 200, path
+            until(lambda: len(told), lambda told, count=count: told == count)
+            assert "[outside-request]" in told[-1], path
+            assert "async with session_manager.session()" in told[-1]
+        for path in ("/endpoint", "/dependency"):
+            assert client.get(path).status_code == 200
+        assert session_manager.stats().scopes == ()
+    assert len(told) == len(elsewhere)
+    assert names(tables) == ["/endpoint", "/dependency"]
+
+
+class TimeLimit:
+    """Cancels a request as anyio does: at each further `await`, too."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        with anyio.move_on_after(0.2) as limit:
+            await self.app(scope, receive, send)
+        if limit.cancelled_caught:
+            await JSONResponse("too slow", 504)(scope, receive, send)
+
+
+@pytest.mark.parametrize("path", ["/threads", "/both", "/loop"])
+def test_a_request_that_anyio_cancels_leaves_no_session(postgres_tables: str, path: str) -> None:
+    app = FastAPI(lifespan=lifespan(url=postgres_tables, pool_size=1, max_overflow=0))
+    app.add_middleware(TimeLimit)
+
+    @app.get("/threads")
+    def in_a_thread(db: SessionDep) -> None:
+        db.execute(INSERT, {"name": "threads", "parent": RIGHT})
+        time.sleep(0.5)
+
+    @app.get("/both")
+    async def in_a_thread_and_the_loop(db: SessionDep) -> None:
+        await asyncio.to_thread(db.execute, INSERT, {"name": "both", "parent": RIGHT})
+        await asyncio.sleep(0.5)
+
+    @app.get("/loop")
+    async def in_the_loop(db: AsyncSessionDep) -> None:
+        await db.execute(INSERT, {"name": "loop", "parent": RIGHT})
+        await asyncio.sleep(0.5)
+
+    with served(app) as base, calling(base) as client:
+        for _ in range(2):  # there is one connection
+            assert client.get(path).status_code == 504
+            until(lambda: session_manager.stats().scopes, lambda scopes: scopes == ())
+        assert sum(pool.lent for pool in session_manager.stats().pools) == 0
+    assert names(postgres_tables) == []
+
+
+class Again:
+    """Calls the application a second time for the same request."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await self.app(scope, receive, send)
+        except ArithmeticError:
+            await self.app(scope, receive, send)
+
+
+@pytest.mark.parametrize("middleware", [False, True])
+def test_a_second_attempt_at_a_request_has_a_session_of_its_own(
+    tables: str, middleware: bool
+) -> None:
+    app = FastAPI(lifespan=lifespan(url=tables))
+    if middleware:
+        app.add_middleware(DatabaseMiddleware)
+    app.add_middleware(Again)
+    attempts: list[str] = []
+
+    async def attempt(path: str, db: AsyncSession) -> None:
+        attempts.append(path)
+        name = f"{path} {attempts.count(path)}"
+        await db.execute(INSERT, {"name": name, "parent": RIGHT})
+        if attempts.count(path) == 1:
+            raise ArithmeticError
+
+    @app.post("/dependency")
+    async def dependency(db: AsyncSessionDep) -> None:
+        await attempt("dependency", db)
+
+    @app.post("/state")
+    async def state(request: Request) -> None:
+        await attempt("state", request.state.db)
+
+    paths = ["dependency", "state"] if middleware else ["dependency"]
+    with served(app) as base, calling(base) as client:
+        assert [client.post(f"/{path}").status_code for path in paths] == [200] * len(paths)
+    assert names(tables) == [f"{path} 2" for path in paths]
+
+
+def test_outer_middleware_sees_what_the_application_writes(sqlite_url: str) -> None:
+    app = FastAPI(lifespan=lifespan(url=sqlite_url))
+
+    @app.get("/")
+    async def write(request: Request) -> None:
+        request.state.user = "ann"
+        request.scope["state"].update(role="admin")
+        del request.state.draft
+
+    app.add_middleware(DatabaseMiddleware)
+
+    @app.middleware("http")
+    async def read(request: Request, call_next: Any) -> Any:
+        request.state.draft = "a"
+        response = await call_next(request)
+        said = request.state
+        response.headers["x-said"] = f"{said.user} {said.role} {hasattr(said, 'draft')}"
+        return response
+
+    with served(app) as base:
+        assert httpx.get(base).headers["x-said"] == "ann admin False"
 
 
 def test_a_middleware_for_each_of_two_managers(tables: str, tmp_path: Any) -> None:
@@ -547,6 +970,47 @@ def test_the_lifespan_runs_around_ones_own(url: str) -> None:
     assert session_manager.stats().state == "closed"
 
 
+@contextlib.contextmanager
+def plain_manager(app: Any) -> Iterator[None]:
+    yield
+
+
+def plain_generator(app: Any) -> Iterator[None]:
+    yield
+
+
+async def coroutine(app: Any) -> None: ...
+
+
+async def answers_late(status: int) -> bool:
+    return False
+
+
+@pytest.mark.parametrize(
+    ("give", "told"),
+    [
+        (lambda: lifespan(wraps=plain_manager), "wraps="),
+        (lambda: lifespan(wraps=plain_generator), "wraps="),
+        (lambda: lifespan(wraps=coroutine), "wraps="),
+        (lambda: lifespan(wraps=5), "wraps="),
+        (lambda: lifespan(nonsense=1), "no option nonsense"),  # type: ignore[call-arg]
+        (lambda: lifespan("sqlite://"), "url="),  # type: ignore[arg-type]
+        (lambda: lifespan(Database("sqlite://")), "DatabaseSessionManager"),  # type: ignore[arg-type]
+        (lambda: session_dependency("x"), "or a Database"),  # type: ignore[arg-type]
+        (lambda: DatabaseMiddleware(FastAPI(), Database("sqlite://")), "got Database"),  # type: ignore[arg-type]
+        (lambda: DatabaseMiddleware(FastAPI(), commit_on=400), "commit_on="),  # type: ignore[arg-type]
+        (lambda: DatabaseMiddleware(FastAPI(), commit_on=answers_late), "commit_on="),  # type: ignore[arg-type]
+        (lambda: EngineRoomPlugin(commit_on=answers_late), "commit_on="),  # type: ignore[arg-type]
+        (lambda: EngineRoom(Flask("x"), "sqlite://"), "url="),  # type: ignore[arg-type]
+        (lambda: EngineRoom(Flask("x"), url="sqlite://", commit_on=None), "commit_on="),  # type: ignore[arg-type]
+        (lambda: EngineRoom(Flask("x"), url="sqlite://", commit_on=answers_late), "commit_on="),  # type: ignore[arg-type]
+    ],
+)
+def test_what_cannot_work_is_refused_where_it_is_given(give: Callable[[], Any], told: str) -> None:
+    with pytest.raises(ConfigurationError, match=told):
+        give()
+
+
 @pytest.mark.filterwarnings("ignore:async generator function lifespans:DeprecationWarning")
 def test_the_lifespan_that_users_write(url: str) -> None:
     """Contract 3, as it stands in the world: an undecorated generator included."""
@@ -567,22 +1031,46 @@ def test_the_lifespan_that_users_write(url: str) -> None:
             assert httpx.get(f"{base}/items").json() == 42
 
 
-def test_the_sync_dependency_of_a_coroutine_says_what_to_declare(sqlite_url: str) -> None:
-    app = FastAPI(lifespan=lifespan(url=sqlite_url))
+async def used_in_the_loop(db: SessionDep) -> Any:
+    return db.scalar(text("SELECT 1"))
 
-    @app.get("/")
+
+def used_in_a_thread(db: SessionDep) -> Any:
+    return db.scalar(text("SELECT 1"))
+
+
+def test_the_sync_dependency_in_a_coroutine_says_what_to_declare(sqlite_url: str) -> None:
+    """It matters who uses it, and not who asks for it."""
+
     async def frozen(db: SessionDep) -> Any:
         return db.scalar(text("SELECT 1"))
 
+    def through_a_dependency(one: Annotated[Any, Depends(used_in_the_loop)]) -> Any:
+        return one
+
+    async def harmless(one: Annotated[Any, Depends(used_in_a_thread)], db: SessionDep) -> Any:
+        return await asyncio.to_thread(db.scalar, text("SELECT 1"))
+
+    def app_with(**options: Any) -> FastAPI:
+        app = FastAPI(lifespan=lifespan(url=sqlite_url, **options))
+        for endpoint in (frozen, through_a_dependency, harmless):
+            app.get(f"/{endpoint.__name__}")(endpoint)
+        return app
+
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        with served(app) as base:
-            assert httpx.get(base).json() == 1
+        with served(app_with()) as base:
+            for name in ("frozen", "through_a_dependency", "harmless"):
+                assert httpx.get(f"{base}/{name}").json() == 1
     told = [str(w.message) for w in warned if w.category is SyncInAsyncWarning]
-    assert len(told) == 1
-    assert "test_fastapi.py" in told[0]
+    assert len(told) == 2
     assert "in frozen" in told[0]
-    assert "AsyncSessionDep" in told[0]
+    assert "in used_in_the_loop" in told[1]
+    assert all("test_fastapi.py" in each and "AsyncSessionDep" in each for each in told)
+    with served(app_with(sync_in_async="error")) as base, calling(base) as client:
+        answers = [client.get(f"/{n}").status_code for n in ("frozen", "through_a_dependency")]
+        assert answers == [500, 500]
+        assert client.get("/harmless").status_code == 200
 
 
 def test_a_session_kept_for_a_later_request_refuses_use(tables: str) -> None:
@@ -667,12 +1155,21 @@ def test_reports_name_an_endpoint_that_is_no_function(sqlite_url: str) -> None:
 
     View.__call__.__annotations__["db"] = SessionDep  # as above
     View.method.__annotations__["db"] = AsyncSessionDep
+
+    class Endpoint(HTTPEndpoint):
+        async def get(self, request: Request) -> JSONResponse:
+            await request.state.db.execute(text("SELECT 1"))
+            return JSONResponse(session_manager.stats().scopes[0].where)
+
     app = FastAPI(lifespan=lifespan(url=sqlite_url))
+    app.add_middleware(DatabaseMiddleware)
+    app.add_route("/class", Endpoint)  # type: ignore[arg-type]
     app.get("/object")(View())
     app.get("/method")(View().method)
     app.get("/partial")(functools.partial(View().method))
     with served(app) as base:
-        for path, name in (("object", "__call__"), ("method", "method"), ("partial", "method")):
+        named = {"object": "__call__", "method": "method", "partial": "method", "class": "get"}
+        for path, name in named.items():
             where = httpx.get(f"{base}/{path}").json()
             assert "test_fastapi.py:" in where
             assert where.endswith(f"in {name}")

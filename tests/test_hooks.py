@@ -595,3 +595,31 @@ def test_an_overlap_in_the_middle_of_commit(
         with door.reader() as db:
             assert db.scalar(text("SELECT count(*) FROM lazy")) == 1
         assert [type(error) for error in caught] in ([SessionInUse], [SessionClosed])
+
+
+# -- a callback that ends the process --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["sync", "async"])
+def test_a_callback_that_exits_lets_the_others_run(side: str, sqlite_url: str) -> None:
+    called: list[str] = []
+
+    def register(session: Any) -> None:
+        on_commit(session, partial(sys.exit, 3))
+        on_commit(session, lambda: called.append("the next"))
+
+    async def main() -> None:
+        manager = DatabaseSessionManager()
+        manager.init(sqlite_url)
+        try:
+            async with manager.session() as session:
+                register(session)
+        finally:
+            await manager.close()
+
+    with pytest.raises(SystemExit, match="3"):
+        if side == "async":
+            asyncio.run(main())
+        with Database(sqlite_url) as db, db.session() as session:
+            register(session)
+    assert called == ["the next"]

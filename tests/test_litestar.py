@@ -33,6 +33,7 @@ from litestar.connection import ASGIConnection
 from litestar.di import NamedDependency, Provide
 from litestar.exceptions import HTTPException, NotAuthorizedException
 from litestar.handlers import BaseRouteHandler
+from litestar.middleware import ASGIMiddleware
 from litestar.params import FromPath, FromQuery
 from litestar.response import Stream
 from litestar.testing import AsyncTestClient, TestClient
@@ -522,6 +523,63 @@ def test_a_listener_commits_when_its_client_has_left(
             assert client.recv() == name
         assert house.items() == []
     eventually(lambda: house.items() == ["one", "two"])
+
+
+class CacheMiss(ASGIMiddleware):
+    """Calls the handler in an `except` block, as caches do."""
+
+    async def handle(self, scope: Any, receive: Any, send: Any, next_app: ASGIApp) -> None:
+        try:
+            {}[scope["path"]]
+        except KeyError:
+            await next_app(scope, receive, send)
+
+
+def test_what_else_is_handled_when_the_response_starts_rolls_nothing_back(house: House) -> None:
+    @post("/{name:str}", middleware=[CacheMiss()])
+    async def store(db: AsyncSessionDep, name: FromPath[str]) -> None:
+        await db.execute(STORE, {"name": name})
+        if name == "raised":
+            raise HTTPException(status_code=409)
+
+    @websocket("/idle")
+    async def idle(socket: WebSocket[Any, Any, Any], db: AsyncSessionDep) -> None:
+        await socket.accept()
+        await db.execute(STORE, {"name": "idle"})
+        try:
+            await asyncio.wait_for(socket.receive_text(), 0.01)
+        except TimeoutError:
+            await socket.close()
+
+    house.open(store, idle)
+    assert house.client.post("/stored").status_code == 201
+    assert house.client.post("/raised").status_code == 409
+    with house.websocket("/idle") as client:
+        with pytest.raises(websockets.exceptions.ConnectionClosed):
+            client.recv()
+        assert client.close_code == 1000
+    assert house.items() == ["idle", "stored"]
+
+
+def test_a_session_that_is_first_asked_for_after_the_response_is_refused(
+    house: House, eventually: Callable[[Callable[[], object]], None]
+) -> None:
+    @get("/background")
+    async def background(request: Request[Any, Any, Any]) -> Response[str]:
+        return Response("", background=BackgroundTask(ask, request))
+
+    async def ask(request: Request[Any, Any, Any]) -> None:
+        for asking in (current_session, lambda: request.state.db):
+            try:
+                asking()
+            except SessionClosed as error:
+                house.seen.append(str(error))
+
+    house.open(background)
+    assert house.client.get("/background").status_code == 200
+    eventually(lambda: len(house.seen) == 2)
+    assert all("async with session_manager.session()" in told for told in house.seen)
+    assert house.manager.stats().scopes == ()
 
 
 # --- busy, gone, and named ----------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import random
 import socket
@@ -10,19 +11,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from typing import Any
 
 import httpx
 import pytest
-from fastapi import BackgroundTasks, FastAPI, Request
+from fastapi import BackgroundTasks, FastAPI, HTTPException, Request, WebSocket
 from fastapi.responses import JSONResponse, StreamingResponse
 from scenario import settled, until
 from serving import served
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect as connect_websocket
 
 from engineroom import PoolExhausted, on_commit, session_manager
 from engineroom.asgi import DatabaseMiddleware, Readiness
@@ -298,6 +301,83 @@ def test_an_empty_pool_is_503_and_its_names_are_for_the_log(
         assert "test_web_load.py" in told
 
 
+@pytest.mark.parametrize("options", [{}, {"commit_on": lambda status: status < 400}])
+def test_an_empty_pool_in_a_task_group_and_in_a_websocket(
+    postgres_url: str, options: dict[str, Any]
+) -> None:
+    limits = SMALL_POOL | {"pool_size": 1, "pool_timeout": 0.2}
+    app = FastAPI(lifespan=lifespan(url=postgres_url, **limits))
+    app.add_middleware(DatabaseMiddleware, **options)
+
+    async def own() -> None:
+        async with session_manager.session() as db:
+            await db.execute(text("SELECT 1"))
+
+    @app.get("/group")
+    async def group() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(2):
+                tasks.create_task(own())
+
+    @app.websocket("/dependency")
+    async def dependency(socket: WebSocket, db: AsyncSessionDep) -> None:
+        await db.execute(text("SELECT 1"))
+
+    @app.websocket("/state")
+    async def state(socket: WebSocket) -> None:
+        await socket.state.db.execute(text("SELECT 1"))
+
+    @app.websocket("/accepted")
+    async def accepted(socket: WebSocket) -> None:
+        await socket.accept()
+        await own()
+
+    @app.get("/hold")
+    async def hold(db: AsyncSessionDep) -> list[Any]:
+        await db.execute(text("SELECT 1"))
+        return await asyncio.to_thread(ask)
+
+    def ask() -> list[Any]:
+        answer = httpx.get(f"{base}/group")
+        told: list[Any] = [(answer.status_code, answer.headers.get("retry-after"))]
+        for path in ("dependency", "state"):
+            with pytest.raises(InvalidStatus) as denied:
+                connect_websocket(f"{base.replace('http', 'ws')}/{path}")
+            response = denied.value.response
+            told.append((response.status_code, response.headers.get("retry-after")))
+        with connect_websocket(f"{base.replace('http', 'ws')}/accepted") as client:
+            with pytest.raises(ConnectionClosed) as closed:
+                client.recv()
+        told.append(closed.value.rcvd and closed.value.rcvd.code)
+        return told
+
+    with served(app) as base:
+        told = httpx.get(f"{base}/hold", timeout=20).json()
+    assert told == [[503, "1"], [503, "1"], [503, "1"], 1013]
+
+
+def test_an_applications_handler_of_http_errors_gets_no_names(postgres_url: str) -> None:
+    limits = SMALL_POOL | {"pool_size": 1, "pool_timeout": 0.2}
+    app = FastAPI(lifespan=lifespan(url=postgres_url, **limits))
+
+    @app.exception_handler(HTTPException)
+    async def tell(request: Request, error: HTTPException) -> JSONResponse:
+        return JSONResponse(str(error), error.status_code, error.headers)
+
+    @app.get("/one")
+    async def one(db: AsyncSessionDep) -> None:
+        await db.execute(text("SELECT 1"))
+
+    @app.get("/hold")
+    async def hold(db: AsyncSessionDep) -> str:
+        await db.execute(text("SELECT 1"))
+        async with httpx.AsyncClient() as client:
+            return (await client.get(f"{base}/one")).text
+
+    with served(app) as base:
+        assert httpx.get(f"{base}/hold").json() == '"503: The service is busy. Please try again."'
+
+
 # -- readiness -------------------------------------------------------------------------------------
 
 
@@ -333,6 +413,32 @@ def test_readiness_of_a_silent_server_has_a_deadline(pg16: PostgresServer) -> No
             finally:
                 pg16.thaw()
             until(lambda: httpx.get(f"{base}/ready").status_code, lambda now: now == 200)
+    finally:
+        pg16.drop_database(name)
+
+
+def test_probes_that_overlap_at_a_silent_server_are_all_answered(pg16: PostgresServer) -> None:
+    name = pg16.create_database()
+    app = FastAPI(lifespan=lifespan(url=pg16.url(name)))
+    app.add_route("/ready", Readiness(timeout=1))  # type: ignore[arg-type]
+
+    async def probes(base: str) -> list[int]:
+        async with httpx.AsyncClient(base_url=base, timeout=20) as client:
+
+            async def probe(number: int) -> int:
+                await asyncio.sleep(number * 0.4)
+                return (await client.get("/ready")).status_code
+
+            return await asyncio.gather(*map(probe, range(8)))
+
+    try:
+        with served(app) as base:
+            until(lambda: httpx.get(f"{base}/ready").status_code, lambda now: now == 200)
+            pg16.freeze()
+            try:
+                assert asyncio.run(probes(base)) == [503] * 8
+            finally:
+                pg16.thaw()
     finally:
         pg16.drop_database(name)
 
@@ -526,3 +632,93 @@ def test_clients_that_go_away_leave_nothing_behind(
             assert httpx.get(f"{base}/quick", timeout=5).json() == 1
         assert [record for record in caplog.records if record.name.startswith("engineroom")] == []
     settled(url)
+
+
+def leave(base: str, path: str, until_begun: threading.Event, body: bytes = b"") -> None:
+    """Send a request, and hang up once it is being served."""
+    host, port = base.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as client:
+        head = f"POST {path} HTTP/1.1\r\nHost: test\r\nContent-Length: {len(body)}\r\n\r\n"
+        client.sendall(head.encode() + body)
+        assert until_begun.wait(10)
+    until_begun.clear()
+
+
+def test_what_is_left_unended_by_a_client_that_leaves_is_ended(
+    pg18: PostgresServer, database: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A plain generator in mid-body, and an endpoint that does not read the request's body."""
+    app = FastAPI(lifespan=lifespan(url=pg18.url(database), **SMALL_POOL))
+    app.add_middleware(DatabaseMiddleware)
+
+    @app.middleware("http")
+    async def passing(request: Request, call_next: Any) -> Any:
+        return await call_next(request)
+
+    begun = threading.Event()
+    told: list[str] = []
+
+    @app.exception_handler(Exception)
+    async def tell(request: Request, error: Exception) -> JSONResponse:
+        told.append(repr(error))
+        return JSONResponse("", 500)
+
+    @app.post("/generator")
+    def export() -> StreamingResponse:
+        def body() -> Iterator[str]:
+            with session_manager.sync_session() as db:
+                db.execute(text("SELECT 1"))
+                while True:
+                    begun.set()
+                    time.sleep(0.01)
+                    yield "row"
+
+        return StreamingResponse(body())
+
+    @app.post("/unread")
+    async def unread(db: AsyncSessionDep) -> None:
+        await db.execute(text("SELECT 1"))
+        begun.set()
+        await db.execute(text("SELECT pg_sleep(60)"))
+
+    gc.disable()  # or it might end the generator
+    try:
+        with served(app, log_level="error") as base, caplog.at_level(logging.WARNING):
+            for path, body in (("/generator", b""), ("/unread", b"x" * 200_000)):
+                leave(base, path, begun, body)
+                until(lent, lambda now: now == 0, deadline=5)
+                until(lambda: session_manager.stats().scopes, lambda now: now == (), deadline=5)
+    finally:
+        gc.enable()
+    assert told == []  # "No response returned."
+    assert [record.message for record in caplog.records] == []
+
+
+def test_a_bug_in_what_a_client_has_left_is_not_kept_quiet(sqlite_url: str) -> None:
+    app = FastAPI(lifespan=lifespan(url=sqlite_url))
+    app.add_middleware(DatabaseMiddleware)
+    begun = threading.Event()
+    told: list[str] = []
+
+    @app.exception_handler(Exception)
+    async def tell(request: Request, error: Exception) -> JSONResponse:
+        told.append(repr(error))
+        return JSONResponse("", 500)
+
+    @app.post("/{way}")
+    async def work(way: str, db: AsyncSessionDep) -> None:
+        begun.set()
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            if way == "expected":
+                raise
+            if way == "wrapped":
+                raise RuntimeError from None  # as libraries do
+        raise ArithmeticError("a bug")
+
+    with served(app) as base:
+        for way in ("expected", "wrapped", "bug"):
+            leave(base, f"/{way}", begun)
+        until(lambda: told, bool)
+    assert told == ["ArithmeticError('a bug')"]

@@ -3,37 +3,43 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import logging
 import sys
-import time
-from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from contextlib import (
     AbstractAsyncContextManager,
     AsyncExitStack,
     asynccontextmanager,
     suppress,
 )
-from inspect import isasyncgenfunction
-from types import TracebackType
+from inspect import isasyncgenfunction, isgeneratorfunction
+from traceback import walk_tb
+from types import CodeType, TracebackType
 from typing import Any, Unpack
 
 from sqlalchemy import URL
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from .engines import ROOMS
-from .errors import AlreadyInitialized, NotEntered, PoolExhausted
+from .errors import AlreadyInitialized, InvalidOption, NotEntered, PoolExhausted, SessionClosed
+from .hooks import is_coroutine_function
 from .ledger import REQUEST, Request
 from .manager import DatabaseSessionManager, session_manager
-from .scopes import Scope, SyncScope
-from .settings import Options
+from .patrol import Message, Patrol, Receive
+from .scopes import Scope
+from .settings import Options, check_names
 
 logger: logging.Logger = logging.getLogger("engineroom")
 
 ASGIScope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 ASGIApp = Callable[[ASGIScope, Receive, Send], Awaitable[None]]
 Lifespan = Callable[[Any], AbstractAsyncContextManager[Any]]  # frameworks differ in what it gives
@@ -43,7 +49,7 @@ REQUEST_KEY = "engineroom.request"
 SESSIONS_KEY = "engineroom.sessions"
 EXCHANGE_KEY = "engineroom.exchange"
 RETRY_AFTER = 1  # seconds that a client is asked to wait where the pool was empty
-STOP_LIMIT = 1.0  # seconds for which what threads run on is stopped, after a client has gone
+TRY_AGAIN_LATER = 1013  # the code with which a WebSocket is closed then
 
 
 def lifespan(
@@ -62,7 +68,18 @@ def lifespan(
             an asynchronous context manager, or the bare generator function. What it yields is
             passed on.
         options: What else `init()` takes.
+
+    Raises:
+        InvalidOption: `manager` or `wraps` is something else.
+        UnknownOption: an option does not exist.
     """
+    mind_manager("lifespan", manager, DatabaseSessionManager)
+    check_names(options)
+    if wraps is not None and not is_lifespan(wraps):
+        raise InvalidOption(
+            f"lifespan() got wraps={wraps!r}. It takes a function of the application that gives an "
+            "asynchronous context manager, or an asynchronous generator: async def …: yield"
+        )
     inner = asynccontextmanager(wraps) if isasyncgenfunction(wraps) else wraps
 
     @asynccontextmanager
@@ -84,6 +101,43 @@ def lifespan(
             await manager.close()
 
     return opened
+
+
+def is_lifespan(wraps: Any) -> bool:
+    """Whether it may be one: what it gives is known only once it is called."""
+    made = inspect.unwrap(wraps) if callable(wraps) else wraps  # what a decorator was put on
+    return callable(made) and not (isgeneratorfunction(made) or is_coroutine_function(made))
+
+
+def mind_manager(what: str, given: Any, *kinds: type) -> None:
+    """Refuse what gives no sessions.
+
+    Args:
+        what: What it was given to.
+        kinds: What it may be.
+
+    Raises:
+        InvalidOption: it is none of them.
+    """
+    if not isinstance(given, kinds):
+        wanted = " or a ".join(kind.__name__ for kind in kinds)
+        raise InvalidOption(
+            f"{what}() got {type(given).__name__}, where it takes a {wanted}. A URL is given by "
+            "its name: url=…"
+        )
+
+
+def mind_policy(commit_on: Any) -> None:
+    """Refuse what cannot say whether a status commits.
+
+    Raises:
+        InvalidOption: it cannot be called, or gives a coroutine, which is always true.
+    """
+    if not callable(commit_on) or is_coroutine_function(commit_on):
+        raise InvalidOption(
+            f"commit_on= got {commit_on!r}. It takes a plain function of the status that says "
+            "whether it commits: commit_on=lambda status: status < 400."
+        )
 
 
 class RoutedRequest(Request):
@@ -148,6 +202,9 @@ class DatabaseMiddleware:
         cancel_on_disconnect: bool = True,
         state: str = "db",
     ) -> None:
+        mind_manager("DatabaseMiddleware", manager, DatabaseSessionManager)
+        if commit_on is not None:
+            mind_policy(commit_on)
         self.app: ASGIApp = app
         self.manager: DatabaseSessionManager = manager
         self.commit_on: Callable[[int], bool] | None = commit_on
@@ -164,7 +221,8 @@ class DatabaseMiddleware:
             await self._serve_inside(around, scope, receive, send)
             return
         exchange = scope[EXCHANGE_KEY] = self.exchange(scope, receive, send)
-        scope["state"] = State(exchange, scope.get("state") or {})
+        state = scope.setdefault("state", {})
+        scope["state"] = State(exchange, state)
         request = scope[REQUEST_KEY] = RoutedRequest(scope)
         token = REQUEST.set(request)
         try:
@@ -172,7 +230,7 @@ class DatabaseMiddleware:
         finally:
             REQUEST.reset(token)
             request.freeze()
-            scope["state"] = dict(scope["state"])  # or they would keep each other alive
+            scope["state"] = state  # or they would keep each other alive
             del scope[EXCHANGE_KEY]
 
     def exchange(self, scope: ASGIScope, receive: Receive, send: Send) -> Exchange:
@@ -189,7 +247,6 @@ class DatabaseMiddleware:
         try:
             await exchange.run(cancels=False)
         finally:
-            state.update(scope["state"])
             scope["state"] = state
             scope[EXCHANGE_KEY] = around
 
@@ -225,13 +282,16 @@ class Readiness:
 
     async def _ask(self) -> dict[str, Any]:
         probe = self._probe
-        if probe is None or probe.done():
+        here = asyncio.get_running_loop()
+        if probe is None or probe.done() or probe.get_loop() is not here:
             probe = self._probe = asyncio.ensure_future(self.manager.check())
         # Not `wait_for`: a server that is silent would have its connection's end awaited, too.
         await asyncio.wait((probe,), timeout=self.timeout)
         if not probe.done():
             probe.cancel()
             logger.warning("The database did not answer a probe within %g s", self.timeout)
+        elif probe.cancelled():  # by one that had shared it, and said so
+            pass
         elif (error := probe.exception()) is not None:
             logger.warning("The database did not answer a probe: %r", error)
         else:
@@ -240,12 +300,28 @@ class Readiness:
 
 
 class State(dict[str, Any]):
-    """`request.state`: its session is opened when it is first asked for."""
+    """`request.state`: its session is opened when it is first asked for.
 
-    def __init__(self, exchange: Exchange, given: Mapping[str, Any]) -> None:
+    What the application writes goes to the server's own as well, where outer middleware looks.
+    """
+
+    def __init__(self, exchange: Exchange, given: MutableMapping[str, Any]) -> None:
         super().__init__(given)
         self._exchange = exchange
         self._given = given
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, value)
+        self._given[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        self._given.pop(name, None)
+
+    def update(self, *args: Any, **kw: Any) -> None:
+        """Write several."""
+        for name, value in dict(*args, **kw).items():
+            self[name] = value
 
     def __missing__(self, name: str) -> Any:
         if name == self._exchange.middleware.state:
@@ -260,6 +336,7 @@ def current_session() -> AsyncSession:
 
     Raises:
         NotEntered: no request is, or not under `DatabaseMiddleware`.
+        SessionClosed: its response has started.
     """
     scope = getattr(REQUEST.get(), "scope", None) or {}
     exchange: Exchange | None = scope.get(EXCHANGE_KEY)
@@ -287,22 +364,43 @@ class Exchange:
         self._is_ended = False  # the sessions are
         self._is_started = False  # the response is; of a WebSocket, its close
         self._is_accepted = False
+        self._close: Message | None = None  # of a WebSocket, sent once it is known how that ends
         self._failure: BaseException | None = None  # of the sessions' end
         self._patrol: Patrol | None = None
         self._around = sys.exception()  # what the caller may be handling already
+        self._opened: list[Any] = []  # keys of sessions
 
     def session(self, *, reader: bool = False) -> AsyncSession:
-        """Return the request's session, or its reader; it is opened at the first call."""
+        """Return the request's session, or its reader; it is opened at the first call.
+
+        Raises:
+            SessionClosed: the response has started.
+        """
         manager = self.middleware.manager
         sessions = self._scope.setdefault(SESSIONS_KEY, {})
         key = (manager, "reader" if reader else "session")
         session: AsyncSession | None = sessions.get(key)
         if session is None:
+            self.mind_the_end()
             opening = manager.reader() if reader else manager.session()
             stand_at_endpoint(opening, self._scope)
             session = sessions[key] = opening.open()
+            self._opened.append(key)
             self.enlist(opening, opening.__aexit__)
         return session
+
+    def mind_the_end(self) -> None:
+        """Refuse to open what nothing would end any more.
+
+        Raises:
+            SessionClosed: the response has started.
+        """
+        if self._is_ended:
+            raise SessionClosed(
+                f"A session of {self._scope[REQUEST_KEY]} was asked for after its response had "
+                "started: what it did would never be committed. Open one where it is done: async "
+                "with session_manager.session() as db: …"
+            )
 
     def enlist(self, opened: Scope, end: Callable[..., Awaitable[Any]]) -> None:
         """End this scope with the request.
@@ -310,8 +408,16 @@ class Exchange:
         Args:
             end: What ends it; it takes what an exit takes.
         """
+        handled = sys.exception()
+        reached = None if handled is None else handled.__traceback__
+
+        async def end_it(_: Any, error: BaseException | None, traceback: Any) -> None:
+            # What was handled already when it was opened, and has come no further: not its fault.
+            was_there = error is handled and traceback is reached
+            await end(*triple(None if was_there else error))
+
         self.scopes.append(opened)
-        self.stack.push_async_exit(end)
+        self.stack.push_async_exit(end_it)
 
     async def run(self, *, cancels: bool) -> None:
         """Run the application, and end what it opened.
@@ -325,13 +431,18 @@ class Exchange:
             receive = self._patrol.receive
         try:
             await self._run(receive)
-        except BaseException:
-            if self._patrol is None or not self._patrol.has_cancelled:
+        except BaseException as error:
+            if self._patrol is None or not self._patrol.explains(error):
                 raise
             logger.debug("The client of %s has gone: its work was cancelled", REQUEST.get())
         finally:
             if self._patrol is not None:
                 await self._patrol.end()
+            for key in self._opened:
+                self._scope[SESSIONS_KEY].pop(key, None)
+        if self._patrol is not None and self._patrol.has_cancelled and not self._is_started:
+            with suppress(Exception):  # outer middleware wants an answer, though nobody reads it
+                await self._answer(499)
 
     async def _run(self, receive: Receive) -> None:
         try:
@@ -339,22 +450,29 @@ class Exchange:
         except BaseException as error:
             await self._end(error)
             told = self._failure or error  # frameworks wrap what is raised in `send`
-            if isinstance(told, PoolExhausted) and not self._is_started:
-                await self._refuse(told)
+            if (exhausted := pool_exhausted(told)) is not None and not self._is_started:
+                await self._refuse(exhausted)
                 return
             if told is not error:
                 raise told from None
             raise
         await self._end(None)
+        if self._close is not None:
+            await self._send(self._close)
 
     async def send(self, message: Message) -> None:
         """Pass a message on; before the first of a response, commit."""
         kind = message["type"]
-        if kind in ("http.response.start", "websocket.close"):
-            # An exception that the application answers is still being handled at this point.
-            answered = sys.exception()
-            error = None if answered is self._around else answered
-            await self._end(error, message.get("status"))
+        if kind.endswith((".response.start", "websocket.close")):
+            answered = sys.exception()  # what is answered with this, or handled for other reasons
+            if answered is self._around:
+                answered = None
+            elif answered is not None and is_success(message) and not has_left(answered):
+                if kind == "websocket.close":  # in `except:`, or in `finally:` and about to raise
+                    self._close = message
+                    return
+                answered = None
+            await self._end(answered, message.get("status"))
             self._is_started = True
         elif kind == "websocket.accept":
             self._is_accepted = True
@@ -368,15 +486,25 @@ class Exchange:
             return
         self._is_ended = True
         commit_on = self.middleware.commit_on
-        if status is not None and commit_on is not None and not commit_on(status):
+        try:
+            commits = status is None or commit_on is None or commit_on(status)
+        except BaseException as broken:
+            self._failure = broken
+            await self._leave(broken)
+            raise
+        if not commits:
             for scope in self.scopes:
                 scope.is_rollback_only = True
+        await self._leave(error)
+
+    async def _leave(self, error: BaseException | None) -> None:
         try:
             await self.stack.__aexit__(*triple(error))
         except BaseException as failure:
             if failure is not error:
                 self._failure = failure
                 if self._is_accepted:  # servers would just hang up
+                    self._is_started = True
                     await self._send({"type": "websocket.close", "code": 1011})
             raise
 
@@ -384,9 +512,53 @@ class Exchange:
         """Answer 503: the names are for the log."""
         log_refusal(error)
         retry_after = str(RETRY_AFTER).encode()
-        headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"retry-after", retry_after)]
-        await self.send({"type": "http.response.start", "status": 503, "headers": headers})
-        await self.send({"type": "http.response.body", "body": BUSY.encode()})
+        headers = [(b"content-type", b"text/plain"), (b"retry-after", retry_after)]
+        await self._answer(503, headers, BUSY.encode())
+
+    async def _answer(
+        self, status: int, headers: Sequence[tuple[bytes, bytes]] = (), body: bytes = b""
+    ) -> None:
+        kind = "http.response"
+        if self._scope["type"] == "websocket":
+            kind = "websocket.http.response"
+            if self._is_accepted or kind not in (self._scope.get("extensions") or {}):
+                await self.send({"type": "websocket.close", "code": TRY_AGAIN_LATER})
+                return
+        await self.send({"type": f"{kind}.start", "status": status, "headers": [*headers]})
+        await self.send({"type": f"{kind}.body", "body": body})
+
+
+def is_success(message: Message) -> bool:
+    """Whether a client takes this start of a response, or close, for a success."""
+    if message["type"] == "websocket.close":
+        return message.get("code", 1000) in (1000, 1001)
+    return bool(message["status"] < 400)
+
+
+def has_left(error: BaseException) -> bool:
+    """Whether an exception was raised out of an ASGI application by now, and not only inside one.
+
+    Its traceback begins with the function that handles it, and goes on with what that had called.
+    """
+    reached = error.__traceback__
+    return reached is not None and any(
+        is_application(frame.f_code) for frame, _ in walk_tb(reached.tb_next)
+    )
+
+
+def is_application(code: CodeType) -> bool:
+    """Whether it is that of an ASGI application, by the names that the specification gives."""
+    return {"scope", "receive", "send"} <= set(code.co_varnames[: code.co_argcount])
+
+
+def pool_exhausted(error: BaseException | None) -> PoolExhausted | None:
+    """Return the error of an empty pool, if it is one, or several that a task group has wrapped."""
+    if isinstance(error, BaseExceptionGroup):
+        found, other = error.split(PoolExhausted)
+        error = None if other else found
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+    return error if isinstance(error, PoolExhausted) else None
 
 
 BUSY = "The service is busy. Please try again."
@@ -410,87 +582,3 @@ def stand_at_endpoint(opening: Scope, scope: ASGIScope) -> None:
     """Have reports name the endpoint that a session was opened for, where it is known."""
     if (endpoint := scope.get("endpoint")) is not None:
         opening.stand_at(endpoint)
-
-
-class Patrol:
-    """Looks out for the client's leave, and cancels the task that serves it.
-
-    It reads ahead of the application, by one message at most while the body still comes: memory is
-    the client's to fill otherwise.
-    """
-
-    def __init__(self, receive: Receive, request: Request) -> None:
-        self.has_cancelled: bool = False
-        self._receive = receive
-        self._served = asyncio.current_task()
-        self._request = request
-        self._messages: deque[Message] = deque()
-        self._arrived, self._taken = asyncio.Event(), asyncio.Event()
-        self._is_on_duty = True
-        self._watch = asyncio.ensure_future(self._look_out())
-
-    async def receive(self) -> Message:
-        """Return the next message, as the server's own `receive` would."""
-        while not self._messages:
-            if self._watch.done():
-                self._watch.result()  # the server's own error
-            self._arrived.clear()
-            await self._arrived.wait()
-        if self._messages[0]["type"] == "http.disconnect":  # however often it is asked for
-            return self._messages[0]
-        self._taken.set()
-        return self._messages.popleft()
-
-    def stand_down(self) -> None:
-        """Let the client go from now on: its response is complete."""
-        self._is_on_duty = False
-
-    async def end(self) -> None:
-        """Stop looking out, and take back the cancellation."""
-        if not self.has_cancelled:
-            self._watch.cancel()
-        with suppress(asyncio.CancelledError, Exception):
-            await self._watch
-        if self.has_cancelled and self._served is not None:
-            with suppress(asyncio.CancelledError):
-                await asyncio.sleep(0)  # where it has not arrived yet, it does here
-            if self._served.uncancel():
-                raise asyncio.CancelledError
-
-    async def _look_out(self) -> None:
-        more = True
-        try:
-            while True:
-                while more and self._messages:
-                    self._taken.clear()
-                    await self._taken.wait()
-                message = await self._receive()
-                more = bool(message.get("more_body"))
-                self._messages.append(message)
-                self._arrived.set()
-                if message["type"] == "http.disconnect":
-                    break
-        finally:
-            self._arrived.set()
-        if self._is_on_duty and self._served is not None:
-            self.has_cancelled = self._request.is_abandoned = True
-            self._served.cancel("the client has gone")
-            await stop_threads(self._request)
-
-
-async def stop_threads(request: Request) -> None:
-    """Stop what threads do for a request: what they run now, and what they would run next."""
-    deadline = time.monotonic() + STOP_LIMIT
-    while time.monotonic() < deadline:
-        working = [
-            (room, entry)
-            for room in list(ROOMS)
-            for entry in room.ledger
-            if entry.request is request and isinstance(entry, SyncScope)
-        ]
-        if not working:
-            break
-        for room, entry in working:
-            entry.retire(f"The client of {request} has gone. Its {entry.kind} is rolled back.")
-            await asyncio.to_thread(room.interrupt, entry)
-        await asyncio.sleep(0.01)

@@ -7,11 +7,13 @@ import inspect
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
+from traceback import walk_stack
 from types import TracebackType
 from typing import Annotated, Any, TypeGuard, TypeVar
 
 import anyio
 import anyio.to_thread
+from anyio.lowlevel import checkpoint_if_cancelled
 from fastapi import Depends, HTTPException, WebSocket
 from fastapi.requests import HTTPConnection
 from fastapi.websockets import WebSocketState
@@ -25,9 +27,12 @@ from .asgi import (
     SESSIONS_KEY,
     ASGIScope,
     Exchange,
-    Message,
+    is_application,
+    is_success,
     lifespan,
     log_refusal,
+    mind_manager,
+    pool_exhausted,
     request_of,
     stand_at_endpoint,
     triple,
@@ -38,6 +43,7 @@ from .database import Database
 from .errors import NotInitialized, OutsideRequest, PoolExhausted
 from .ledger import REQUEST, Request
 from .manager import DatabaseSessionManager, session_manager
+from .patrol import Message
 from .scopes import AsyncSessionScope, HandedScope
 
 __all__ = [
@@ -52,6 +58,8 @@ __all__ = [
     "session_dependency",
 ]
 
+WEBSOCKETS_ENDS = ("websocket.close", "websocket.http.response.start")
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -65,15 +73,27 @@ class PoolUnavailable(PoolExhausted, HTTPException):
         self.detail = BUSY
         self.headers: Mapping[str, str] | None = {"Retry-After": str(RETRY_AFTER)}
 
+    def __str__(self) -> str:
+        """Return what a client may read: handlers of `HTTPException` send it."""
+        return f"{self.status_code}: {self.detail}"
 
-def function_stack(scope: ASGIScope) -> AsyncExitStack:
-    """Return the stack that FastAPI closes between the endpoint and its response.
+
+def function_stack(scope: ASGIScope) -> AsyncExitStack | None:
+    """Return the stack that FastAPI closes between the endpoint and its response; None after that.
 
     A private name: nothing public comes at that moment for a dependency that several spellings
-    share. `tests/test_private_names.py` fails when it goes.
+    share. FastAPI leaves it there once it is closed, and then it would end nothing any more. It is
+    open while the function that has it is among the callers, and is not sending the response.
+    `tests/test_private_names.py` fails when this goes.
     """
-    stack: AsyncExitStack = scope["fastapi_function_astack"]
-    return stack
+    stack: AsyncExitStack | None = scope.get("fastapi_function_astack")
+    called = sys._getframe()
+    for frame, _ in walk_stack(called):
+        is_fastapis = frame.f_globals.get("__name__", "").startswith("fastapi.")
+        if is_fastapis and any(value is stack for value in frame.f_locals.values()):
+            return None if is_application(called.f_code) else stack
+        called = frame
+    return None
 
 
 def awaited_by_fastapi(function: F) -> F:
@@ -109,7 +129,11 @@ def session_dependency(
         sync: Give a `Session`, for `def` endpoints. A request waits for its turn on the event loop,
             so that those that wait take no thread from those that need no database.
         reader: Give a session without a transaction, in which the server refuses writes.
+
+    Raises:
+        InvalidOption: `manager` is none.
     """
+    mind_manager("session_dependency", manager, DatabaseSessionManager, Database)
     kind = "reader" if reader else "session"
     role = Role.READER if reader else Role.PRIMARY
     room = manager._room
@@ -117,19 +141,24 @@ def session_dependency(
     # The middleware's sessions are known by the same keys: `request.state.db` is this one, too.
     key = (manager, kind if scope_class is AsyncSessionScope else f"synchronous {kind}")
 
-    async def give(connection: HTTPConnection) -> AsyncSession | Session:
+    async def give(connection: HTTPConnection, stack: AsyncExitStack | None) -> Any:
         sessions = connection.scope.setdefault(SESSIONS_KEY, {})
-        if key not in sessions:
+        if stack is not None and not is_open(sessions.get(key)):
+            exchange = deciding_by_status(connection)
+            if exchange is not None:
+                exchange.mind_the_end()
             before = REQUEST.get()
             request_of(connection.scope)
             opening = scope_class(room, kind, role)
             stand_at_endpoint(opening, connection.scope)
             sessions[key] = open_session(opening)
-            enlist(connection, opening, before)
+            if exchange is None:
+                enlist(connection, stack, opening, before)
+            else:
+                enlist_in(exchange, opening, before)
             if isinstance(opening, HandedScope):
                 await reserve(opening)
-        session: AsyncSession | Session = sessions[key]
-        return session
+        return sessions[key]
 
     # FastAPI always gives it, and wants its plain type; who calls it otherwise is told below.
     def dependency(connection: HTTPConnection = None) -> Awaitable[Any]:  # type: ignore[assignment]
@@ -139,7 +168,17 @@ def session_dependency(
                 "it: db: AsyncSessionDep (or SessionDep). Elsewhere, open a session: async with "
                 "session_manager.session() as db: …"
             )
-        return give(connection)
+        stack = None
+        if not is_open(connection.scope.get(SESSIONS_KEY, {}).get(key)):
+            stack = function_stack(connection.scope)
+            if stack is None:
+                raise OutsideRequest(
+                    "A dependency of engineroom was called before or after its endpoint, or in "
+                    "another task, where nothing would end its session: in middleware, an "
+                    "exception handler, a background task. Open one there: async with "
+                    "session_manager.session() as db: …"
+                )
+        return give(connection, stack)
 
     return awaited_by_fastapi(dependency)
 
@@ -168,18 +207,24 @@ def open_session(opening: AsyncSessionScope | HandedScope) -> AsyncSession | Ses
         ) from None
 
 
+def is_open(session: AsyncSession | Session | None) -> bool:
+    """Whether a session's scope has not ended yet."""
+    scope: Any = getattr(getattr(session, "sync_session", session), "_scope", None)
+    return scope is not None and bool(scope.is_open)
+
+
 def enlist(
-    connection: HTTPConnection, opening: AsyncSessionScope | HandedScope, before: Request | None
+    connection: HTTPConnection,
+    stack: AsyncExitStack,
+    opening: AsyncSessionScope | HandedScope,
+    before: Request | None,
 ) -> None:
     """Have the session end when the endpoint has returned, before there is a response.
-
-    Where the middleware decides by the status, that is when the response is about to start; and a
-    WebSocket is not closed, as if all were well, before its COMMIT.
 
     Args:
         before: What the context named as the request before this one.
     """
-    exchange = deciding_by_status(connection)
+    closes: list[Message] = []  # of a WebSocket, that wait for the end
 
     async def end(
         kind: type[BaseException] | None,
@@ -191,37 +236,65 @@ def enlist(
         except Exception as failure:
             if is_connected(connection):
                 await connection.close(1011)  # internal error; the server would just hang up
-            if exchange is None:
-                refuse(failure)  # its first statement came with the COMMIT
+            refuse(failure)  # its first statement came with the COMMIT
             raise
         else:
-            if exchange is None:
-                refuse(error)
+            refuse(error)
+            if error is None and closes and isinstance(connection, WebSocket):
+                await connection.send(closes[0])
         finally:
             REQUEST.set(before)
 
+    stack.push_async_exit(end)
     if isinstance(connection, WebSocket):
-        end_before_close(connection, opening, end)
-    if exchange is not None:  # which answers 503 itself
-        exchange.enlist(opening, end)
-    else:
-        function_stack(connection.scope).push_async_exit(end)
+        end_before_close(connection, opening, end, closes)
 
 
 def end_before_close(
     connection: WebSocket,
     opening: AsyncSessionScope | HandedScope,
     end: Callable[..., Awaitable[None]],
+    closes: list[Message],
 ) -> None:
-    """Have a session of a WebSocket end before its close is sent."""
-    send = connection.send
+    """Have a session of a WebSocket end before its close is sent.
+
+    A close that the endpoint sends while it handles an exception waits until it has returned: in
+    `except:` that is a usual end, in `finally:` it may raise yet.
+    """
+    send, around = connection.send, sys.exception()
 
     async def send_after_commit(message: Message) -> None:
-        if message["type"] == "websocket.close" and opening.is_open:
-            await end(*triple(sys.exception()))
+        if message["type"] in WEBSOCKETS_ENDS and opening.is_open:
+            handled = sys.exception()
+            if handled is around:
+                handled = None
+            elif handled is not None and is_success(message):
+                if message["type"] == "websocket.close":
+                    closes.append(message)
+                    return
+                handled = None
+            await end(*triple(handled))
         await send(message)
 
     connection.send = send_after_commit  # type: ignore[method-assign]  # `close()` sends by it
+
+
+def enlist_in(
+    exchange: Exchange, opening: AsyncSessionScope | HandedScope, before: Request | None
+) -> None:
+    """Have the session end when the response is about to start: the middleware sees its status."""
+
+    async def end(
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            await leave(opening, kind, error, traceback)
+        finally:
+            REQUEST.set(before)
+
+    exchange.enlist(opening, end)
 
 
 def deciding_by_status(connection: HTTPConnection) -> Exchange | None:
@@ -254,29 +327,41 @@ async def leave(
     traceback: TracebackType | None,
 ) -> None:
     """End a session on the side that it belongs to."""
-    if isinstance(opening, HandedScope):
-        await leave_threads(opening, error)
-    else:
+    if not isinstance(opening, HandedScope):
         await opening.__aexit__(kind, error, traceback)
+    elif isinstance(error, asyncio.CancelledError):
+        # In a task of its own: where anyio cancels a scope, nothing can be awaited.
+        await settle(leave_cancelled(opening, error))
+    elif opening.is_open and opening.has_work:
+        try:
+            await checkpoint_if_cancelled()  # while its thread worked, nobody noticed
+        except asyncio.CancelledError as cancelled:
+            await settle(leave_cancelled(opening, cancelled))
+            raise
+        await settle(leave_threads(opening, error), None)
+    else:
+        opening.__exit__(kind, error, traceback)
+
+
+async def leave_cancelled(opening: HandedScope, error: asyncio.CancelledError) -> None:
+    """End a session of threads once the one that is in the middle of it was made to leave."""
+    await opening.leave_threads()
+    await leave_threads(opening, error)
 
 
 async def leave_threads(opening: HandedScope, error: BaseException | None) -> None:
-    """End a session of threads in a thread, once none of them is in the middle of it."""
-    if isinstance(error, asyncio.CancelledError):
-        await settle(opening.leave_threads())
-    if opening.is_open and opening.has_work:
-        # A limiter of its own: those that are usual may be taken by threads that wait for this one.
-        await anyio.to_thread.run_sync(
-            opening.__exit__, *triple(error), limiter=anyio.CapacityLimiter(1)
-        )
-    else:
-        opening.__exit__(*triple(error))
+    """End a session of threads in a thread."""
+    # A limiter of its own: those that are usual may be taken by threads that wait for this one.
+    await anyio.to_thread.run_sync(
+        opening.__exit__, *triple(error), limiter=anyio.CapacityLimiter(1)
+    )
 
 
 def refuse(error: BaseException | None) -> None:
     """Raise what FastAPI answers with 503, if the pool was empty; the names are for the log."""
-    if isinstance(error, PoolExhausted):
-        if isinstance(error, PoolUnavailable):
-            raise error
-        log_refusal(error)
-        raise PoolUnavailable(error) from error
+    exhausted = pool_exhausted(error)
+    if isinstance(exhausted, PoolUnavailable):
+        raise exhausted
+    if exhausted is not None:
+        log_refusal(exhausted)
+        raise PoolUnavailable(exhausted) from error

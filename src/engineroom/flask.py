@@ -15,7 +15,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.orm import Session
 from werkzeug.exceptions import ServiceUnavailable
 
-from .asgi import BUSY, RETRY_AFTER, log_refusal, triple
+from .asgi import BUSY, RETRY_AFTER, log_refusal, mind_manager, mind_policy, triple
 from .database import Database
 from .errors import (
     AlreadyInitialized,
@@ -28,7 +28,7 @@ from .errors import (
 )
 from .ledger import REQUEST, Request
 from .retiring import ENDED
-from .scopes import SessionScope
+from .scopes import FrameworkScope
 from .settings import Options
 
 __all__ = ["EngineRoom"]
@@ -36,11 +36,8 @@ __all__ = ["EngineRoom"]
 EXTENSION = "engineroom"  # our key in `app.extensions`, and in `g`
 
 
-class ContextScope(SessionScope):
-    """The session of a request or an app context, wherever Flask runs its functions.
-
-    An asynchronous view runs in a thread and an event loop of its own, which end with it.
-    """
+class ContextScope(FrameworkScope):
+    """The session of a request or an app context; an asynchronous view's loop ends with it."""
 
     __slots__ = ()
 
@@ -48,14 +45,6 @@ class ContextScope(SessionScope):
         """Let an asynchronous view pass: its loop serves nobody else."""
         if not has_request_context():
             super().mind_the_loop()
-
-    def can_end(self) -> bool:
-        """Whether somebody may still leave it: Flask does, whatever loop used it last."""
-        return True
-
-    def may_be_elsewhere(self) -> bool:
-        """Whether its thread may serve another by now: not before Flask has left it."""
-        return False
 
 
 @dataclass(slots=True)
@@ -109,9 +98,11 @@ class EngineRoom:
     ) -> None:
         if database is not None and (url is not None or options):
             raise InvalidOption(
-                "EngineRoom() got a database= that is open, and a URL or options for another one. "
-                "Give the options to that Database(), or leave it out."
+                "EngineRoom() got a database= and a URL or options for another one. Leave one out."
             )
+        if database is not None:
+            mind_manager("EngineRoom", database, Database)
+        mind_policy(commit_on)
         self.commit_on: Callable[[int], bool] = commit_on
         self._given = (database, url, options)
         self._databases: WeakKeyDictionary[Flask, Database] = WeakKeyDictionary()
@@ -128,8 +119,7 @@ class EngineRoom:
         if (known := app.extensions.get(EXTENSION)) is not None:
             raise AlreadyInitialized(
                 f"init_app(): {app.name!r} has {'this' if known is self else 'another'} EngineRoom "
-                "already. Call it once: EngineRoom(app) does so itself. A second database of one "
-                "application is a Database of its own: archive = Database(…)."
+                "already. Call it once: EngineRoom(app) does so itself. A second is a Database(…)."
             )
         database = self._given[0] or self._open(app.config)
         app.after_request(self._after_request)

@@ -234,7 +234,11 @@ class Hooks:
     def _call_all(self) -> None:
         while self.due:
             hook = self.due.pop(0)
-            result = _call(hook)
+            try:
+                result = _call(hook)
+            except BaseException:  # SystemExit, Ctrl-C: not before the others have run
+                self._call_all()
+                raise
             if inspect.iscoroutine(result):
                 result.close()
                 logger.error("%s returned a coroutine, which nobody awaits here", hook.name)
@@ -243,7 +247,11 @@ class Hooks:
         cancelled: asyncio.CancelledError | None = None
         while self.due:
             hook = self.due.pop(0)
-            result = _call(hook)
+            try:
+                result = _call(hook)
+            except BaseException:
+                await self._await_all()
+                raise
             if inspect.isawaitable(result):
                 try:
                     await settle(_finish(hook, result), SETTLE_LIMIT if cancelled else None)

@@ -245,7 +245,7 @@ def line_of(owner: Any) -> str:
     if isinstance(owner, asyncio.Task):
         frames = list(suspended_frames(owner.get_coro()))[::-1]
     else:
-        running = sys._current_frames().get(owner)
+        running = sys._current_frames().get(owner) if isinstance(owner, int) else None
         frames = [frame for frame, _ in walk_stack(running)] if running else []
     if not frames:
         return "an unknown line"
@@ -266,6 +266,26 @@ def is_inside(thread: int, opened: object) -> bool:
         frame.f_code.co_varnames[:1] == ("self",) and frame.f_locals.get("self") is opened
         for frame, _ in frames
     )
+
+
+def is_known_to_a_thread(opened: object, code: CodeType) -> bool:
+    """Whether a thread runs this function with `opened` in a variable, or a method that has it.
+
+    Call it from no such method.
+    """
+    return any(
+        (frame.f_code is code or frame.f_code.co_varnames[:1] == ("self",))
+        and any(value is opened for value in frame.f_locals.values())
+        for running in sys._current_frames().values()
+        for frame, _ in walk_stack(running)
+    )
+
+
+def applications_line() -> tuple[CodeType, int]:
+    """Return the application's innermost line that is being run here."""
+    frames = [frame for frame, _ in walk_stack(sys._getframe(1))]
+    line = next(filter(is_applications, frames), frames[0])
+    return line.f_code, line.f_lineno
 
 
 def suspended_frames(awaited: Any) -> Iterator[FrameType]:

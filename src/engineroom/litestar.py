@@ -25,14 +25,15 @@ from .asgi import (
     DatabaseMiddleware,
     Exchange,
     Lifespan,
-    Receive,
     Send,
     lifespan,
     log_refusal,
+    mind_policy,
     request_of,
 )
 from .errors import PoolExhausted
 from .manager import DatabaseSessionManager, session_manager
+from .patrol import Receive
 from .settings import Options
 
 __all__ = ["AsyncSessionDep", "EngineRoomPlugin"]
@@ -78,6 +79,8 @@ class EngineRoomPlugin(InitPlugin):
         reader_dependency: str = "reader",
         **options: Unpack[Options],
     ) -> None:
+        if commit_on is not None:
+            mind_policy(commit_on)
         self.lifespan: Lifespan = lifespan(manager, url=url, **options)
         self.middleware: DefineMiddleware = DefineMiddleware(
             Middleware,  # type: ignore[arg-type]  # Litestar's types of ASGI are narrower

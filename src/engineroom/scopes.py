@@ -27,7 +27,7 @@ from .cancellation import settle
 from .engines import EngineRoom
 from .errors import NotEntered, SessionClosed, SyncInAsync, SyncInAsyncWarning, WrongWith
 from .hooks import Hooks
-from .ledger import Entry, is_inside
+from .ledger import Entry, applications_line, is_inside, is_known_to_a_thread, place
 from .lending import forfeit
 from .retiring import ENDED, retire
 from .sessions import Guarded, in_use, recall
@@ -79,8 +79,8 @@ class Scope(Entry):
         code = getattr(function, "__code__", None)
         if code is None:  # an object that is called
             code = getattr(type(function).__call__, "__code__", None)
-        if code is not None:
-            self.code, self.line = code, code.co_firstlineno
+        # A class that is an endpoint shows no line: the one that asks is in it.
+        self.code, self.line = applications_line() if code is None else (code, code.co_firstlineno)
 
     def retire(self, why: str) -> None:
         """End the scope from outside: from now on, using its session raises."""
@@ -165,6 +165,7 @@ class SyncScope(Scope, Generic[R]):
     ) -> None:
         """Commit, or roll back on any exception; then close for good."""
         if self.is_open:
+            self.is_open: bool = False  # at once: nobody else ends it now
             failed = self._must_fail(error)
             try:
                 finish(self._resource, failed, self.connection)
@@ -179,6 +180,15 @@ class SyncScope(Scope, Generic[R]):
                     self._take_hooks().run(failed)
             if self.obituary and error is None:  # it must not pass for a success
                 raise SessionClosed(self.obituary)
+
+    def is_in_use(self) -> bool:
+        """Whether a thread is in the function that opened it, or in the middle of a call on it."""
+        return is_known_to_a_thread(self._resource, self.code)  # (no variable of this method)
+
+    def abandon(self) -> None:
+        """Roll back what was retired, and what nobody is left to end."""
+        gone = SessionClosed(self.obituary)
+        self.__exit__(SessionClosed, gone, None)
 
     def may_be_elsewhere(self) -> bool:
         """Whether its thread has left the function that opened it, and may serve another by now."""
@@ -197,7 +207,7 @@ class SyncScope(Scope, Generic[R]):
 
     def mind_the_loop(self) -> None:
         """Say that it is about to stop the event loop it is opened in."""
-        mind_the_loop(self._room, self)
+        mind_the_loop(self._room, self.kind, self.code, self.line)
 
     if not TYPE_CHECKING:  # a type checker finds this mistake by itself
 
@@ -275,13 +285,27 @@ class SessionScope(SyncScope[Session]):
         """Return a session that no scope ends: its caller does."""
         engine = self._bind()
         if asyncio._get_running_loop() is not None:
-            mind_the_loop(self._room, self)
+            mind_the_loop(self._room, self.kind, self.code, self.line)
         session = self._room.new_session(engine)
         self._room.loose.add(session)
         return session
 
 
-class HandedScope(SessionScope):
+class FrameworkScope(SessionScope):
+    """A session that a framework ends, whichever thread or event loop used it last."""
+
+    __slots__ = ()
+
+    def can_end(self) -> bool:
+        """Whether somebody may still leave it."""
+        return True
+
+    def may_be_elsewhere(self) -> bool:
+        """Whether its thread may serve another by now: not before the framework has left it."""
+        return False
+
+
+class HandedScope(FrameworkScope):
     """A synchronous session that a framework hands from thread to thread, for one request.
 
     It is entered and left on the framework's event loop; statements and its end run in threads.
@@ -302,14 +326,8 @@ class HandedScope(SessionScope):
         """The request: its threads change."""
         return self.request
 
-    def may_be_elsewhere(self) -> bool:
-        """A request does one thing after another."""
-        return False
-
     def mind_the_loop(self) -> None:
-        """Say so if it serves a coroutine function: in threads it stops no event loop."""
-        if self.code.co_flags & inspect.CO_COROUTINE:
-            mind_the_loop(self._room, self, "Declare AsyncSessionDep there, or write def")
+        """Let it be opened there: what matters is where it is used."""
 
     @property
     def has_work(self) -> bool:
@@ -328,6 +346,11 @@ class HandedScope(SessionScope):
 
     def move_here(self) -> None:
         """Note that a thread goes on with the session; it takes what was reserved."""
+        if asyncio._get_running_loop() is not None:
+            line = applications_line()
+            mind_the_loop(
+                self._room, self.kind, *line, "Declare AsyncSessionDep there, or write def"
+            )
         super().move_here()
         if self._reservation is not None:
             self._reservation.hand_to(self.thread)
@@ -500,12 +523,15 @@ _warned: set[tuple[str, int]] = set()
 
 def mind_the_loop(
     room: EngineRoom,
-    place: Entry,
+    kind: str,
+    code: CodeType,
+    line: int,
     cure: str = "Use the asynchronous side, or move it to a thread: await asyncio.to_thread(…)",
 ) -> None:
-    """Say that a synchronous session is about to stop the event loop it is opened in.
+    """Say that a synchronous session is about to stop the event loop it is opened or used in.
 
     Args:
+        code: Where that is.
         cure: What to do instead.
 
     Raises:
@@ -514,12 +540,12 @@ def mind_the_loop(
     if not room.life.is_usable or room.settings.sync_in_async == "allow":
         return
     message = (
-        f"The synchronous {place.kind}() at {place.where} runs inside an event loop, and stops "
+        f"The synchronous {kind}() at {place(code, line)} runs inside an event loop, and stops "
         f"every other task until each of its statements has returned. {cure}."
     )
     if room.settings.sync_in_async == "error":
         raise SyncInAsync(f"{message} (DB_SYNC_IN_ASYNC=warn or allow would let it pass.)")
-    line = (place.code.co_filename, place.line)
-    if line not in _warned:
-        _warned.add(line)
-        warnings.warn_explicit(message, SyncInAsyncWarning, *line)
+    where = (code.co_filename, line)
+    if where not in _warned:
+        _warned.add(where)
+        warnings.warn_explicit(message, SyncInAsyncWarning, *where)

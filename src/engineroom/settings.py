@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 import signal
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Annotated, Any, ClassVar, Literal, Self, TypedDict, Unpack
 
@@ -219,11 +220,7 @@ def read_settings(
         UnknownOption: an option does not exist; the nearest one that does is named.
         InvalidOption: an option or a variable has a value that it cannot have.
     """
-    for name in options:
-        if name not in Options.__annotations__:
-            nearest = difflib.get_close_matches(name, [*Options.__annotations__, *URLS], 1)
-            hint = f"Did you mean {nearest[0]}?" if nearest else _known()
-            raise UnknownOption(f"There is no option {name}. {hint}")
+    check_names(options)
     for name, kind in OBJECTS.items():
         if name in options:
             _check_object(name, options[name], kind)  # type: ignore[literal-required]
@@ -243,6 +240,19 @@ def read_settings(
 
 
 URLS = ("database_url", "url")
+
+
+def check_names(options: Iterable[str]) -> None:
+    """Refuse options that do not exist.
+
+    Raises:
+        UnknownOption: the nearest one that does is named.
+    """
+    for name in options:
+        if name not in Options.__annotations__:
+            nearest = difflib.get_close_matches(name, [*Options.__annotations__, *URLS], 1)
+            hint = f"Did you mean {nearest[0]}?" if nearest else _known()
+            raise UnknownOption(f"There is no option {name}. {hint}")
 
 
 def _known() -> str:
