@@ -384,6 +384,42 @@ async def test_rows_can_be_streamed(manager: DatabaseSessionManager) -> None:
         assert await count(manager) == 100
 
 
+async def test_a_stream_goes_on_beside_sessions_inside_it(manager: DatabaseSessionManager) -> None:
+    """And one that was left half-read is closed with its session."""
+    async with manager, sandbox(manager):
+        async with manager.session() as db:
+            db.add_all(Item(id=key) for key in range(20))
+        async with manager.session() as db:
+            result = await db.stream(select(Item.id).execution_options(yield_per=5))
+            async for key in result.scalars():
+                await add(manager, 100 + key)
+        assert await count(manager) == 40
+        async with manager.session() as db:
+            result = await db.stream(select(Item.id).execution_options(yield_per=5))
+            assert await anext(aiter(result.scalars())) == 0
+        if manager.engine.dialect.driver == "psycopg":  # (asyncpg's portals end with the sandbox)
+            async with manager.session() as db:
+                assert await db.scalar(text("SELECT count(*) FROM pg_cursors")) == 0
+
+
+def test_two_synchronous_sandboxes_do_not_wait_for_each_other(
+    pg18: PostgresServer, database: str
+) -> None:
+    """Each has its driver's statements in a thread of its own."""
+    url = pg18.url(database, "psycopg")
+    with Database(url, metadata=Model.metadata) as first, Database(url) as second:
+        first.create_all()
+        with sandbox(first), sandbox(second), ThreadPoolExecutor(1) as threads:
+            with first.session() as db:
+                slow = threads.submit(db.execute, text("SELECT pg_sleep(4)"))
+                time.sleep(0.2)
+                began = time.monotonic()
+                with second.session() as other:
+                    assert other.scalar(COUNT) == 0
+                assert time.monotonic() - began < 3
+                slow.result()
+
+
 async def test_callbacks_run_after_each_commit(manager: DatabaseSessionManager) -> None:
     told: list[int] = []
     async with manager, sandbox(manager):
@@ -648,7 +684,7 @@ def test_a_fork_inside_leaves_every_manager_alone(driver_url: str) -> None:
             with database.session() as db:
                 assert db.scalar(COUNT) == 0
 
-        fork(child)
+        fork(child)()
         assert pids() == mine
         with database.session() as db:
             assert db.scalar(COUNT) == 1

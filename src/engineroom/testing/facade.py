@@ -121,10 +121,7 @@ class Facade:
             raise
 
     def _stop(self) -> None:
-        if self.outer.dialect.is_async:
-            background.loop().call_soon_threadsafe(self.outer.stop, self.part)
-        else:
-            self.outer.stop(self.part)  # that loop stands still, inside the driver
+        background.loop().call_soon_threadsafe(self.outer.stop, self.part)
 
     def tpc_begin(self, *xid: object) -> NoReturn:
         """Refuse a transaction in two phases."""
@@ -190,6 +187,8 @@ class FacadeCursor:
             options = {"withhold": True, **options}
         make = partial(real.cursor, *args, **options)
         cursor = connection.run(make) if streams else at_once(make)
+        if streams:
+            connection.part.cursors.append(cursor)
         self.__dict__.update(_connection=connection, _real=cursor, _streams=streams)
 
     def execute(self, operation: Any, *parameters: Any) -> Any:

@@ -85,6 +85,7 @@ class Part:
         self.is_stopped: bool = False  # its caller was cancelled
         self.idle_since: float = time.monotonic()
         self.settings: dict[str, str] = {}  # what SET LOCAL has changed, as it was before
+        self.cursors: list[Any] = []  # those that stream; the server closes them at a COMMIT
         self.inside: list[str] = []  # who has committed on top of what it has written
         self.kept: dict[str, str] = {}  # the same as it is, while it is off the stack
         self._room = room
@@ -257,7 +258,9 @@ class OuterTransaction:
             raise asyncio.CancelledError
         self.runs, self._task = part, asyncio.current_task()
         try:
-            return await greenlet_spawn(call)
+            if self.dialect.is_async:
+                return await greenlet_spawn(call)
+            return await asyncio.to_thread(call)  # others share the loop
         finally:
             self.runs = self._task = None
 
@@ -412,6 +415,7 @@ class OuterTransaction:
         self._stack.append(part)
 
     def _release(self, part: Part) -> None:
+        self._close_cursors(part)
         self._control(back(f"RELEASE SAVEPOINT {part.savepoint}", part.settings))
         self._pop(part)
         if self._stack:
@@ -433,12 +437,19 @@ class OuterTransaction:
                 CURE,
             )
             part.inside.clear()
+        self._close_cursors(part)
         name = part.savepoint
         self._control(f"ROLLBACK TO SAVEPOINT {name}; RELEASE SAVEPOINT {name}")
         part.settings.clear()
         self._pop(part)
         if self._changes_schema:
             self._deferred = None
+
+    def _close_cursors(self, part: Part) -> None:
+        for cursor in part.cursors:
+            with suppress(Exception):  # the server has closed it already, where a statement failed
+                cursor.close()
+        part.cursors.clear()
 
     def _lose(self, parts: Iterable[Part], error: Exception) -> None:
         for part in parts:
