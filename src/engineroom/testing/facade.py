@@ -121,7 +121,7 @@ class Facade:
             raise
 
     def _stop(self) -> None:
-        background.loop().call_soon_threadsafe(self.outer.stop, self.part)
+        background.submit(self.outer.stop(self.part))
 
     def tpc_begin(self, *xid: object) -> NoReturn:
         """Refuse a transaction in two phases."""

@@ -37,6 +37,7 @@ T = TypeVar("T")
 
 GRACE = 0.5  # seconds that the top may be idle before another one goes above it
 LIMIT = 10.0  # seconds to wait for one's turn
+CANCEL_EVERY = 0.02  # seconds
 
 CURE = 'Give this test a database of its own: sandbox(manager, isolation="database").'
 
@@ -124,6 +125,7 @@ class OuterTransaction:
         self._deferred: list[str] | None = None  # what is checked at COMMIT; None: not looked up
         self._has_deferrable: bool = False
         self._changes_schema: bool = False
+        self._own: Any = None  # asyncpg's transaction: before 0.32 it streams in no other
         self._unlocks: bool = False  # advisory locks of the session may be left
         self.fairy: PoolProxiedConnection
 
@@ -139,7 +141,12 @@ class OuterTransaction:
             self.dialect.set_isolation_level(
                 self.adapted, "AUTOCOMMIT"
             )  # the driver begins nothing
-            self._control("BEGIN; SET LOCAL idle_in_transaction_session_timeout = 0")
+            driver = self.dialect.get_driver_connection(self.adapted)
+            if hasattr(driver, "get_server_pid"):
+                self._own = driver.transaction()
+                await_only(self._own.start())
+            begin = "" if self._own else "BEGIN; "
+            self._control(f"{begin}SET LOCAL idle_in_transaction_session_timeout = 0")
         except BaseException:
             self.fairy.invalidate()
             raise
@@ -148,7 +155,7 @@ class OuterTransaction:
         """Roll everything back; give the connection back as it came."""
         self.is_over = True
         if self.runs is not None:
-            self.stop(self.runs)  # a thread that nobody waits for, say
+            await self.stop(self.runs)  # a thread that nobody waits for, say
         async with self._lock:
             self._lose(self._stack, SandboxEnded("The sandbox of this session has ended."))
             await greenlet_spawn(self._end)
@@ -156,7 +163,12 @@ class OuterTransaction:
     def _end(self) -> None:
         try:
             unlock = "; SELECT pg_advisory_unlock_all()" if self._unlocks else ""
-            self._control(f"ROLLBACK{unlock}")
+            if self._own is not None:
+                await_only(self._own.rollback())
+                if self._unlocks:
+                    self._control("SELECT pg_advisory_unlock_all()")
+            else:
+                self._control(f"ROLLBACK{unlock}")
             self.dialect.reset_isolation_level(self.adapted)
         except Exception as error:  # noqa: BLE001  # a test may have killed it
             logger.info("The sandbox's connection was lost: %r", error)
@@ -264,7 +276,7 @@ class OuterTransaction:
         finally:
             self.runs = self._task = None
 
-    def stop(self, part: Part) -> None:
+    async def stop(self, part: Part) -> None:
         """Stop what a part runs or waits for. The connection survives it.
 
         Nothing else is ever cancelled here: psycopg's connection would be closed by that.
@@ -273,10 +285,12 @@ class OuterTransaction:
         driver = self.dialect.get_driver_connection(self.adapted)
         if part in self._waits:
             self._waits[part].cancel()
-        elif self.runs is part and hasattr(driver, "cancel"):
-            driver.cancel()
-        elif self.runs is part and self._task is not None:
+        elif self.runs is part and not hasattr(driver, "cancel") and self._task is not None:
             self._task.cancel()  # asyncpg asks the server to cancel, and goes on afterwards
+        else:
+            while self.runs is part:  # a request may overtake its own statement
+                driver.cancel()
+                await asyncio.sleep(CANCEL_EVERY)
 
     async def rest(self, part: Part) -> None:
         """Return when nothing of a part is on the wire."""
