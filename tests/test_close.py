@@ -1009,7 +1009,8 @@ def test_the_bodys_exception_comes_out_of_a_synchronous_scope_that_close_ended(u
 def role(pg18: PostgresServer, database: str) -> Iterator[str]:
     """A role that may have two connections, and is no superuser."""
     name = f"limited_{database}"
-    pg18.execute(f'CREATE ROLE "{name}" LOGIN CONNECTION LIMIT 2')
+    login = f"LOGIN PASSWORD '{pg18.password}' CONNECTION LIMIT 2"
+    pg18.execute(f'CREATE ROLE "{name}" {login}')
     yield name
     pg18.execute(f'DROP OWNED BY "{name}"; DROP ROLE "{name}"', database)
 
