@@ -169,10 +169,8 @@ def retire_overdue(room: EngineRoom) -> None:
     for entry in room.ledger:
         seconds = time.monotonic() - entry.since
         logger.warning(
-            "close() rolls back the %s of %s, opened at %s %.1f s ago: it did not end in time",
-            entry.kind,
-            entry.owner,
-            entry.where,
+            "close() rolls back %s %.1f s ago: it did not end in time",
+            entry,
             seconds,
         )
         entry.retire(

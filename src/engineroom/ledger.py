@@ -73,6 +73,10 @@ class Entry:
         """The caller's line, as `file:line in function`."""
         return place(self.code, self.line)
 
+    def __str__(self) -> str:
+        """Name it with its owner and its line, as errors and logs do."""
+        return f"the {self.kind} of {self.owner}, opened at {self.where}"
+
     @property
     def holder(self) -> Any:
         """The task that entered the scope, or the identifier of the thread."""

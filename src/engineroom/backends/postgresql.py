@@ -36,6 +36,11 @@ CANCEL_EVERY = 0.02  # seconds
 BREAK_OFF_LIMIT = 1.0  # seconds for the server to take a cancel request
 
 
+def sqlstate(error: BaseException | None) -> str | None:
+    """Return the code that the server gave an error of a driver, or of SQLAlchemy's adapter."""
+    return getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
+
+
 class PostgreSQL:
     """PostgreSQL, spoken to directly."""
 

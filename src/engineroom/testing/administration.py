@@ -19,7 +19,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.util import greenlet_spawn
 
 from engineroom.backends import Side
-from engineroom.backends.postgresql import PostgreSQL
+from engineroom.backends.postgresql import PostgreSQL, sqlstate
 from engineroom.engines import create
 from engineroom.errors import DriverNotInstalled, TemplateUnusable
 
@@ -181,7 +181,7 @@ class Administrator:
         try:
             yield
         except DBAPIError as error:
-            code = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
+            code = sqlstate(error.orig)
             if code == NO_RIGHT:
                 user = self.execute("SELECT current_user")[0][0]
                 raise TemplateUnusable(

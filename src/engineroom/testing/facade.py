@@ -193,14 +193,14 @@ class FacadeCursor:
 
     def execute(self, operation: Any, *parameters: Any) -> Any:
         """Execute a statement."""
-        text = operation.decode() if isinstance(operation, bytes) else str(operation)
         call = partial(self._real.execute, operation, *parameters)
-        return self._connection.run(call, text, parameters[0] if parameters else None)
+        given = parameters[0] if parameters else None
+        return self._connection.run(call, text_of(operation), given)
 
     def executemany(self, operation: Any, parameters: Any) -> Any:
         """Execute a statement for each set of parameters."""
         call = partial(self._real.executemany, operation, parameters)
-        return self._connection.run(call, str(operation))
+        return self._connection.run(call, text_of(operation))
 
     def fetchone(self) -> Any:
         """Fetch a row."""
@@ -244,6 +244,11 @@ class FacadeCursor:
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._real, name, value)
+
+
+def text_of(operation: Any) -> str:
+    """Return a statement as text: the drivers take bytes, too, and objects of their own."""
+    return operation.decode() if isinstance(operation, bytes) else str(operation)
 
 
 def at_once(work: Callable[[], T]) -> T:

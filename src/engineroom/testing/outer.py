@@ -27,6 +27,7 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.util import await_only, greenlet_spawn
 
+from ..backends.postgresql import sqlstate
 from ..engines import EngineRoom
 from ..errors import NotInSandbox, SandboxConflict, SandboxEnded
 from ..ledger import current_owner, line_of
@@ -86,12 +87,12 @@ class Part:
         self.is_stopped: bool = False  # its caller was cancelled
         self.idle_since: float = time.monotonic()
         self.settings: dict[str, str] = {}  # what SET LOCAL has changed, as it was before
+        self.kept: dict[str, str] = {}  # the same as it is, while it is off the stack
         self.cursors: list[Any] = []  # those that stream; the server closes them at a COMMIT
         self.inside: list[str] = []  # who has committed on top of what it has written
-        self.kept: dict[str, str] = {}  # the same as it is, while it is off the stack
+        self.is_closed: bool = False
         self._room = room
         self.lineage: tuple[Part, ...] = tuple(p for p in LINEAGE.get() if not p.is_closed)
-        self.is_closed: bool = False
         LINEAGE.set((*self.lineage, self))
 
     def is_kin(self, other: Part) -> bool:
@@ -102,7 +103,7 @@ class Part:
         for entry in self._room.ledger:
             held = entry.held()
             if held is not None and getattr(held.dbapi_connection, "part", None) is self:
-                return f"the {entry.kind} of {entry.owner}, opened at {entry.where}"
+                return str(entry)
         return f"a connection taken at {line_of(self.owner)}"
 
 
@@ -122,8 +123,9 @@ class OuterTransaction:
         self._waits: dict[Part, asyncio.Task[Any]] = {}  # for their turn
         self._lock = asyncio.Lock()
         self._ended = asyncio.Event()  # a part has; replaced by the next one each time
-        self._deferred: list[str] | None = None  # what is checked at COMMIT; None: not looked up
-        self._has_deferrable: bool = False
+        # The constraints that can wait for COMMIT, and whether they do by themselves; None: not
+        # looked up.
+        self._deferrable: dict[str, bool] | None = None
         self._changes_schema: bool = False
         self._own: Any = None  # asyncpg's transaction: before 0.32 it streams in no other
         self._unlocks: bool = False  # advisory locks of the session may be left
@@ -138,9 +140,8 @@ class OuterTransaction:
     def _begin(self) -> None:
         self.fairy = self._pool.connect()
         try:
-            self.dialect.set_isolation_level(
-                self.adapted, "AUTOCOMMIT"
-            )  # the driver begins nothing
+            # The driver begins nothing by itself.
+            self.dialect.set_isolation_level(self.adapted, "AUTOCOMMIT")
             driver = self.dialect.get_driver_connection(self.adapted)
             if hasattr(driver, "get_server_pid"):
                 self._own = driver.transaction()
@@ -162,13 +163,12 @@ class OuterTransaction:
 
     def _end(self) -> None:
         try:
-            unlock = "; SELECT pg_advisory_unlock_all()" if self._unlocks else ""
             if self._own is not None:
                 await_only(self._own.rollback())
-                if self._unlocks:
-                    self._control("SELECT pg_advisory_unlock_all()")
             else:
-                self._control(f"ROLLBACK{unlock}")
+                self._control("ROLLBACK")
+            if self._unlocks:
+                self._control("SELECT pg_advisory_unlock_all()")
             self.dialect.reset_isolation_level(self.adapted)
         except Exception as error:  # noqa: BLE001  # a test may have killed it
             logger.info("The sandbox's connection was lost: %r", error)
@@ -218,20 +218,19 @@ class OuterTransaction:
         refuse_escape(text)
         await self._take_turn(part)
         try:
-            try:
-                if part.stands_alone:
-                    return await self._run_alone(part, call)
-                await self._save(part)
-                await self._remember_settings(part, text, statement, parameters)
-                return await self._put_on_wire(part, call)
-            except BaseException as error:
-                part.error = error
-                refuse_by_state(error)
-                raise
+            if part.stands_alone:
+                return await self._run_alone(part, call)
+            await self._save(part)
+            await self._remember_settings(part, text, statement, parameters)
+            return await self._put_on_wire(part, call)
+        except BaseException as error:
+            part.error = error
+            refuse_by_state(error)
+            raise
         finally:
             part.idle_since = time.monotonic()
             if DDL.search(text):
-                self._changes_schema, self._deferred = True, None
+                self._changes_schema, self._deferrable = True, None
             self._unlocks = self._unlocks or "advisory" in text.lower()
             self._lock.release()
 
@@ -457,7 +456,7 @@ class OuterTransaction:
         part.settings.clear()
         self._pop(part)
         if self._changes_schema:
-            self._deferred = None
+            self._deferrable = None
 
     def _close_cursors(self, part: Part) -> None:
         for cursor in part.cursors:
@@ -480,22 +479,23 @@ class OuterTransaction:
 
     def _check_deferred(self) -> None:
         """Check the constraints that wait for COMMIT, and have them wait again."""
-        if self._deferred is None:
-            self._deferred = self._find_deferred()
-        if self._has_deferrable:
+        if self._deferrable is None:
+            self._deferrable = self._find_deferrable()
+        if self._deferrable:
             self._send("SET CONSTRAINTS ALL IMMEDIATE")
-            if self._deferred:
-                self._send(f"SET CONSTRAINTS {', '.join(self._deferred)} DEFERRED")
+            if waiting := sorted(name for name, waits in self._deferrable.items() if waits):
+                self._send(f"SET CONSTRAINTS {', '.join(waiting)} DEFERRED")
 
-    def _find_deferred(self) -> list[str]:
-        """Look up which constraints and triggers wait for COMMIT by themselves."""
-        rows = self._send(
+    def _find_deferrable(self) -> dict[str, bool]:
+        """Look up which constraints and triggers can wait for COMMIT; and which do."""
+        found: dict[str, bool] = {}
+        for name, waits in self._send(
             "SELECT quote_ident(n.nspname) || '.' || quote_ident(c.conname), c.condeferred "
             "FROM pg_constraint c JOIN pg_namespace n ON n.oid = c.connamespace "
             "WHERE c.condeferrable"  # a constraint trigger has a row here as well
-        )
-        self._has_deferrable = bool(rows)
-        return sorted({name for name, is_deferred in rows if is_deferred})
+        ):
+            found[name] = waits or found.get(name, False)  # tables may share a name
+        return found
 
     async def _remember_settings(
         self, part: Part, text: str, statement: str, parameters: Any
@@ -557,11 +557,6 @@ def refuse_escape(text: str) -> None:
             f"{verb} was sent as text, inside a sandbox: it would end the transaction that is to "
             f"be rolled back. Use the session's own commit() and rollback(). Or: {CURE}"
         )
-
-
-def sqlstate(error: BaseException) -> str | None:
-    """Return the code that the server gave an error."""
-    return getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
 
 
 def refuse_by_state(error: BaseException) -> None:

@@ -26,6 +26,7 @@ from engineroom.scopes import SessionScope
 from engineroom.settings import Options
 from engineroom.testing.clones import Template, clones
 from engineroom.testing.loops import abandon, session_for_any_loop
+from engineroom.testing.sandbox import sandbox
 from engineroom.testing.schemas import create_tables, database_url, migrate
 from engineroom.testing.sharing import Desk, ask, start_server
 
@@ -124,8 +125,6 @@ def db_manager(_db_manager: Manager, db_url: str, db_options: Options) -> Iterat
 @pytest.fixture
 def db_sandbox(request: pytest.FixtureRequest, db_manager: Manager) -> Iterator[Manager]:
     """The manager in a sandbox: whatever is committed through it is gone after the test."""
-    from engineroom.testing.sandbox import sandbox
-
     with sandbox(db_manager), watched(request, db_manager):
         yield db_manager
 
@@ -135,8 +134,6 @@ def db_clone(
     request: pytest.FixtureRequest, db_manager: Manager, _db_template: Template
 ) -> Iterator[Manager]:
     """The manager on a database that is this test's own, for what one transaction cannot serve."""
-    from engineroom.testing.sandbox import sandbox
-
     own = sandbox(db_manager, isolation="database", template=_db_template)
     with own, watched(request, db_manager):
         yield db_manager
@@ -206,7 +203,7 @@ def left_open(manager: Manager, before: list[Entry]) -> list[str]:
     known, left = {id(entry) for entry in before}, []
     for entry in list(manager._room.ledger):  # (what `stats().scopes` describes)
         if id(entry) not in known:
-            left.append(f"  the {entry.kind} of {entry.owner}, opened at {entry.where}")
+            left.append(f"  {entry}")
             abandon(entry)
     return left
 

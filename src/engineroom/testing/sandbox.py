@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import time
-import weakref
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from sqlalchemy.engine import Engine
 
@@ -18,11 +16,9 @@ from ..engines import EngineRoom
 from ..errors import SandboxError
 from ..ledger import describe_held
 from ..manager import DatabaseSessionManager
-from . import background
+from .alone import Alone
 from .clones import Template
-from .facade import RawDriver, Stage
-from .outer import OuterTransaction
-from .redirect import Alone
+from .shared import Shared
 
 Isolation = Literal["transaction", "database"]
 
@@ -150,7 +146,7 @@ class Sandbox:
             )
         engine = room.engine(self._side)
         if self._isolation == "database" or engine.dialect.name == "sqlite":
-            self._inside = Alone(room, self._side, self._template)
+            self._inside = Alone(room, engine, self._template)
         else:
             self._inside = Shared(room, engine)
 
@@ -169,7 +165,7 @@ class Sandbox:
         """End what was left open inside; return where it was opened."""
         left = []
         for entry in self._room.ledger:
-            left.append(f"the {entry.kind} of {entry.owner}, opened at {entry.where}")
+            left.append(str(entry))
             entry.retire(
                 f"The sandbox ended before this {entry.kind}, which was opened at {entry.where}. "
                 "End it inside."
@@ -182,72 +178,3 @@ class Sandbox:
                 f"At the end of the sandbox there was still open: {'; '.join(left)}. It was rolled "
                 "back with everything. End it inside, as the application must, too."
             )
-
-
-class Shared:
-    """One transaction for all."""
-
-    def __init__(self, room: EngineRoom, engine: Engine) -> None:
-        self.has_begun: bool = False
-        self._room = room
-        self._outer = OuterTransaction(engine)
-        self._before: dict[Engine, tuple[Any, Any]] = {}  # pool and dialect, as they were
-
-    def begin(self) -> None:
-        """Begin, from a thread."""
-        background.submit(self._begin()).result()
-
-    async def abegin(self) -> None:
-        """Begin, from an event loop."""
-        await background.wait(self._begin())
-
-    async def _begin(self) -> None:
-        await self._outer.begin()
-        self.has_begun = True
-
-    def end(self) -> None:
-        """Roll back, from a thread."""
-        try:
-            background.submit(self._outer.end()).result()
-        finally:
-            self.restore()
-
-    async def aend(self) -> None:
-        """Roll back, from an event loop."""
-        try:
-            await background.wait(self._outer.end())
-        finally:
-            self.restore()
-
-    def take_in(self, engine: Engine, role: Role) -> None:
-        """Have an engine's connections be facades of the one."""
-        if engine not in self._before:
-            self._before[engine] = (engine.pool, engine.dialect)
-            engine.dialect = twin(self._outer.dialect, engine)
-            engine.pool = Stage(engine, self._room, role, self._outer)
-
-    def restore(self) -> None:
-        """Have the engines work as they did before."""
-        for engine, (pool, dialect) in self._before.items():
-            engine.pool, engine.dialect = pool, dialect
-        self._before.clear()
-
-
-# Kept from sandbox to sandbox: SQLAlchemy's compiled statements are remembered by dialect.
-_twins: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, Any]]
-_twins = weakref.WeakKeyDictionary()
-
-
-def twin(dialect: Any, engine: Engine) -> Any:
-    """Return a copy of the dialect of the one connection, for an engine of either side.
-
-    What is noted around its verbs elsewhere has no meaning here: those are as its class has them.
-    """
-    twins = _twins.setdefault(engine.dialect, weakref.WeakKeyDictionary())
-    if dialect not in twins:
-        twins[dialect] = made = copy.copy(dialect)
-        for name in [name for name in vars(made) if name.startswith("do_") or name == "connect"]:
-            delattr(made, name)
-        made.is_async = engine.dialect.is_async
-        made.get_driver_connection = lambda connection: RawDriver()
-    return twins[dialect]

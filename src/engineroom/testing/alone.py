@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy.engine import Engine, make_url
 
 from .. import drain
-from ..backends import Role, Side
+from ..backends import Role
 from ..engines import EngineRoom
 from .clones import CARELESS, Template, clones
 
@@ -17,11 +17,13 @@ from .clones import CARELESS, Template, clones
 class Alone:
     """A clone for all, until the end."""
 
-    def __init__(self, room: EngineRoom, side: Side, template: Template | None) -> None:
+    def __init__(self, room: EngineRoom, engine: Engine, template: Template | None) -> None:
         self.has_begun: bool = False
         self._room = room
-        self._side = side
+        self._url = engine.url
         self._template = template
+        # Where the database itself is the template, nobody may be connected to it.
+        self._needs_quiet = template is None and engine.dialect.name != "sqlite"
         self._stack = ExitStack()
         self._before: dict[Engine, tuple[Any, Any]] = {}  # pool, and the dialect's own `connect`
         self._database: str | None = None
@@ -38,17 +40,10 @@ class Alone:
             await drain.end_pools(self._room)
         await asyncio.to_thread(self._clone)
 
-    @property
-    def _needs_quiet(self) -> bool:
-        """Whether the database itself is the template, to which nobody may be connected."""
-        engine = self._room.engine(self._side)
-        return self._template is None and engine.dialect.name != "sqlite"
-
     def _clone(self) -> None:
         template = self._template
         if template is None:
-            url = self._room.engine(self._side).url
-            own = clones(url.set(drivername=url.get_backend_name()))
+            own = clones(self._url.set(drivername=self._url.get_backend_name()))
             template = self._stack.enter_context(own)
         url_of_clone = template.clone()
         self._stack.callback(template.discard, url_of_clone)
