@@ -20,7 +20,7 @@ test:  ## all tests but the long ones, on SQLite and throwaway PostgreSQL 16 and
 	@$(ROOM) demo tests -- python -m pytest --numprocesses 4 --dist loadfile $(ARGS)
 
 soak:  ## the long runs
-	@$(ROOM) tests -- python -m pytest -m soak tests $(ARGS)
+	@$(ROOM) tests -- python -m pytest -m soak $(ARGS)
 
 browser:  ## the shop's page in Chromium, which is installed where that can be done
 	@$(ROOM) browser -- python dev/browser.py
