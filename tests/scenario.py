@@ -12,6 +12,7 @@ Every warning is an error there, and a single line on stderr fails the scenario:
 from __future__ import annotations
 
 import asyncio
+import atexit
 import faulthandler
 import importlib
 import itertools
@@ -19,14 +20,17 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, NoReturn, TypeVar
 
 import psycopg
@@ -98,37 +102,118 @@ class Item(Model):
 def run(scenario: Callable[..., Any], *arguments: Any, deadline: int = DEADLINE) -> Any:
     """Run a scenario in a process of its own, and return what it returned."""
     call = json.dumps([scenario.__module__, scenario.__name__, deadline, arguments])
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-W", "error"),
-            # Python's own (3.12) about a thread beside the fork: the only one let through.
-            *("-W", "ignore:This process:DeprecationWarning"),
-            *(
-                "-c",
-                f"import sys; sys.path.insert(0, {str(HERE)!r}); import scenario; scenario.main()",
-            ),
-            call,
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # a group of its own: a hang is killed with its children
-    )
-    try:
-        out, err = process.communicate(timeout=deadline + 10)
-    finally:
+    place = json.dumps([str(Path.cwd()), dict(os.environ)])
+    with TemporaryFile("w+") as out, TemporaryFile("w+") as err:
+        code = nursery().run(place, call, out.fileno(), err.fileno(), deadline + 10)
+        out.seek(0)
+        err.seek(0)
+        printed, complaints = out.read(), err.read()
+    assert (code, complaints) == (0, ""), f"exit code {code}\n{printed}\n{complaints}"
+    return json.loads(printed)
+
+
+@cache
+def nursery() -> Nursery:
+    """Return the one of this process."""
+    return Nursery()
+
+
+class Nursery:
+    """Forks a process for each scenario, which then need not import everything once more.
+
+    It has imported what most of them need, and has no manager, no loop and no thread.
+    """
+
+    def __init__(self) -> None:
+        self._socket, theirs = socket.socketpair()
+        code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import scenario; scenario.serve()"
+        # Python's own (3.12) about a thread beside the fork: the only one let through.
+        warnings = ("-W", "error", "-W", "ignore:This process:DeprecationWarning")
+        self._process = subprocess.Popen(
+            [sys.executable, *warnings, "-c", code], stdin=theirs, start_new_session=True
+        )
+        theirs.close()
+        atexit.register(self.end)
+
+    def run(self, place: str, call: str, out: int, err: int, deadline: int) -> int:
+        """Run a scenario with these files for its output; return its exit code."""
+        self._socket.settimeout(DEADLINE)
+        messages = [place.encode(), call.encode()]
+        sizes = b"".join(len(message).to_bytes(4) for message in messages)
+        socket.send_fds(self._socket, [sizes], [out, err])
+        self._socket.sendall(b"".join(messages))
+        group = self._receive()
         try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        process.wait()
-    assert (process.returncode, err) == (0, ""), f"exit code {process.returncode}\n{out}\n{err}"
-    return json.loads(out)
+            self._socket.settimeout(deadline)
+            code = self._receive()
+            until(lambda: is_alive(group), lambda alive: not alive)  # its children as well
+            return code
+        except BaseException:  # the next scenario gets another one, which owes no answer
+            nursery.cache_clear()
+            with suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
+            self.end()
+            raise
+
+    def _receive(self) -> int:
+        data = self._socket.recv(4)
+        assert data, "the nursery has ended"
+        return int.from_bytes(data, signed=True)
+
+    def end(self) -> None:
+        """Have it end, and wait for that."""
+        atexit.unregister(self.end)
+        self._socket.close()
+        self._process.wait()
 
 
-def main() -> None:
-    """Stand at the other end of `run`."""
-    module, name, deadline, arguments = json.loads(sys.argv[1])
+def is_alive(group: int) -> bool:
+    """Whether any process of a group is there."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def serve() -> None:
+    """Stand at the other end of a `Nursery`; in each fork, return when its scenario has run."""
+    for module in ("aiosqlite", "asyncpg", "psycopg2", "uvloop"):
+        importlib.import_module(module)
+    asked = socket.socket(fileno=os.dup(0))
+    while True:
+        sizes, files, _, _ = socket.recv_fds(asked, 8, 2)
+        if not sizes:
+            return
+        place, call = (
+            asked.recv(int.from_bytes(size), socket.MSG_WAITALL) for size in (sizes[:4], sizes[4:])
+        )
+        pid = os.fork()
+        if pid == 0:
+            os.setsid()
+            asked.close()
+            for number, file in enumerate([os.open(os.devnull, os.O_RDONLY), *files]):
+                os.dup2(file, number)
+                os.close(file)
+            folder, environment = json.loads(place)
+            os.chdir(folder)
+            os.environ.clear()
+            os.environ.update(environment)
+            main(call)
+            return
+        for file in files:
+            os.close(file)
+        try:
+            asked.sendall(pid.to_bytes(4))
+            _, status = os.waitpid(pid, 0)
+            asked.sendall(os.waitstatus_to_exitcode(status).to_bytes(4, signed=True))
+        except BrokenPipeError:  # who asked has given up
+            return
+
+
+def main(call: bytes) -> None:
+    """Run the scenario, and print what it returned."""
+    module, name, deadline, arguments = json.loads(call)
     faulthandler.enable()
     faulthandler.register(signal.SIGALRM, all_threads=True, chain=True)  # shows where it hangs
     signal.alarm(deadline)
