@@ -27,11 +27,10 @@ from .cancellation import settle
 from .engines import EngineRoom
 from .errors import NotEntered, SessionClosed, SyncInAsync, SyncInAsyncWarning, WrongWith
 from .hooks import Hooks
-from .ledger import Entry, applications_line, is_inside, is_known_to_a_thread, place
+from .ledger import Entry, applications_line, is_known_to_a_thread, place
 from .lending import forfeit
 from .retiring import ENDED, retire
 from .sessions import Guarded, in_use, recall
-from .slots import Reservation
 from .statements import permit_of
 
 logger: logging.Logger = logging.getLogger("engineroom")
@@ -291,84 +290,6 @@ class SessionScope(SyncScope[Session]):
         return session
 
 
-class FrameworkScope(SessionScope):
-    """A session that a framework ends, whichever thread or event loop used it last."""
-
-    __slots__ = ()
-
-    def can_end(self) -> bool:
-        """Whether somebody may still leave it."""
-        return True
-
-    def may_be_elsewhere(self) -> bool:
-        """Whether its thread may serve another by now: not before the framework has left it."""
-        return False
-
-
-class HandedScope(FrameworkScope):
-    """A synchronous session that a framework hands from thread to thread, for one request.
-
-    It is entered and left on the framework's event loop; statements and its end run in threads.
-    """
-
-    __slots__ = ("_reservation",)
-
-    def open(self) -> Session:
-        """Open the session; no thread has it yet."""
-        self._reservation: Reservation | None = None
-        session = self.__enter__()
-        self.thread: int = 0
-        self.task: asyncio.Task[Any] | None = None
-        return session
-
-    @property
-    def holder(self) -> Any:
-        """The request: its threads change."""
-        return self.request
-
-    def mind_the_loop(self) -> None:
-        """Let it be opened there: what matters is where it is used."""
-
-    @property
-    def has_work(self) -> bool:
-        """Whether its end sends anything, or calls what may."""
-        return self.hooks is not None or self._resource.in_transaction()
-
-    async def reserve(self) -> None:
-        """Wait on the event loop for the permit of its first connection, instead of in a thread.
-
-        Raises:
-            PoolExhausted: none came free in time.
-            PoolDeadlock: none ever would.
-        """
-        pool: Any = self._room.engine(*self._target[:2]).pool
-        self._reservation = await pool.reserve(self)
-
-    def move_here(self) -> None:
-        """Note that a thread goes on with the session; it takes what was reserved."""
-        if asyncio._get_running_loop() is not None:
-            line = applications_line()
-            mind_the_loop(
-                self._room, self.kind, *line, "Declare AsyncSessionDep there, or write def"
-            )
-        super().move_here()
-        if self._reservation is not None:
-            self._reservation.hand_to(self.thread)
-
-    async def leave_threads(self) -> None:
-        """Have the thread that is left alone with the session leave it, and its statement end."""
-        session = self._resource
-        while is_inside(self.thread, session):
-            self.retire(f"{self.request} was cancelled. What a thread does for it ends here.")
-            await asyncio.to_thread(self._room.interrupt, self)
-            await asyncio.sleep(0.01)
-
-    def _leave(self) -> None:
-        super()._leave()
-        if self._reservation is not None:
-            self._reservation.cancel()
-
-
 class AsyncSessionScope(AsyncScope[AsyncSession]):
     """A session and its transaction. Nothing is sent before its first statement."""
 
@@ -415,6 +336,13 @@ async def cut_off(session: Guarded, task: asyncio.Task[Any]) -> None:
     task.cancel("its session came to the end of its scope")
     while session._call_in_flight() is not None:  # noqa: ASYNC110  # nothing announces it
         await asyncio.sleep(0.001)
+
+
+def triple(
+    error: BaseException | None,
+) -> tuple[type[BaseException] | None, BaseException | None, TracebackType | None]:
+    """Return what an exit is called with."""
+    return (None, None, None) if error is None else (type(error), error, error.__traceback__)
 
 
 class ConnectScope(SyncScope[Connection]):

@@ -153,6 +153,12 @@ def in_use(scope: Entry, other: asyncio.Task[Any]) -> SessionInUse:
     )
 
 
+def is_open(session: Any) -> bool:
+    """Whether the scope of a session, of either side, has not ended yet."""
+    scope: Entry | None = getattr(getattr(session, "sync_session", session), "_scope", None)
+    return scope is not None and scope.is_open
+
+
 @cache
 def guarded(session_class: Any) -> type[Guarded]:
     """Return the session class with `Guarded` in front."""
