@@ -6,6 +6,8 @@ import asyncio
 import inspect
 import logging
 import sys
+import threading
+import time
 import warnings
 import weakref
 from collections.abc import Coroutine
@@ -25,12 +27,19 @@ from sqlalchemy.util import greenlet_spawn
 from .backends import Role, Side
 from .cancellation import settle
 from .engines import EngineRoom
-from .errors import NotEntered, SessionClosed, SyncInAsync, SyncInAsyncWarning, WrongWith
+from .errors import (
+    NotEntered,
+    SessionClosed,
+    SessionInUse,
+    SyncInAsync,
+    SyncInAsyncWarning,
+    WrongWith,
+)
 from .hooks import Hooks
-from .ledger import Entry, applications_line, is_known_to_a_thread, place
+from .ledger import REQUEST, Entry, applications_line, is_inside, is_known_to_a_thread, place
 from .lending import forfeit
 from .retiring import ENDED, retire
-from .sessions import Guarded, in_use, recall
+from .sessions import Guarded, in_use, recall, used_by_another_thread
 from .statements import permit_of
 
 logger: logging.Logger = logging.getLogger("engineroom")
@@ -72,10 +81,12 @@ class Scope(Entry):
 
     def stand_at(self, function: Any) -> None:
         """Take the first line of this function for the caller's: a framework calls for it."""
-        function = inspect.unwrap(function)
-        while isinstance(function, partial):
-            function = inspect.unwrap(function.func)
-        code = getattr(function, "__code__", None)
+        code = None if hasattr(function, "__wrapped__") else getattr(function, "__code__", None)
+        if code is None:  # (a plain function, as most are, is spared the search at each request)
+            function = inspect.unwrap(function)
+            while isinstance(function, partial):
+                function = inspect.unwrap(function.func)
+            code = getattr(function, "__code__", None)
         if code is None:  # an object that is called
             code = getattr(type(function).__call__, "__code__", None)
         # A class that is an endpoint shows no line: the one that asks is in it.
@@ -91,6 +102,12 @@ class Scope(Entry):
             retire(opened.sync_connection, why)
         elif opened is not None:
             retire(opened, why)
+
+    @property
+    def stands_alone(self) -> bool:
+        """Whether each of its statements does, outside of a transaction."""
+        _, role, _, isolation_level = self._target
+        return role is Role.READER or isolation_level == "AUTOCOMMIT"
 
     def _bind(self) -> Any:
         """Return what the session or connection binds to, if the manager is open."""
@@ -165,6 +182,7 @@ class SyncScope(Scope, Generic[R]):
         """Commit, or roll back on any exception; then close for good."""
         if self.is_open:
             self.is_open: bool = False  # at once: nobody else ends it now
+            overlap = None if self.thread == threading.get_ident() else self._cut_off_thread()
             failed = self._must_fail(error)
             try:
                 finish(self._resource, failed, self.connection)
@@ -178,7 +196,19 @@ class SyncScope(Scope, Generic[R]):
                 if self.hooks is not None:
                     self._take_hooks().run(failed)
             if self.obituary and error is None:  # it must not pass for a success
-                raise SessionClosed(self.obituary)
+                raise overlap or SessionClosed(self.obituary)
+
+    def _cut_off_thread(self) -> SessionInUse | None:
+        """Have another thread that is in the middle of a call leave it; it cannot go on."""
+        session = self._resource
+        if not is_inside(self.thread, session):
+            return None
+        overlap = used_by_another_thread(self)
+        self.retire(str(overlap))
+        while is_inside(self.thread, session):
+            self._room.interrupt(self)
+            time.sleep(0.01)
+        return overlap
 
     def is_in_use(self) -> bool:
         """Whether a thread is in the function that opened it, or in the middle of a call on it."""
@@ -280,14 +310,25 @@ class SessionScope(SyncScope[Session]):
         session._scope = self
         return session
 
-    def loose(self) -> Session:
-        """Return a session that no scope ends: its caller does."""
+
+class LooseScope(SessionScope):
+    """Stands for a session that its caller ends: whose it is, and which line asked for it."""
+
+    __slots__ = ()
+
+    def open(self) -> Session:
+        """Open the session; the ledger does not know it."""
         engine = self._bind()
         if asyncio._get_running_loop() is not None:
-            mind_the_loop(self._room, self.kind, self.code, self.line)
-        session = self._room.new_session(engine)
+            self.mind_the_loop()
+        session = self._open(engine)
+        self.request = REQUEST.get()
+        self.move_here()
         self._room.loose.add(session)
         return session
+
+    def hold(self, connection: PoolProxiedConnection) -> None:
+        """Leave the connection its thread's: nobody is inside of this scope."""
 
 
 class AsyncSessionScope(AsyncScope[AsyncSession]):
