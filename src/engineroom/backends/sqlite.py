@@ -160,7 +160,7 @@ class SQLite:
             try:
                 execute(cursor, statement, parameters, context)
             except busy as error:
-                raise
+                execute(waiting(cursor, error, context), statement, parameters, context)
 
         def patient(execute: Callable[..., None]) -> Callable[..., None]:
             """Wrap one of its siblings, whose last argument is the context, too."""
