@@ -614,7 +614,7 @@ def test_a_statement_that_stands_alone_waits_for_the_lock(sqlite_url: str, many:
         async with manager.connect(isolation_level="AUTOCOMMIT") as db:
             with locked(sqlite_url):
                 writing = asyncio.create_task(db.execute(insert(Item), rows))
-                while not waits_for_the_lock(manager):
+                while not writing.done() and not waits_for_the_lock(manager):
                     await asyncio.sleep(0.01)
                 assert not writing.done()
             await writing
