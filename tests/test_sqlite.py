@@ -618,7 +618,7 @@ def test_a_statement_that_stands_alone_waits_for_the_lock(sqlite_url: str, many:
                     await asyncio.sleep(0.01)
                 assert not writing.done()
             await writing
-        async with manager.session() as db:  # over the same connection, as it always is
+        async with manager.session(read_only=True) as db:  # over the same connection
             assert await db.scalar(text("PRAGMA busy_timeout")) > 0
             assert len((await db.scalars(select(Item.id))).all()) == (2 if many else 1)
         await manager.close()

@@ -340,7 +340,7 @@ def describe(permit: Any, now: float) -> Holder | None:
     else:
         doing = "idle" if entry is None or entry.stands_alone else "idle in transaction"
         doing = f"{doing} for {seconds:.1f} s"
-        if permit.options.get("stream_results") or permit.options.get("yield_per"):
+        if permit.options.get("stream_results"):  # (`yield_per` sets it as well)
             # Rows are fetched without a statement that could be noted.
             doing = f"in a stream, or {doing}: {shorten(statement)}"
     return Holder(
