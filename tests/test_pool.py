@@ -128,6 +128,9 @@ def test_what_stands_alone_or_streams_is_not_called_idle_in_transaction(driver_u
             await stream.close()
             await db.execute(text("SELECT 1"))
             assert doing().startswith("idle in transaction for ")
+            await (await db.stream(text("SELECT 1"))).close()
+        async with manager.connect():  # over the same connection
+            assert doing().startswith("idle in transaction for ")
         await manager.close()
 
     manager = DatabaseSessionManager().init(driver_url)
