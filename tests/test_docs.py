@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -53,17 +54,19 @@ def test_the_exception_tree_in_the_docstring_is_the_tree() -> None:
     assert drawn == {each.__name__ for each in error_classes()}
 
 
-@pytest.mark.parametrize("page", ["asgi.md", "fastapi.md", "flask.md", "litestar.md"])
-def test_a_new_users_path_is_what_the_page_says(page: str, tmp_path: Path) -> None:
-    """Its first block is `app.py`; its shell block starts that, and sends the first requests."""
+PAGES = ["asgi.md", "fastapi.md", "flask.md", "litestar.md"]
+
+
+def walk(page: str, folder: Path, python: Path) -> None:
+    """Go a new user's way: the page's first block is `app.py`, its shell block starts that."""
     told = (DOCS / page).read_text()
-    (tmp_path / "app.py").write_text(re.findall(r"```python\n(.*?)```", told, re.DOTALL)[0])
+    (folder / "app.py").write_text(re.findall(r"```python\n(.*?)```", told, re.DOTALL)[0])
     start, *calls = re.findall(r"```sh\n(.*?)```", told, re.DOTALL)[0].splitlines()
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", *start.split(), "--port", str(port)]
+    command = [str(python), "-m", *start.split(), "--port", str(port)]
     for sent in (calls, calls[-1:]):  # and it is started again the next day
-        with started(command, tmp_path, port):
+        with started(command, folder, port):
             for call in sent:
                 host, _, path = call.split()[-1].strip("'").partition("/")
                 assert host.startswith("localhost:")
@@ -71,6 +74,27 @@ def test_a_new_users_path_is_what_the_page_says(page: str, tmp_path: Path) -> No
                 answer = httpx.request(method, f"http://127.0.0.1:{port}/{path}")
                 assert answer.status_code < 300, answer.text
             assert "valve" in answer.text
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_new_users_path_is_what_the_page_says(page: str, tmp_path: Path) -> None:
+    walk(page, tmp_path, Path(sys.executable))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("page", PAGES)
+def test_what_the_page_installs_is_all_that_its_path_needs(page: str, tmp_path: Path) -> None:
+    """The built wheel in an environment of its own, by the page's own line."""
+    python, wheels = tmp_path / "venv" / "bin" / "python", tmp_path / "wheels"
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    pip = [str(python), "-m", "pip"]
+    subprocess.run([*pip, "wheel", "--no-deps", "-w", wheels, DOCS.parent], check=True)
+    (wheel,) = wheels.glob("*.whl")
+    line = re.findall(r"^pip install (.*)$", (DOCS / page).read_text(), re.MULTILINE)[0]
+    wanted = re.sub(r"(engineroom\[.*?\])", rf"\1@{wheel.as_uri()}", line)
+    subprocess.run([*pip, "install", *shlex.split(wanted)], check=True)
+    (tmp_path / "shop").mkdir()
+    walk(page, tmp_path / "shop", python)
 
 
 @contextmanager

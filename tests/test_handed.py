@@ -19,8 +19,8 @@ from engineroom import DatabaseSessionManager
 from engineroom.backends import Role
 from engineroom.cancellation import settle
 from engineroom.errors import PoolDeadlock, PoolExhausted
+from engineroom.handed import HandedScope
 from engineroom.ledger import REQUEST, Request
-from engineroom.scopes import HandedScope
 from engineroom.slots import WAITING, Permit, Reservation, Slots
 
 LONG = 60.0  # seconds: a test that waited for it would not end

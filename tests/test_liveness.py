@@ -14,6 +14,7 @@ import pytest
 from scenario import in_threads, run, run_on, server, until
 from sqlalchemy import text
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import OperationalError
 
 from engineroom import Database, DatabaseSessionManager
 from engineroom.testing import PostgresServer, WireProxy
@@ -184,6 +185,43 @@ def test_a_restarted_server_costs_no_unit_an_error(pg16: PostgresServer) -> None
         asyncio.run(main("psycopg"))
     finally:
         pg16.drop_database(name)
+
+
+# -- a server that is frozen -------------------------------------------------------------------
+
+
+@every_sync_driver
+def test_a_frozen_server_is_not_asked_for_ever(pg16: PostgresServer, driver: str) -> None:
+    """It keeps its connections, so no keepalive notices, and neither driver gives up by itself."""
+    name = pg16.create_database()
+    told: list[BaseException] = []
+    with Database(pg16.url(name, driver), pool_timeout=1, pool_pre_ping=True) as door:
+
+        def unit() -> None:
+            with door.session() as db:
+                assert db.scalar(text("SELECT 42")) == 42
+
+        def unit_in_vain() -> None:
+            try:
+                unit()
+            except OperationalError as error:
+                told.append(error)
+
+        unit()
+        pg16.freeze()
+        try:
+            asking = threading.Thread(target=unit_in_vain, daemon=True)
+            asking.start()
+            asking.join(20)  # 1 s for the question, and libpq's least 2 s for another connection
+            is_stuck = asking.is_alive()
+        finally:
+            pg16.thaw()
+        asking.join()
+        assert not is_stuck
+        assert len(told) == 1
+        assert door.stats().pools[0].lent == 0
+        unit()
+    pg16.drop_database(name)
 
 
 # -- what the question costs -------------------------------------------------------------------

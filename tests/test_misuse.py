@@ -835,6 +835,36 @@ def test_a_session_used_in_the_middle_of_another_threads_call(manager: Any, use:
         assert sorted(db.scalars(select(Thing.name))) == ["a", "b"]
 
 
+def test_a_session_of_get_session_in_the_middle_of_another_threads_call(manager: Any) -> None:
+    """Its caller ends it, and it is one thread's at a time all the same."""
+    caught: list[BaseException] = []
+
+    def intrude() -> int:
+        thread = threading.Thread(target=use, name="intruder")
+        thread.start()
+        thread.join()
+        return 7
+
+    def use() -> None:
+        try:
+            db.execute(text("SELECT 1"))
+        except BaseException as error:
+            caught.append(error)
+
+    with manager.sync.get_session() as db:
+        line = sys._getframe().f_lineno - 1
+        db.connection().connection.driver_connection.create_function("intrude", 0, intrude)
+        assert db.scalar(text("SELECT intrude()")) == 7
+        words = ("intruder", "thread MainThread", f"test_misuse.py:{line}", "open one in each")
+        assert_teaches(caught[0], errors.SessionInUse, *words)
+        use()
+        in_threads(1, lambda _: use())  # one after another is fine
+        db.commit()
+    assert len(caught) == 1
+    with pytest.raises(errors.SessionClosed, match=f"opened at .*test_misuse.py:{line}"):
+        db.execute(text("SELECT 1"))
+
+
 def test_an_async_session_used_in_another_threads_loop(manager: Any) -> None:
     async def use(db: AsyncSession) -> None:
         await db.execute(text("SELECT 1"))

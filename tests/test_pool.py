@@ -22,7 +22,13 @@ from sqlalchemy import event, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from engineroom import Database, DatabaseSessionManager
-from engineroom.errors import ConnectTimeout, PoolDeadlock, PoolExhausted, PoolTimeout
+from engineroom.errors import (
+    ConnectTimeout,
+    InvalidOption,
+    PoolDeadlock,
+    PoolExhausted,
+    PoolTimeout,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::engineroom.SyncInAsyncWarning")
 
@@ -103,6 +109,50 @@ def test_exhaustion_says_who_holds_since_when_from_which_line_and_what_it_does(
 async def one(manager: DatabaseSessionManager) -> Any:
     async with manager.session() as db:
         return await db.scalar(text("SELECT 1"))
+
+
+def test_what_stands_alone_or_streams_is_not_called_idle_in_transaction(driver_url: str) -> None:
+    def doing() -> str:
+        (said,) = [holder.doing for pool in manager.stats().pools for holder in pool.holders]
+        return said
+
+    async def main() -> None:
+        async with manager.connect(isolation_level="AUTOCOMMIT") as connection:
+            await connection.execute(text("SELECT 1"))
+            assert doing().startswith("idle for ")
+        async with manager.session() as db:
+            stream = await db.stream(text("SELECT *\n FROM generate_series(1, 10000)"))
+            await anext(stream)
+            assert doing().startswith("in a stream, or idle in transaction for ")
+            assert doing().endswith(": SELECT * FROM generate_series(1, 10000)")
+            await stream.close()
+            await db.execute(text("SELECT 1"))
+            assert doing().startswith("idle in transaction for ")
+            await (await db.stream(text("SELECT 1"))).close()
+        async with manager.connect():  # over the same connection
+            assert doing().startswith("idle in transaction for ")
+        await manager.close()
+
+    manager = DatabaseSessionManager().init(driver_url)
+    with manager.sync_session() as db:
+        rows = db.execute(text("SELECT 1"), execution_options={"yield_per": 10})
+        assert doing().startswith("in a stream, or ")
+        rows.close()
+    asyncio.run(main())
+
+
+def test_an_isolation_level_that_is_none_takes_no_connection(url: str) -> None:
+    with opened(url, **ONE) as manager:
+        for verb in ("session", "connect"):
+            with (
+                pytest.raises(InvalidOption, match="'FOO'.*SERIALIZABLE") as caught,
+                getattr(manager.sync, verb)(isolation_level="FOO"),
+            ):
+                pass
+            assert caught.value.__traceback__  # what it holds is held on to
+            assert [pool.lent for pool in manager.stats().pools] == [0]
+            with getattr(manager.sync, verb)(isolation_level="READ_UNCOMMITTED") as db:
+                db.execute(text("SELECT 1"))  # as SQLAlchemy has it, too
 
 
 def test_whoever_asked_the_engine_itself_is_named_too(url: str) -> None:
@@ -540,6 +590,22 @@ def test_a_slow_checkout_of_a_thread_is_reported(
             db.execute(text("SELECT 1"))
             time.sleep(0.1)
         assert len(slow_lines(caplog, line)) == 1
+
+
+def test_who_fills_the_pool_is_not_slow(
+    url: str, caplog: pytest.LogCaptureFixture, eventually: Callable[[Callable[[], object]], None]
+) -> None:
+    with opened(url, pool_min=3, slow_checkout="50ms") as manager:
+
+        @event.listens_for(manager.sync_engine, "connect")
+        def connect(*args: object) -> None:
+            time.sleep(0.1)  # what was opened before is held meanwhile
+
+        with caplog.at_level(logging.WARNING, "engineroom"):
+            with manager.sync.session(read_only=True) as db:
+                db.execute(text("SELECT 1"))
+            eventually(lambda: manager.sync.stats().pools[0].idle == 3)
+        assert [said for said in caplog.messages if "engineroom-fill" in said] == []
 
 
 # -- the report ----------------------------------------------------------------------------------

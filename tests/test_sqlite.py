@@ -543,20 +543,32 @@ def doing(manager: DatabaseSessionManager) -> list[str]:
 
 
 def waits_for_the_lock(manager: DatabaseSessionManager) -> bool:
-    """Whether a writer has sent its BEGIN, and has had no answer for a while."""
+    """Whether a writer has sent its first statement, and has had no answer for a while."""
     return any(
-        words.endswith(": BEGIN IMMEDIATE") and not words.startswith("running for 0.0 s")
+        words.startswith("running for ")
+        and ("BEGIN IMMEDIATE" in words or "INSERT" in words)
+        and not words.startswith("running for 0.0 s")
         for words in doing(manager)
     )
 
 
-def cancelled_writer(url: str, loop: str, verb: str, how: str) -> None:
+OPTIONS: dict[str, dict[str, Any]] = {
+    "alone": {"verb": "session", "isolation_level": "AUTOCOMMIT"},
+    "connect alone": {"verb": "connect", "isolation_level": "AUTOCOMMIT"},
+    "session": {"verb": "session"},
+    "connect": {"verb": "connect"},
+}
+
+
+def cancelled_writer(url: str, loop: str, writer: str, how: str) -> None:
+    options = dict(OPTIONS[writer])
+    verb = options.pop("verb")
     manager = opened(url, pool_size=2, max_overflow=0)
 
     async def write() -> None:
         async with (
             asyncio.timeout(0.3 if how == "timeout" else None),
-            getattr(manager, verb)() as db,
+            getattr(manager, verb)(**options) as db,
         ):
             await db.execute(insert(Item).values(id=1))
 
@@ -585,12 +597,44 @@ def cancelled_writer(url: str, loop: str, verb: str, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["cancel", "timeout"])
-@pytest.mark.parametrize("verb", ["session", "connect"])
+@pytest.mark.parametrize("writer", OPTIONS)
 @pytest.mark.parametrize("loop", LOOPS)
 def test_a_cancelled_writer_does_not_wait_for_the_lock(
-    sqlite_url: str, loop: str, verb: str, how: str
+    sqlite_url: str, loop: str, writer: str, how: str
 ) -> None:
-    run(cancelled_writer, sqlite_url, loop, verb, how)
+    run(cancelled_writer, sqlite_url, loop, writer, how)
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_a_statement_that_stands_alone_waits_for_the_lock(sqlite_url: str, many: bool) -> None:
+    manager = opened(sqlite_url, pool_size=1, max_overflow=0)
+    rows = [{"id": 1}, {"id": 2}] if many else {"id": 1}
+
+    async def main() -> None:
+        async with manager.connect(isolation_level="AUTOCOMMIT") as db:
+            with locked(sqlite_url):
+                writing = asyncio.create_task(db.execute(insert(Item), rows))
+                while not writing.done() and not waits_for_the_lock(manager):
+                    await asyncio.sleep(0.01)
+                assert not writing.done()
+            await writing
+        async with manager.session(read_only=True) as db:  # over the same connection
+            assert await db.scalar(text("PRAGMA busy_timeout")) > 0
+            assert len((await db.scalars(select(Item.id))).all()) == (2 if many else 1)
+        await manager.close()
+
+    asyncio.run(main())
+
+
+def test_a_statement_that_stands_alone_gives_up_after_the_busy_timeout(sqlite_url: str) -> None:
+    manager = opened(sqlite_url, busy_timeout=0.1)
+    with (
+        manager.sync.connect(isolation_level="AUTOCOMMIT") as db,
+        locked(sqlite_url),
+        pytest.raises(OperationalError, match="database is locked"),
+    ):
+        db.execute(insert(Item), {"id": 1})
+    manager.sync.close()
 
 
 def given_up(url: str, options: dict[str, Any]) -> None:

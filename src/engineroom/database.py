@@ -14,7 +14,7 @@ from sqlalchemy.orm import DeclarativeBase, Session
 from . import drain, models
 from .backends import Role, Side
 from .engines import EngineRoom, Stats
-from .scopes import ConnectScope, SessionScope
+from .scopes import ConnectScope, LooseScope, SessionScope
 from .settings import Options
 
 
@@ -81,7 +81,8 @@ class Database:
 
         Args:
             read_only: Begin a transaction in which the server refuses writes.
-            isolation_level: Of this transaction, as SQLAlchemy names it ("SERIALIZABLE").
+            isolation_level: Of this transaction, as SQLAlchemy names it ("SERIALIZABLE"). One that
+                the database does not have is an `InvalidOption` at the scope's enter.
         """
         return SessionScope(self._room, "session", Role.PRIMARY, read_only, isolation_level)
 
@@ -163,8 +164,7 @@ class Database:
 
     def get_session(self) -> Session:
         """Return a new session, which the caller commits and closes."""
-        place = SessionScope(self._room, "get_session")  # never entered: it knows the caller's line
-        return place.loose()
+        return LooseScope(self._room, "get_session").open()
 
     @classmethod
     def get_base(cls) -> type[DeclarativeBase]:

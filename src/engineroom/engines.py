@@ -170,13 +170,18 @@ class EngineRoom:
     def bind(
         self, side: Side, role: Role, read_only: bool = False, isolation_level: str | None = None
     ) -> Any:
-        """Return what a session binds to: the engine, or it with options; the pool is the same."""
+        """Return what a session binds to: the engine, or it with options; the pool is the same.
+
+        Raises:
+            InvalidOption: the database has no such isolation level.
+        """
         key = (side, role, read_only, isolation_level)
         bind = self.binds.get(key)
         if bind is None:
             engine = self.engine(side, role)
             options = self.backend.read_only_options() if read_only else {}
             if isolation_level is not None:
+                mind_isolation_level(engine, isolation_level)
                 options["isolation_level"] = isolation_level
             if options:
                 engine = engine.execution_options(**options)
@@ -433,6 +438,20 @@ def dump_on(number: signal.Signals) -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def mind_isolation_level(engine: Engine, name: str) -> None:
+    """Refuse an isolation level that the database does not have, before a connection is taken.
+
+    Raises:
+        InvalidOption: it has others.
+    """
+    known = engine.dialect.get_isolation_level_values(None)  # type: ignore[arg-type]  # ours ask none
+    if str(name).replace("_", " ") not in known:
+        raise InvalidOption(
+            f"isolation_level={name!r} cannot be used: {engine.dialect.name} has "
+            f"{', '.join(sorted(known))}. Write one of these."
+        )
 
 
 def discard(connection: PoolProxiedConnection, cursor: DBAPICursor | None) -> None:

@@ -8,43 +8,35 @@ import sys
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from traceback import walk_stack
-from types import TracebackType
-from typing import Annotated, Any, TypeGuard, TypeVar
+from typing import Annotated, Any, TypeVar
 
-import anyio
-import anyio.to_thread
-from anyio.lowlevel import checkpoint_if_cancelled
 from fastapi import Depends, HTTPException, WebSocket
 from fastapi.requests import HTTPConnection
 from fastapi.websockets import WebSocketState
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from .asgi import (
-    BUSY,
-    EXCHANGE_KEY,
-    RETRY_AFTER,
-    SESSIONS_KEY,
-    ASGIScope,
-    Exchange,
-    is_application,
-    is_success,
-    lifespan,
-    log_refusal,
-    mind_manager,
-    pool_exhausted,
-    request_of,
-    stand_at_endpoint,
-    triple,
-)
+from .arguments import mind_manager
 from .backends import Role
-from .cancellation import settle
 from .database import Database
 from .errors import NotInitialized, OutsideRequest, PoolExhausted
-from .ledger import REQUEST, Request
+from .exchange import deciding_by_status, is_application
+from .handed import HandedScope
+from .ledger import REQUEST
+from .lifespans import lifespan
 from .manager import DatabaseSessionManager, session_manager
-from .patrol import Message
-from .scopes import AsyncSessionScope, HandedScope
+from .refusals import BUSY, RETRY_AFTER, log_refusal, pool_exhausted
+from .requests import (
+    SESSIONS_KEY,
+    ASGIScope,
+    Exit,
+    Message,
+    end_before_close,
+    request_of,
+    stand_at_endpoint,
+)
+from .scopes import AsyncSessionScope
+from .sessions import is_open
 
 __all__ = [
     "AsyncSessionDep",
@@ -57,8 +49,6 @@ __all__ = [
     "lifespan",
     "session_dependency",
 ]
-
-WEBSOCKETS_ENDS = ("websocket.close", "websocket.http.response.start")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -144,20 +134,13 @@ def session_dependency(
     async def give(connection: HTTPConnection, stack: AsyncExitStack | None) -> Any:
         sessions = connection.scope.setdefault(SESSIONS_KEY, {})
         if stack is not None and not is_open(sessions.get(key)):
-            exchange = deciding_by_status(connection)
-            if exchange is not None:
-                exchange.mind_the_end()
-            before = REQUEST.get()
-            request_of(connection.scope)
             opening = scope_class(room, kind, role)
-            stand_at_endpoint(opening, connection.scope)
-            sessions[key] = open_session(opening)
-            if exchange is None:
-                enlist(connection, stack, opening, before)
-            else:
-                enlist_in(exchange, opening, before)
+            sessions[key] = open_between(connection, stack, opening)
             if isinstance(opening, HandedScope):
-                await reserve(opening)
+                try:
+                    await opening.reserve()
+                except PoolExhausted as error:
+                    refuse(error)
         return sessions[key]
 
     # FastAPI always gives it, and wants its plain type; who calls it otherwise is told below.
@@ -195,166 +178,64 @@ ReaderDep = Annotated[AsyncSession, Depends(get_reader)]
 SessionDep = Annotated[Session, Depends(get_sync_db)]
 
 
-def open_session(opening: AsyncSessionScope | HandedScope) -> AsyncSession | Session:
-    """Open a scope; an application whose manager is not open is told where to open it."""
+def open_between(
+    connection: HTTPConnection, stack: AsyncExitStack, opening: AsyncSessionScope | HandedScope
+) -> AsyncSession | Session:
+    """Open a request's session, which ends between its endpoint and its response."""
+    exchange = deciding_by_status(connection.scope)
+    if exchange is not None:
+        exchange.mind_the_end()
+    before = REQUEST.get()
+    request_of(connection.scope)
+    stand_at_endpoint(opening, connection.scope)
     try:
-        return opening.open()
+        session = opening.open()
     except NotInitialized as error:
         raise NotInitialized(
             f"{error.message} With FastAPI: from engineroom.fastapi import lifespan, then "
             "FastAPI(lifespan=lifespan()). (A TestClient runs the lifespan when it is entered: "
             "with TestClient(app) as client: …)"
         ) from None
-
-
-def is_open(session: AsyncSession | Session | None) -> bool:
-    """Whether a session's scope has not ended yet."""
-    scope: Any = getattr(getattr(session, "sync_session", session), "_scope", None)
-    return scope is not None and bool(scope.is_open)
+    leave = opening.leave if isinstance(opening, HandedScope) else opening.__aexit__
+    if exchange is None:
+        stack.callback(REQUEST.set, before)
+        enlist(connection, stack, opening, leave)
+    else:  # it sees the status before the response starts
+        exchange.stack.callback(REQUEST.set, before)
+        exchange.enlist(opening, leave)
+    return session
 
 
 def enlist(
     connection: HTTPConnection,
     stack: AsyncExitStack,
     opening: AsyncSessionScope | HandedScope,
-    before: Request | None,
+    leave: Exit,
 ) -> None:
     """Have the session end when the endpoint has returned, before there is a response.
 
     Args:
-        before: What the context named as the request before this one.
+        leave: What ends it.
     """
+    socket = connection if isinstance(connection, WebSocket) else None
     closes: list[Message] = []  # of a WebSocket, that wait for the end
 
-    async def end(
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def end(kind: Any, error: BaseException | None, traceback: Any) -> None:
         try:
-            await leave(opening, kind, error, traceback)
+            await leave(kind, error, traceback)
         except Exception as failure:
-            if is_connected(connection):
-                await connection.close(1011)  # internal error; the server would just hang up
+            if socket is not None and socket.application_state is WebSocketState.CONNECTED:
+                await socket.close(1011)  # internal error; the server would just hang up
             refuse(failure)  # its first statement came with the COMMIT
             raise
-        else:
-            refuse(error)
-            if error is None and closes and isinstance(connection, WebSocket):
-                await connection.send(closes[0])
-        finally:
-            REQUEST.set(before)
+        refuse(error)
+        if error is None and closes and socket is not None:
+            await socket.send(closes[0])
 
     stack.push_async_exit(end)
-    if isinstance(connection, WebSocket):
-        end_before_close(connection, opening, end, closes)
-
-
-def end_before_close(
-    connection: WebSocket,
-    opening: AsyncSessionScope | HandedScope,
-    end: Callable[..., Awaitable[None]],
-    closes: list[Message],
-) -> None:
-    """Have a session of a WebSocket end before its close is sent.
-
-    A close that the endpoint sends while it handles an exception waits until it has returned: in
-    `except:` that is a usual end, in `finally:` it may raise yet.
-    """
-    send, around = connection.send, sys.exception()
-
-    async def send_after_commit(message: Message) -> None:
-        if message["type"] in WEBSOCKETS_ENDS and opening.is_open:
-            handled = sys.exception()
-            if handled is around:
-                handled = None
-            elif handled is not None and is_success(message):
-                if message["type"] == "websocket.close":
-                    closes.append(message)
-                    return
-                handled = None
-            await end(*triple(handled))
-        await send(message)
-
-    connection.send = send_after_commit  # type: ignore[method-assign]  # `close()` sends by it
-
-
-def enlist_in(
-    exchange: Exchange, opening: AsyncSessionScope | HandedScope, before: Request | None
-) -> None:
-    """Have the session end when the response is about to start: the middleware sees its status."""
-
-    async def end(
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        try:
-            await leave(opening, kind, error, traceback)
-        finally:
-            REQUEST.set(before)
-
-    exchange.enlist(opening, end)
-
-
-def deciding_by_status(connection: HTTPConnection) -> Exchange | None:
-    """Return the request's way through the middleware, if that decides by the status."""
-    exchange: Exchange | None = connection.scope.get(EXCHANGE_KEY)
-    return None if exchange is None or exchange.middleware.commit_on is None else exchange
-
-
-def is_connected(connection: HTTPConnection) -> TypeGuard[WebSocket]:
-    """Whether it is a WebSocket that was accepted and not closed."""
-    return (
-        isinstance(connection, WebSocket)
-        and connection.application_state is WebSocketState.CONNECTED
-    )
-
-
-async def reserve(opening: HandedScope) -> None:
-    """Wait for the permit of a session that threads will use."""
-    try:
-        await opening.reserve()
-    except PoolExhausted as error:
-        refuse(error)
-        raise
-
-
-async def leave(
-    opening: AsyncSessionScope | HandedScope,
-    kind: type[BaseException] | None,
-    error: BaseException | None,
-    traceback: TracebackType | None,
-) -> None:
-    """End a session on the side that it belongs to."""
-    if not isinstance(opening, HandedScope):
-        await opening.__aexit__(kind, error, traceback)
-    elif isinstance(error, asyncio.CancelledError):
-        # In a task of its own: where anyio cancels a scope, nothing can be awaited.
-        await settle(leave_cancelled(opening, error))
-    elif opening.is_open and opening.has_work:
-        try:
-            await checkpoint_if_cancelled()  # while its thread worked, nobody noticed
-        except asyncio.CancelledError as cancelled:
-            await settle(leave_cancelled(opening, cancelled))
-            raise
-        await settle(leave_threads(opening, error), None)
-    else:
-        opening.__exit__(kind, error, traceback)
-
-
-async def leave_cancelled(opening: HandedScope, error: asyncio.CancelledError) -> None:
-    """End a session of threads once the one that is in the middle of it was made to leave."""
-    await opening.leave_threads()
-    await leave_threads(opening, error)
-
-
-async def leave_threads(opening: HandedScope, error: BaseException | None) -> None:
-    """End a session of threads in a thread."""
-    # A limiter of its own: those that are usual may be taken by threads that wait for this one.
-    await anyio.to_thread.run_sync(
-        opening.__exit__, *triple(error), limiter=anyio.CapacityLimiter(1)
-    )
+    if socket is not None:
+        ending = end_before_close(socket.send, opening, end, closes)
+        socket.send = ending  # type: ignore[assignment,method-assign]  # `close()` sends by it
 
 
 def refuse(error: BaseException | None) -> None:

@@ -15,7 +15,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.orm import Session
 from werkzeug.exceptions import ServiceUnavailable
 
-from .asgi import BUSY, RETRY_AFTER, log_refusal, mind_manager, mind_policy, triple
+from .arguments import mind_manager, mind_policy
 from .database import Database
 from .errors import (
     AlreadyInitialized,
@@ -26,9 +26,11 @@ from .errors import (
     PoolExhausted,
     SessionClosed,
 )
+from .handed import FrameworkScope
 from .ledger import REQUEST, Request
+from .refusals import BUSY, RETRY_AFTER, log_refusal
 from .retiring import ENDED
-from .scopes import FrameworkScope
+from .scopes import triple
 from .settings import Options
 
 __all__ = ["EngineRoom"]
@@ -237,8 +239,7 @@ def current_visit() -> Visit:
 
 def current_view() -> Callable[..., Any] | None:
     """Return the function that serves the request; a class shows no line worth naming."""
-    endpoint = request.endpoint if has_request_context() else None
-    view = current_app.view_functions.get(endpoint or "")
+    view = current_app.view_functions.get((has_request_context() and request.endpoint) or "")
     return None if hasattr(view, "view_class") else view
 
 

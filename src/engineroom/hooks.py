@@ -78,7 +78,7 @@ def rollback_only(session: AsyncSession | Session) -> None:
     """
     guarded = _guarded(session)
     scope: Any = guarded._scope
-    if scope is None:
+    if not scope.is_open:
         raise UsageError(
             "rollback_only() got a session of get_session(), which has no scope at whose end it "
             "could be rolled back. Call rollback() on it, or take session()."

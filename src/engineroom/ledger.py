@@ -104,9 +104,14 @@ class Entry:
         it is known weakly, so that a task that is dropped is not kept alive.
         """
         self.connection = weakref.ref(connection)
-        berth = connection.info.get("berth")
+        berth = connection.info.get("berth")  # `statements.permit_of`, written out: each begin
         if berth is not None and berth.permit is not None:
             berth.permit.entry = berth.permit.owner = weakref.ref(self)
+
+    @property
+    def stands_alone(self) -> bool:
+        """Whether each of its statements does, outside of a transaction."""
+        return False
 
     def may_be_elsewhere(self) -> bool:
         """Whether its thread may have handed on what it gave, and do something else now."""
@@ -331,11 +336,13 @@ def describe(permit: Any, now: float) -> Holder | None:
     if connection is None:  # (a permit that was reserved knows its scope before)
         doing = "connecting" if entry is None else "with nothing begun yet"
     elif permit.running:
-        doing = f"running for {seconds:.1f} s: {' '.join(statement.split())[:STATEMENT_LENGTH]}"
-    elif entry is None or entry.kind == "reader":
-        doing = f"idle for {seconds:.1f} s"
+        doing = f"running for {seconds:.1f} s: {shorten(statement)}"
     else:
-        doing = f"idle in transaction for {seconds:.1f} s"
+        doing = "idle" if entry is None or entry.stands_alone else "idle in transaction"
+        doing = f"{doing} for {seconds:.1f} s"
+        if permit.options.get("stream_results"):  # (`yield_per` sets it as well)
+            # Rows are fetched without a statement that could be noted.
+            doing = f"in a stream, or {doing}: {shorten(statement)}"
     return Holder(
         owner=name_of(owner) if entry is None else entry.owner,
         kind="connection" if entry is None else entry.kind,
@@ -343,3 +350,8 @@ def describe(permit: Any, now: float) -> Holder | None:
         seconds=max(0.0, now - since),
         doing=doing,
     )
+
+
+def shorten(statement: str) -> str:
+    """Write a statement into one line that is not too long for a report."""
+    return " ".join(statement.split())[:STATEMENT_LENGTH]

@@ -172,6 +172,7 @@ class Lender(QueuePool):
         self.next_look: float = 0.0  # when to look for connections that are held for too long
         self.ended: bool = False  # what comes back is closed, not kept
         self.is_filled: bool = self.least == 0
+        self.fillers: set[Any] = set()  # who hold connections only to fill the pool with them
         self.refusal: str = ""  # why nothing is lent any more
         self._drivers: weakref.WeakSet[Any] = weakref.WeakSet()  # all that it has open
 
@@ -215,6 +216,8 @@ class Lender(QueuePool):
     def fill(self) -> None:
         """Open connections until the least number is open; the first failure is the last."""
         opened: list[PoolProxiedConnection] = []
+        filler = current_owner()
+        self.fillers.add(filler)
         try:
             while len(opened) < self.least and len(self.slots.held) < self.least:
                 opened.append(self.connect())
@@ -223,6 +226,7 @@ class Lender(QueuePool):
         finally:
             for connection in opened:
                 connection.close()
+            self.fillers.discard(filler)
 
     def _queue_class(  # type: ignore[override]
         self, maxsize: int, use_lifo: bool = True
@@ -304,7 +308,7 @@ class Lender(QueuePool):
         """Ask the server, in one round trip."""
         try:
             ping = partial(self.backend.ping, connection, self.engine)
-            self.open_in_time(ping, self.seconds_left())
+            self.ask_in_time(ping, connection.info["berth"], self.seconds_left())
         except Exception as error:  # noqa: BLE001  # whatever it says, it is dead
             logger.info("A pooled connection was found dead and is replaced: %r", error)
             return False
@@ -379,6 +383,10 @@ class Lender(QueuePool):
         """Open a connection; give up after so many seconds."""
         raise NotImplementedError
 
+    def ask_in_time(self, ping: Callable[[], Any], berth: Berth, seconds: float) -> None:
+        """Ask the server whether a connection lives; raise if it says nothing for so long."""
+        raise NotImplementedError
+
     def seconds_left(self) -> float:
         """Return how long the caller, who holds a permit, may take to connect."""
         owner, now = current_owner(), time.monotonic()
@@ -447,6 +455,8 @@ class Lender(QueuePool):
 
     def report_slow(self, permit: Permit, now: float) -> None:
         """Say once who holds a connection for too long."""
+        if permit.owner in self.fillers:
+            return
         if not permit.is_reported and (holder := describe(permit, now)) is not None:
             permit.is_reported = True
             logger.warning(

@@ -17,23 +17,14 @@ from litestar.utils.scope.state import ScopeState
 from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from .asgi import (
-    BUSY,
-    EXCHANGE_KEY,
-    RETRY_AFTER,
-    ASGIScope,
-    DatabaseMiddleware,
-    Exchange,
-    Lifespan,
-    Send,
-    lifespan,
-    log_refusal,
-    mind_policy,
-    request_of,
-)
+from .arguments import mind_policy
+from .asgi import DatabaseMiddleware
 from .errors import PoolExhausted
+from .exchange import Exchange
+from .lifespans import Lifespan, lifespan
 from .manager import DatabaseSessionManager, session_manager
-from .patrol import Receive
+from .refusals import BUSY, RETRY_AFTER, log_refusal
+from .requests import EXCHANGE_KEY, ASGIScope, Receive, Send, request_of
 from .settings import Options
 
 __all__ = ["AsyncSessionDep", "EngineRoomPlugin"]

@@ -70,7 +70,8 @@ class DatabaseSessionManager:
 
         Args:
             read_only: Begin a transaction in which the server refuses writes.
-            isolation_level: Of this transaction, as SQLAlchemy names it ("SERIALIZABLE").
+            isolation_level: Of this transaction, as SQLAlchemy names it ("SERIALIZABLE"). One that
+                the database does not have is an `InvalidOption` at the scope's enter.
         """
         return AsyncSessionScope(self._room, "session", Role.PRIMARY, read_only, isolation_level)
 
@@ -159,7 +160,8 @@ class DatabaseSessionManager:
 
         Args:
             read_only: Begin a transaction in which the server refuses writes.
-            isolation_level: Of this transaction, as SQLAlchemy names it ("SERIALIZABLE").
+            isolation_level: Of this transaction, as SQLAlchemy names it ("SERIALIZABLE"). One that
+                the database does not have is an `InvalidOption` at the scope's enter.
         """
         return SessionScope(self._room, "session", Role.PRIMARY, read_only, isolation_level)
 

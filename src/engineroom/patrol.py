@@ -5,19 +5,17 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
 from .engines import ROOMS
 from .errors import EngineroomError
+from .handed import HandedScope
 from .ledger import Request
-from .scopes import HandedScope, SyncScope
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
+from .requests import Message, Receive
+from .scopes import SyncScope
 
 READ_AHEAD = 2**18  # bytes of a body that are read before the application asks for them
 STOP_LIMIT = 1.0  # seconds for which what threads run on is stopped, after a client has gone

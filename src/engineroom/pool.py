@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 import weakref
@@ -10,6 +11,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from math import inf
+from socket import SHUT_RDWR, socket
 from typing import Any, ClassVar, cast
 
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry, PoolProxiedConnection
@@ -18,7 +20,7 @@ from sqlalchemy.util import await_only, greenlet_spawn
 from .cancellation import settle
 from .errors import ConnectTimeout, PoolExhausted
 from .ledger import REQUEST, Entry, current_owner, has_ended
-from .lending import Lender
+from .lending import Berth, Lender
 from .slots import GROW_AFTER, RECOVER_AFTER, Reservation, Slots
 
 GROW_ANYWAY = 0.5  # seconds that the first in the queue waits, on a loop that always lags
@@ -134,6 +136,33 @@ class ThreadPool(Lender):
         """Open a connection; the driver keeps the time (`Backend.limit_connect` told it)."""
         return connect()
 
+    def ask_in_time(self, ping: Callable[[], Any], berth: Berth, seconds: float) -> None:
+        """Ask; when the time is over, a timer shuts the socket: no driver gives up by itself.
+
+        A frozen server keeps its connections, so neither keepalives nor libpq's timeouts notice.
+        """
+        descriptor = self.backend.descriptor(berth.driver())
+        if descriptor is None:  # it was closed just now, and says so
+            ping()
+            return
+        first: dict[str, bool] = {}  # whether the timer came first; `setdefault` is atomic
+        with socket(fileno=os.dup(descriptor)) as duplicate:
+
+            def shut() -> None:
+                if first.setdefault("late", True):
+                    duplicate.shutdown(SHUT_RDWR)
+
+            timer = threading.Timer(seconds, shut)
+            timer.daemon = True
+            timer.start()
+            try:
+                ping()
+            finally:
+                timer.cancel()
+                is_late = first.setdefault("late", False)
+        if is_late:
+            raise TimeoutError(f"the server did not answer within {seconds:.1f} s")
+
     def fill_beside(self) -> None:
         """Fill in a thread, which ends with that."""
         threading.Thread(target=self.fill, name="engineroom-fill").start()
@@ -203,6 +232,10 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
     def open_in_time(self, connect: Callable[[], Any], seconds: float) -> Any:
         """Open a connection; cancel that when the time is over."""
         return await_only(self._open_in_time(connect, seconds))
+
+    def ask_in_time(self, ping: Callable[[], Any], berth: Berth, seconds: float) -> None:
+        """Ask; cancel that when the time is over."""
+        self.open_in_time(ping, seconds)
 
     async def _open_in_time(self, connect: Callable[[], Any], seconds: float) -> Any:
         deadline = asyncio.timeout(seconds)

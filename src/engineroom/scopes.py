@@ -6,6 +6,8 @@ import asyncio
 import inspect
 import logging
 import sys
+import threading
+import time
 import warnings
 import weakref
 from collections.abc import Coroutine
@@ -25,13 +27,19 @@ from sqlalchemy.util import greenlet_spawn
 from .backends import Role, Side
 from .cancellation import settle
 from .engines import EngineRoom
-from .errors import NotEntered, SessionClosed, SyncInAsync, SyncInAsyncWarning, WrongWith
+from .errors import (
+    NotEntered,
+    SessionClosed,
+    SessionInUse,
+    SyncInAsync,
+    SyncInAsyncWarning,
+    WrongWith,
+)
 from .hooks import Hooks
-from .ledger import Entry, applications_line, is_inside, is_known_to_a_thread, place
+from .ledger import REQUEST, Entry, applications_line, is_inside, is_known_to_a_thread, place
 from .lending import forfeit
 from .retiring import ENDED, retire
-from .sessions import Guarded, in_use, recall
-from .slots import Reservation
+from .sessions import Guarded, in_use, recall, used_by_another_thread
 from .statements import permit_of
 
 logger: logging.Logger = logging.getLogger("engineroom")
@@ -73,10 +81,12 @@ class Scope(Entry):
 
     def stand_at(self, function: Any) -> None:
         """Take the first line of this function for the caller's: a framework calls for it."""
-        function = inspect.unwrap(function)
-        while isinstance(function, partial):
-            function = inspect.unwrap(function.func)
-        code = getattr(function, "__code__", None)
+        code = None if hasattr(function, "__wrapped__") else getattr(function, "__code__", None)
+        if code is None:  # (a plain function, as most are, is spared the search at each request)
+            function = inspect.unwrap(function)
+            while isinstance(function, partial):
+                function = inspect.unwrap(function.func)
+            code = getattr(function, "__code__", None)
         if code is None:  # an object that is called
             code = getattr(type(function).__call__, "__code__", None)
         # A class that is an endpoint shows no line: the one that asks is in it.
@@ -92,6 +102,12 @@ class Scope(Entry):
             retire(opened.sync_connection, why)
         elif opened is not None:
             retire(opened, why)
+
+    @property
+    def stands_alone(self) -> bool:
+        """Whether each of its statements does, outside of a transaction."""
+        _, role, _, isolation_level = self._target
+        return role is Role.READER or isolation_level == "AUTOCOMMIT"
 
     def _bind(self) -> Any:
         """Return what the session or connection binds to, if the manager is open."""
@@ -166,6 +182,7 @@ class SyncScope(Scope, Generic[R]):
         """Commit, or roll back on any exception; then close for good."""
         if self.is_open:
             self.is_open: bool = False  # at once: nobody else ends it now
+            overlap = None if self.thread == threading.get_ident() else self._cut_off_thread()
             failed = self._must_fail(error)
             try:
                 finish(self._resource, failed, self.connection)
@@ -179,7 +196,19 @@ class SyncScope(Scope, Generic[R]):
                 if self.hooks is not None:
                     self._take_hooks().run(failed)
             if self.obituary and error is None:  # it must not pass for a success
-                raise SessionClosed(self.obituary)
+                raise overlap or SessionClosed(self.obituary)
+
+    def _cut_off_thread(self) -> SessionInUse | None:
+        """Have another thread that is in the middle of a call leave it; it cannot go on."""
+        session = self._resource
+        if not is_inside(self.thread, session):
+            return None
+        overlap = used_by_another_thread(self)
+        self.retire(str(overlap))
+        while is_inside(self.thread, session):
+            self._room.interrupt(self)
+            time.sleep(0.01)
+        return overlap
 
     def is_in_use(self) -> bool:
         """Whether a thread is in the function that opened it, or in the middle of a call on it."""
@@ -281,92 +310,25 @@ class SessionScope(SyncScope[Session]):
         session._scope = self
         return session
 
-    def loose(self) -> Session:
-        """Return a session that no scope ends: its caller does."""
-        engine = self._bind()
-        if asyncio._get_running_loop() is not None:
-            mind_the_loop(self._room, self.kind, self.code, self.line)
-        session = self._room.new_session(engine)
-        self._room.loose.add(session)
-        return session
 
-
-class FrameworkScope(SessionScope):
-    """A session that a framework ends, whichever thread or event loop used it last."""
+class LooseScope(SessionScope):
+    """Stands for a session that its caller ends: whose it is, and which line asked for it."""
 
     __slots__ = ()
 
-    def can_end(self) -> bool:
-        """Whether somebody may still leave it."""
-        return True
-
-    def may_be_elsewhere(self) -> bool:
-        """Whether its thread may serve another by now: not before the framework has left it."""
-        return False
-
-
-class HandedScope(FrameworkScope):
-    """A synchronous session that a framework hands from thread to thread, for one request.
-
-    It is entered and left on the framework's event loop; statements and its end run in threads.
-    """
-
-    __slots__ = ("_reservation",)
-
     def open(self) -> Session:
-        """Open the session; no thread has it yet."""
-        self._reservation: Reservation | None = None
-        session = self.__enter__()
-        self.thread: int = 0
-        self.task: asyncio.Task[Any] | None = None
+        """Open the session; the ledger does not know it."""
+        engine = self._bind()
+        if asyncio._get_running_loop() is not None:
+            self.mind_the_loop()
+        session = self._open(engine)
+        self.request = REQUEST.get()
+        self.move_here()
+        self._room.loose.add(session)
         return session
 
-    @property
-    def holder(self) -> Any:
-        """The request: its threads change."""
-        return self.request
-
-    def mind_the_loop(self) -> None:
-        """Let it be opened there: what matters is where it is used."""
-
-    @property
-    def has_work(self) -> bool:
-        """Whether its end sends anything, or calls what may."""
-        return self.hooks is not None or self._resource.in_transaction()
-
-    async def reserve(self) -> None:
-        """Wait on the event loop for the permit of its first connection, instead of in a thread.
-
-        Raises:
-            PoolExhausted: none came free in time.
-            PoolDeadlock: none ever would.
-        """
-        pool: Any = self._room.engine(*self._target[:2]).pool
-        self._reservation = await pool.reserve(self)
-
-    def move_here(self) -> None:
-        """Note that a thread goes on with the session; it takes what was reserved."""
-        if asyncio._get_running_loop() is not None:
-            line = applications_line()
-            mind_the_loop(
-                self._room, self.kind, *line, "Declare AsyncSessionDep there, or write def"
-            )
-        super().move_here()
-        if self._reservation is not None:
-            self._reservation.hand_to(self.thread)
-
-    async def leave_threads(self) -> None:
-        """Have the thread that is left alone with the session leave it, and its statement end."""
-        session = self._resource
-        while is_inside(self.thread, session):
-            self.retire(f"{self.request} was cancelled. What a thread does for it ends here.")
-            await asyncio.to_thread(self._room.interrupt, self)
-            await asyncio.sleep(0.01)
-
-    def _leave(self) -> None:
-        super()._leave()
-        if self._reservation is not None:
-            self._reservation.cancel()
+    def hold(self, connection: PoolProxiedConnection) -> None:
+        """Leave the connection its thread's: nobody is inside of this scope."""
 
 
 class AsyncSessionScope(AsyncScope[AsyncSession]):
@@ -415,6 +377,13 @@ async def cut_off(session: Guarded, task: asyncio.Task[Any]) -> None:
     task.cancel("its session came to the end of its scope")
     while session._call_in_flight() is not None:  # noqa: ASYNC110  # nothing announces it
         await asyncio.sleep(0.001)
+
+
+def triple(
+    error: BaseException | None,
+) -> tuple[type[BaseException] | None, BaseException | None, TracebackType | None]:
+    """Return what an exit is called with."""
+    return (None, None, None) if error is None else (type(error), error, error.__traceback__)
 
 
 class ConnectScope(SyncScope[Connection]):

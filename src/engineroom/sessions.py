@@ -58,11 +58,7 @@ class Guarded(Session):
                 "loop: open another one here, and hand over identifiers instead of sessions."
             )
         if is_inside(scope.thread, self):
-            raise SessionInUse(
-                f"The {scope.kind} opened at {scope.where} was used by thread "
-                f"{threading.current_thread().name} in the middle of a call by {scope.owner}. A "
-                "session does one thing after another: open one in each thread."
-            )
+            raise used_by_another_thread(scope)
         scope.move_here()
 
     def _check_thread(self) -> None:
@@ -151,6 +147,21 @@ def in_use(scope: Entry, other: asyncio.Task[Any]) -> SessionInUse:
         "in each task: async def one(…): async with manager.session() as db: …, and then "
         "asyncio.gather(one(…), one(…))."
     )
+
+
+def used_by_another_thread(scope: Entry) -> SessionInUse:
+    """Build the error for a thread that comes, or ends the scope, in the middle of a call."""
+    return SessionInUse(
+        f"The {scope.kind} opened at {scope.where} was used by thread "
+        f"{threading.current_thread().name} in the middle of a call by {scope.owner}. A session "
+        "does one thing after another: open one in each thread."
+    )
+
+
+def is_open(session: Any) -> bool:
+    """Whether the scope of a session, of either side, has not ended yet."""
+    scope: Entry | None = getattr(getattr(session, "sync_session", session), "_scope", None)
+    return scope is not None and scope.is_open
 
 
 @cache

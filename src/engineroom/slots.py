@@ -8,12 +8,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, cast
 
 GROW_AFTER = 0.01  # seconds without a return before a connection beyond `pool_size` is opened
 CONNECTS_AT_ONCE = 5  # beyond `pool_size`: a server that is slow to connect gets no more of them
+NO_OPTIONS: Mapping[str, Any] = {}
 RECOVER_AFTER = 1.0  # seconds that a permit was nobody's, before it is taken for lost
 
 
@@ -25,6 +26,7 @@ class Permit:
         "entry",
         "is_interrupted",
         "is_reported",
+        "options",
         "owner",
         "running",
         "since",
@@ -44,6 +46,7 @@ class Permit:
         self.since: float = 0.0
         self.waited: float = 0.0  # seconds in the queue before
         self.statement: str = ""  # the last one
+        self.options: Mapping[str, Any] = NO_OPTIONS  # its execution options
         self.statement_since: float = 0.0  # when it began; when it ended, if it runs no more
         self.running: bool = False
         self.is_reported: bool = False  # held too long, and the log has said so
@@ -234,9 +237,10 @@ class Slots:
 
     def give(self, permit: Permit) -> None:
         """Give a permit back, and with it serve whoever waits longest."""
+        # `clear()`, written out: every return passes here.
         permit.owner = permit.connection = permit.entry = None
         permit.waited = permit.since = permit.statement_since = 0.0
-        permit.statement = ""
+        permit.statement, permit.options = "", NO_OPTIONS
         permit.running = permit.is_reported = permit.is_interrupted = False
         self.came_back = time.monotonic()
         self._free.append(permit)

@@ -9,6 +9,8 @@ from typing import Any
 from sqlalchemy.engine import Dialect
 from sqlalchemy.pool import PoolProxiedConnection
 
+from .slots import NO_OPTIONS
+
 UNKNOWN_OUTCOME = (
     "The cancellation struck while COMMIT was under way: whether the transaction was committed is "
     "unknown. Look for what it wrote, or make the work such that it may be done again."
@@ -43,7 +45,7 @@ def noting(execute: Callable[..., None]) -> Callable[..., None]:
         permit = permit_of(context.root_connection.connection)
         if permit is None:
             return execute(cursor, statement, parameters, context)
-        permit.statement = statement
+        permit.statement, permit.options = statement, context.execution_options
         permit.statement_since = time.monotonic()
         permit.running = True
         try:
@@ -73,6 +75,7 @@ def noting_commit(commit: Callable[[Any], None]) -> Callable[[Any], None]:
         permit = permit_of(connection)
         if permit is not None:
             permit.statement, permit.statement_since = "COMMIT", time.monotonic()
+            permit.options = NO_OPTIONS
             permit.running = True
         try:
             commit(connection)

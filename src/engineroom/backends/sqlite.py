@@ -30,6 +30,7 @@ DRIVERS = {Side.ASYNC: {"aiosqlite": "aiosqlite"}, Side.SYNC: {"pysqlite": "sqli
 
 READ_ONLY = "engineroom_read_only"
 QUERY_ONLY = "engineroom_query_only"
+WAITS_HERE = "engineroom_waits_here"  # for the lock: SQLite itself does not
 
 BEGIN_WRITE = "BEGIN IMMEDIATE"
 
@@ -105,33 +106,50 @@ class SQLite:
                 cursor.execute("PRAGMA query_only=ON")
             cursor.close()
 
-        def begin(connection: Connection) -> None:
-            options = connection.get_execution_options()
-            reads = bool(options.get(READ_ONLY))
-            if reads is not connection.info.get(QUERY_ONLY, False):
-                connection.exec_driver_sql(f"PRAGMA query_only={'ON' if reads else 'OFF'}")
-                connection.info[QUERY_ONLY] = reads
-            if options.get("isolation_level") == "AUTOCOMMIT":
-                return
-            if reads:
-                connection.exec_driver_sql("BEGIN")
-            else:
-                # A plain BEGIN fails at its first write if another wrote in between, and waiting
-                # cannot help it any more: IMMEDIATE waits where waiting helps.
-                before_write(connection)
-                self._refuse_inherited()
-                connection.exec_driver_sql(BEGIN_WRITE)
-
         if engine.dialect.is_async:
             event.listen(engine, "connect", _steady, insert=True)
         event.listen(engine, "connect", connect)
         if role is Role.PRIMARY:
-            event.listen(engine, "begin", begin)
+            event.listen(engine, "begin", partial(self._begin, before_write))
             self._wait_for_the_lock_here(engine)
+
+    def _begin(self, before_write: Callable[[Connection], None], connection: Connection) -> None:
+        """Begin as the session asks for: to read, to write, or not at all."""
+        options, info = connection.get_execution_options(), connection.info
+        reads = bool(options.get(READ_ONLY))
+        if reads is not info.get(QUERY_ONLY, False):
+            connection.exec_driver_sql(f"PRAGMA query_only={'ON' if reads else 'OFF'}")
+            info[QUERY_ONLY] = reads
+        stands_alone = options.get("isolation_level") == "AUTOCOMMIT"
+        if stands_alone is not info.get(WAITS_HERE, False):
+            connection.exec_driver_sql(self._busy_pragma(0 if stands_alone else self._busy_timeout))
+            info[WAITS_HERE] = stands_alone
+        if stands_alone:
+            return
+        if reads:
+            connection.exec_driver_sql("BEGIN")
+        else:
+            # A plain BEGIN fails at its first write if another wrote in between, and waiting
+            # cannot help it any more: IMMEDIATE waits where waiting helps.
+            before_write(connection)
+            self._refuse_inherited()
+            connection.exec_driver_sql(BEGIN_WRITE)
 
     def _wait_for_the_lock_here(self, engine: Engine) -> None:
         """Wait for the lock in SQLite's place: its waiting ends for no cancellation, nor Ctrl-C."""
-        execute = engine.dialect.do_execute
+        dialect: Any = engine.dialect
+        execute, busy = dialect.do_execute, dialect.loaded_dbapi.OperationalError
+
+        def waiting(cursor: Any, error: Any, context: Any) -> Any:
+            """Return a cursor that waits, if this one met a lock where each statement is alone."""
+            lent = context.root_connection.connection
+            if _code(error) != SQLITE_BUSY or not lent.info.get(WAITS_HERE):
+                raise error
+            insist = partial(self._insist, lent.dbapi_connection, engine)
+            return SimpleNamespace(
+                execute=lambda *what: insist(partial(cursor.execute, *what)),
+                executemany=lambda *what: insist(partial(cursor.executemany, *what)),
+            )
 
         def execute_here(cursor: Any, statement: str, parameters: Any, context: Any) -> None:
             if statement == BEGIN_WRITE:
@@ -139,13 +157,29 @@ class SQLite:
                 if not lent.driver_connection.in_transaction:  # else SQLite refuses it at once
                     begin = partial(self._begin_write, lent.dbapi_connection, engine)
                     cursor = SimpleNamespace(execute=begin)
-            execute(cursor, statement, parameters, context)
+            try:
+                execute(cursor, statement, parameters, context)
+            except busy as error:
+                execute(waiting(cursor, error, context), statement, parameters, context)
 
-        engine.dialect.do_execute = execute_here  # type: ignore[method-assign,assignment]
+        def patient(execute: Callable[..., None]) -> Callable[..., None]:
+            """Wrap one of its siblings, whose last argument is the context, too."""
+
+            def execute_here(cursor: Any, *what: Any) -> None:
+                try:
+                    execute(cursor, *what)
+                except busy as error:
+                    execute(waiting(cursor, error, what[-1]), *what)
+
+            return execute_here
+
+        dialect.do_execute = execute_here
+        dialect.do_executemany = patient(dialect.do_executemany)
+        dialect.do_execute_no_params = patient(dialect.do_execute_no_params)
 
     def _begin_write(self, connection: Any, engine: Engine, *_: object) -> None:
         """Take the lock in one call: each would cost the asynchronous side a turn of the loop."""
-        usual = f"PRAGMA busy_timeout={int(self._busy_timeout * 1000)}"
+        usual = self._busy_pragma(self._busy_timeout)
         script = f"PRAGMA busy_timeout=0; {BEGIN_WRITE}; {usual}"
         try:
             self._insist(connection, engine, partial(_run_script, connection, script))
@@ -167,6 +201,9 @@ class SQLite:
         except engine.dialect.loaded_dbapi.OperationalError as error:
             if _code(error) != SQLITE_READONLY:  # somebody opened it so, and reads
                 raise
+
+    def _busy_pragma(self, seconds: float) -> str:
+        return f"PRAGMA busy_timeout={int(seconds * 1000)}"
 
     def _insist(self, connection: Any, engine: Engine, attempt: Callable[[], None]) -> None:
         """Try until nobody holds the lock, or the busy timeout is over."""
