@@ -33,7 +33,7 @@ def error_classes() -> list[type[errors.EngineroomError]]:
 
 
 # The branches of the tree: they are caught, never raised.
-ABSTRACT = {"engineroom-error", "usage-error", "configuration-error"}
+ABSTRACT = {"engineroom-error", "usage-error", "configuration-error", "schema-error"}
 
 
 def test_each_error_code_has_a_heading_and_each_heading_a_code() -> None:

@@ -11,7 +11,7 @@ from sqlalchemy import MetaData, text
 from sqlalchemy.engine import URL, Engine
 from sqlalchemy.orm import DeclarativeBase, Session
 
-from . import drain, models
+from . import drain, models, schema
 from .backends import Role, Side
 from .engines import EngineRoom, Stats
 from .scopes import ConnectScope, SessionScope
@@ -118,13 +118,20 @@ class Database:
         return time.perf_counter() - started
 
     def create_all(self, metadata: MetaData | None = None) -> None:
-        """Create the tables that are not there yet.
+        """Create the tables that are not there yet, once for all who start at the same time.
 
         Args:
             metadata: Whose tables; those of the option `metadata` (by default `Base`'s) without it.
+
+        Raises:
+            SchemaLocked: another one who does so was not ready within `schema_timeout`.
         """
-        with ConnectScope(self._room, "create_all") as connection:
-            (metadata or self._room.metadata).create_all(connection)
+        wanted = self._room.metadata if metadata is None else metadata
+        with ConnectScope(self._room, "create_all", Role.PRIMARY, read_only=True) as connection:
+            complete = schema.is_complete(connection, wanted)
+        if not complete:
+            with schema.SchemaScope(self._room, "create_all") as connection:
+                schema.create_missing(connection, wanted, self._room.settings.schema_timeout)
 
     def stats(self) -> Stats:
         """Take a snapshot: the open scopes with their lines, and the pools. Nothing is asked."""

@@ -12,7 +12,7 @@ from sqlalchemy.engine import URL, Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.util import greenlet_spawn
 
-from . import drain
+from . import drain, schema
 from .backends import Role, Side
 from .database import Database
 from .engines import EngineRoom, Stats
@@ -107,13 +107,22 @@ class DatabaseSessionManager:
         return time.perf_counter() - started
 
     async def create_all(self, metadata: MetaData | None = None) -> None:
-        """Create the tables that are not there yet.
+        """Create the tables that are not there yet, once for all who start at the same time.
 
         Args:
             metadata: Whose tables; those of the option `metadata` (by default `Base`'s) without it.
+
+        Raises:
+            SchemaLocked: another one who does so was not ready within `schema_timeout`.
         """
-        async with AsyncConnectScope(self._room, "create_all") as connection:
-            await connection.run_sync((metadata or self._room.metadata).create_all)
+        wanted = self._room.metadata if metadata is None else metadata
+        looking = AsyncConnectScope(self._room, "create_all", Role.PRIMARY, read_only=True)
+        async with looking as connection:
+            complete = await connection.run_sync(schema.is_complete, wanted)
+        if not complete:
+            async with schema.AsyncSchemaScope(self._room, "create_all") as connection:
+                timeout = self._room.settings.schema_timeout
+                await connection.run_sync(schema.create_missing, wanted, timeout)
 
     def stats(self) -> Stats:
         """Take a snapshot: the open scopes with their lines, and the pools. Nothing is asked."""

@@ -9,8 +9,8 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Coroutine, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Generator, Iterable, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from itertools import chain, repeat
 from pathlib import Path
@@ -30,6 +30,7 @@ DRIVERS = {Side.ASYNC: {"aiosqlite": "aiosqlite"}, Side.SYNC: {"pysqlite": "sqli
 
 READ_ONLY = "engineroom_read_only"
 QUERY_ONLY = "engineroom_query_only"
+BEGINS_LATER = "engineroom_begins_later"
 
 BEGIN_WRITE = "BEGIN IMMEDIATE"
 
@@ -119,8 +120,7 @@ class SQLite:
                 # A plain BEGIN fails at its first write if another wrote in between, and waiting
                 # cannot help it any more: IMMEDIATE waits where waiting helps.
                 before_write(connection)
-                self._refuse_inherited()
-                connection.exec_driver_sql(BEGIN_WRITE)
+                self._begin_writer(connection)
 
         if engine.dialect.is_async:
             event.listen(engine, "connect", _steady, insert=True)
@@ -128,6 +128,11 @@ class SQLite:
         if role is Role.PRIMARY:
             event.listen(engine, "begin", begin)
             self._wait_for_the_lock_here(engine)
+
+    def _begin_writer(self, connection: Connection) -> None:
+        self._refuse_inherited()
+        if not connection.get_execution_options().get(BEGINS_LATER):
+            connection.exec_driver_sql(BEGIN_WRITE)
 
     def _wait_for_the_lock_here(self, engine: Engine) -> None:
         """Wait for the lock in SQLite's place: its waiting ends for no cancellation, nor Ctrl-C."""
@@ -295,6 +300,70 @@ class SQLite:
             if self._private["folder"][0] != folder:
                 remove()  # another thread was faster
         return str(Path(self._private["folder"][0], "memory.db"))
+
+
+class FileLock:
+    """The lock that each writer of a SQLite file holds, from BEGIN IMMEDIATE to its end."""
+
+    longest_pause: float = PAUSES[-1]  # every writer asks for it: one who comes less often loses
+
+    def options(self) -> dict[str, Any]:
+        """Have engineroom's own connections not begin by themselves, nor wait in their own way."""
+        return {BEGINS_LATER: True}
+
+    def look_options(self) -> dict[str, Any]:
+        """Have engineroom's own begin as readers."""
+        return {READ_ONLY: True}
+
+    @contextmanager
+    def looking(self, connection: Connection) -> Generator[None]:
+        """Have SQLite refuse writes: a connection that engineroom did not make knows no option."""
+        before = connection.exec_driver_sql("PRAGMA query_only").scalar_one()
+        connection.exec_driver_sql("PRAGMA query_only=ON")
+        try:
+            yield
+        finally:
+            connection.exec_driver_sql(f"PRAGMA query_only={before}")
+
+    def is_refusal(self, error: BaseException | None) -> bool:
+        """Ask for SQLITE_READONLY."""
+        return _code(error) == SQLITE_READONLY
+
+    def set_guards(self, connection: Connection, *, whole_session: bool) -> None:
+        """SQLite has no deadlines."""
+
+    def try_take(self, connection: Connection, *, whole_session: bool) -> bool:
+        """Begin as a writer, unless somebody has begun already; without waiting."""
+        lent: Any = connection.connection
+        if lent.driver_connection.in_transaction:
+            return True
+        cursor = lent.dbapi_connection.cursor()
+        try:
+            cursor.execute("PRAGMA busy_timeout")
+            (usual,) = cursor.fetchone()
+            cursor.execute("PRAGMA busy_timeout=0")
+            try:
+                cursor.execute(BEGIN_WRITE)
+            except connection.dialect.loaded_dbapi.OperationalError as error:
+                if _code(error) != SQLITE_BUSY:
+                    raise
+                return False
+            finally:
+                cursor.execute(f"PRAGMA busy_timeout={usual}")
+        finally:
+            cursor.close()
+        return True
+
+    def release(self, connection: Connection) -> None:
+        """It goes with the transaction."""
+
+    def holder(self, connection: Connection) -> str:
+        """Name the file: SQLite does not know its holder."""
+        return f"another writer of the file {connection.engine.url.database}"
+
+    def cure(self) -> str:
+        """Say how the processes are found."""
+        return "find and end its process (fuser names those that have the file open)"
 
 
 @cache
