@@ -190,3 +190,12 @@ def alembic(number: int, ini: str, *arguments: str) -> None:
 
     sys.path.insert(0, str(HERE))
     command_line(argv=["-c", ini, *arguments])
+
+
+def connect_apart(url: str) -> str:
+    """Return the source of a migration's step that works on another connection for a while."""
+    if url.startswith("sqlite"):
+        return "time.sleep(1.6)"
+    return f"""import psycopg
+    with psycopg.connect({url!r}, autocommit=True) as apart:
+        apart.execute("SELECT pg_sleep(1.6)")"""
