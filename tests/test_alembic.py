@@ -84,7 +84,7 @@ def test_sixteen_upgrade_at_once_again_and_again(again: int, place: str, tmp_pat
     all_upgrade(place, project(tmp_path))
 
 
-# -- a holder that is killed, or hangs, or takes its time -------------------------------------------
+# -- a holder that is killed, or hangs, or takes its time -----------------------------------------
 
 HANG = """op.execute("INSERT INTO ran VALUES ('hangs')")
     print("hangs", flush=True)
@@ -207,7 +207,8 @@ def test_a_batch_on_sqlite_keeps_the_rows_that_refer_to_its_table(
 ) -> None:
     """SQLite empties a table that is dropped, and follows ON DELETE CASCADE."""
     made = """op.create_table("parent", sa.Column("id", sa.Integer, primary_key=True))
-    op.create_table("child", sa.Column("parent_id", sa.Integer, sa.ForeignKey("parent.id", ondelete="CASCADE")))
+    parent = sa.ForeignKey("parent.id", ondelete="CASCADE")
+    op.create_table("child", sa.Column("parent_id", sa.Integer, parent))
     op.execute("INSERT INTO parent VALUES (1)")
     op.execute("INSERT INTO child VALUES (1)")"""
     batch = """with op.batch_alter_table("parent", recreate="always") as table:
@@ -386,8 +387,12 @@ def test_the_log_tells_of_each_migration_and_of_one_that_takes_long(
 
 async def check(door: str, url: str, **options: Any) -> None:
     if door == "sync":
-        with Database(url, **options) as database:
-            database.check(schema=True)
+
+        def check_there() -> None:
+            with Database(url, **options) as database:
+                database.check(schema=True)
+
+        await asyncio.to_thread(check_there)
     else:
         async with DatabaseSessionManager().init(url, **options) as manager:
             await manager.check(schema=True)
@@ -403,12 +408,12 @@ async def test_check_tells_how_far_the_database_is_from_head(
         await check(door, url, alembic_ini=str(ini))
     assert (caught.value.current, caught.value.head) == ((), ("r3",))
     assert caught.value.missing == ("r1", "r2", "r3")
-    command.upgrade(config(ini, f"url={url}"), "r1")
+    await asyncio.to_thread(command.upgrade, config(ini, f"url={url}"), "r1")
     monkeypatch.chdir(tmp_path)  # there it is found
     with pytest.raises(SchemaMismatch, match=r"it is at r1, and .* 2 migrations further") as caught:
         await check(door, url)
     assert caught.value.missing == ("r2", "r3")
-    upgrade(ini, url)
+    await asyncio.to_thread(upgrade, ini, url)
     await check(door, url)
 
 
@@ -417,7 +422,7 @@ async def test_check_tells_how_far_the_database_is_from_head(
 async def test_check_tells_of_a_database_that_newer_code_has_migrated(
     door: str, url: str, tmp_path: Path
 ) -> None:
-    upgrade(project(tmp_path / "new"), url)
+    await asyncio.to_thread(upgrade, project(tmp_path / "new"), url)
     with pytest.raises(SchemaMismatch, match="newer code has migrated it") as caught:
         await check(door, url, alembic_ini=str(project(tmp_path / "old", FIRST)))
     assert (caught.value.current, caught.value.unknown) == (("r2",), ("r2",))
@@ -498,7 +503,7 @@ async def test_a_lifespan_without_migrations_says_what_to_do(
 async def test_a_worker_of_older_code_does_not_start_on_a_newer_database(
     url: str, tmp_path: Path
 ) -> None:
-    upgrade(project(tmp_path / "new"), url)
+    await asyncio.to_thread(upgrade, project(tmp_path / "new"), url)
     old = str(project(tmp_path / "old", FIRST))
     with pytest.raises(SchemaMismatch, match="which this code does not know"):
         async with lifespan(DatabaseSessionManager(), url=url, migrate=True, alembic_ini=old)(None):
@@ -545,5 +550,5 @@ async def test_an_env_py_of_another_kind_is_migrated_too_and_told_to_have_no_loc
         DatabaseSessionManager(), url=sqlite_url, migrate=True, alembic_ini=str(ini)
     )(None):
         pass
-    assert steps(sqlite_url) == ["first", "second"]
+    assert await asyncio.to_thread(steps, sqlite_url) == ["first", "second"]
     assert "ran without the lock of the schema" in caplog.text
