@@ -11,7 +11,13 @@ import pytest
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from engineroom import errors
-from engineroom.errors import ConfigurationError, EngineroomError, PoolTimeout, UsageError
+from engineroom.errors import (
+    ConfigurationError,
+    EngineroomError,
+    PoolTimeout,
+    SchemaError,
+    UsageError,
+)
 
 ALL = [
     kind
@@ -61,14 +67,17 @@ def test_every_class_is_explained(kind: type) -> None:
 
 
 def test_the_two_branches() -> None:
-    """Misuse is a `RuntimeError` too, configuration a `ValueError`, exhaustion SQLAlchemy's own."""
+    """Misuse is a `RuntimeError` too, configuration a `ValueError`, exhaustion SQLAlchemy's own.
+
+    What goes wrong at run time is one of two: no connection, or tables that are not right.
+    """
     assert issubclass(UsageError, RuntimeError)
     assert issubclass(ConfigurationError, UsageError)
     assert issubclass(ConfigurationError, ValueError)
     assert issubclass(PoolTimeout, PoolTimeoutError)
     assert not issubclass(PoolTimeout, UsageError)
     assert all(
-        issubclass(kind, (UsageError, PoolTimeout))
+        issubclass(kind, (UsageError, PoolTimeout, SchemaError))
         for kind in ERRORS
         if kind is not EngineroomError
     )

@@ -11,6 +11,7 @@
     │   │   ├── UnknownOption      an option that does not exist
     │   │   ├── InvalidOption      an option or a variable with a value it cannot have
     │   │   ├── InvalidPath        a SQLite file that cannot be opened or written
+    │   │   ├── NoMigrations       migrations were to run, and there are none
     │   │   └── TemplateUnusable   tests cannot clone their database
     │   ├── NotInitialized         used before `init()`
     │   ├── AlreadyInitialized     a second `init()` while open
@@ -31,10 +32,14 @@
     │       ├── NotInSandbox       what one transaction cannot serve
     │       ├── SandboxConflict    sessions that cannot be served in turn
     │       └── SandboxEnded       a session used after the end of its sandbox
-    └── PoolTimeout                no connection in time (also SQLAlchemy's `TimeoutError`)
-        ├── ConnectTimeout         none was opened
-        └── PoolExhausted          none came free
-            └── PoolDeadlock       none ever would: every holder waits for another one
+    ├── PoolTimeout                no connection in time (also SQLAlchemy's `TimeoutError`)
+    │   ├── ConnectTimeout         none was opened
+    │   └── PoolExhausted          none came free
+    │       └── PoolDeadlock       none ever would: every holder waits for another one
+    └── SchemaError                the tables of the database, and who makes them
+        ├── SchemaLocked           another starter has not finished with them in time
+        ├── BrokenReferences       rows would refer to nothing after a migration (SQLite)
+        └── SchemaMismatch         they are not what this code knows
 
 Errors of SQLAlchemy and of the drivers pass through unchanged.
 """
@@ -111,6 +116,12 @@ class InvalidPath(ConfigurationError):
     """A SQLite file that cannot be opened or written."""
 
     code = "invalid-path"
+
+
+class NoMigrations(ConfigurationError):
+    """Migrations were to run, and no `alembic.ini` says where they are."""
+
+    code = "no-migrations"
 
 
 class TemplateUnusable(ConfigurationError):
@@ -301,6 +312,53 @@ class PoolDeadlock(PoolExhausted):
     """No connection would ever come free: every holder waits for another one."""
 
     code = "pool-deadlock"  # type: ignore[misc]
+
+
+class SchemaError(EngineroomError):
+    """The schema of the database: it cannot be changed now, or is not what the code needs."""
+
+    code = "schema-error"
+
+
+class SchemaLocked(SchemaError):
+    """Another starter holds the lock of the schema, and did not give it back in time."""
+
+    code = "schema-locked"
+
+
+class BrokenReferences(SchemaError):
+    """After a migration of a SQLite file, rows would refer to rows that are not there."""
+
+    code = "broken-references"
+
+
+class SchemaMismatch(SchemaError):
+    """The database does not stand where the code needs it."""
+
+    code = "schema-mismatch"
+
+    current: tuple[str, ...]
+    """The revisions at which the database stands; none where nothing was ever migrated."""
+    head: tuple[str, ...]
+    """The revisions at which this code needs it; none without migrations."""
+    missing: tuple[str, ...]
+    """The revisions that were not run yet; without migrations, the tables that are not there."""
+    unknown: tuple[str, ...]
+    """Those of `current` that this code does not know: the database is ahead of it."""
+
+    def __init__(
+        self,
+        message: str,
+        current: Sequence[str] = (),
+        head: Sequence[str] = (),
+        missing: Sequence[str] = (),
+        unknown: Sequence[str] = (),
+    ) -> None:
+        super().__init__(message)
+        self.current = tuple(current)
+        self.head = tuple(head)
+        self.missing = tuple(missing)
+        self.unknown = tuple(unknown)
 
 
 class SyncInAsyncWarning(RuntimeWarning):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -24,6 +25,7 @@ def lifespan(
     *,
     url: str | URL | None = None,
     wraps: Any = None,
+    migrate: bool = False,
     **options: Unpack[Options],
 ) -> Lifespan:
     """Return a lifespan that opens the manager at the start, and drains and closes it at the end.
@@ -34,6 +36,8 @@ def lifespan(
         wraps: A lifespan of one's own, which runs inside: a function of the application that gives
             an asynchronous context manager, or the bare generator function. What it yields is
             passed on.
+        migrate: Run the migrations first, as `alembic upgrade head` does: once, however many
+            processes start at the same time.
         options: What else `init()` takes.
 
     Raises:
@@ -59,6 +63,10 @@ def lifespan(
             )
         manager.init(url=url, **options)
         try:
+            if migrate and manager._room.sandbox is None:  # a test's database has its tables
+                from .alembic import upgrade
+
+                await asyncio.to_thread(upgrade, manager)
             if inner is None:
                 yield None
             else:

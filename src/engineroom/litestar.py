@@ -56,6 +56,7 @@ class EngineRoomPlugin(InitPlugin):
         dependency: The name under which handlers ask for the session.
         reader_dependency: The name under which they ask for a session without a transaction, in
             which the server refuses writes.
+        migrate: Run the migrations first, as `lifespan(migrate=True)` of `engineroom.asgi` does.
         options: What else `init()` takes.
     """
 
@@ -68,11 +69,12 @@ class EngineRoomPlugin(InitPlugin):
         cancel_on_disconnect: bool = True,
         dependency: str = "db",
         reader_dependency: str = "reader",
+        migrate: bool = False,
         **options: Unpack[Options],
     ) -> None:
         if commit_on is not None:
             mind_policy(commit_on)
-        self.lifespan: Lifespan = lifespan(manager, url=url, **options)
+        self.lifespan: Lifespan = lifespan(manager, url=url, migrate=migrate, **options)
         self.middleware: DefineMiddleware = DefineMiddleware(
             Middleware,  # type: ignore[arg-type]  # Litestar's types of ASGI are narrower
             manager=manager,

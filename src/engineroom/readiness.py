@@ -7,6 +7,7 @@ import json
 import logging
 from typing import Any
 
+from .errors import SchemaMismatch
 from .manager import DatabaseSessionManager, session_manager
 from .requests import ASGIScope, Receive, Send
 
@@ -24,19 +25,26 @@ class Readiness:
     Args:
         manager: Whose database.
         timeout: Seconds for the answer.
+        schema: Also ask whether it stands where this code needs it; one that newer code has
+            migrated does, for this worker serves on until it is replaced.
     """
 
     def __init__(
-        self, manager: DatabaseSessionManager = session_manager, timeout: float = 2.0
+        self,
+        manager: DatabaseSessionManager = session_manager,
+        timeout: float = 2.0,
+        *,
+        schema: bool = False,
     ) -> None:
         self.manager: DatabaseSessionManager = manager
         self.timeout: float = timeout
+        self.schema: bool = schema
         self._probe: asyncio.Task[float] | None = None
 
     async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         """Answer one probe."""
         said = await self._ask()
-        status = 200 if "seconds" in said else 503
+        status = 503 if {"unavailable", "behind"} & {*said.values()} else 200
         body = json.dumps(said).encode()
         headers = [(b"content-type", b"application/json"), (b"cache-control", b"no-store")]
         await send({"type": "http.response.start", "status": status, "headers": headers})
@@ -46,7 +54,7 @@ class Readiness:
         probe = self._probe
         here = asyncio.get_running_loop()
         if probe is None or probe.done() or probe.get_loop() is not here:
-            probe = self._probe = asyncio.ensure_future(self.manager.check())
+            probe = self._probe = asyncio.ensure_future(self.manager.check(schema=self.schema))
         # Not `wait_for`: a server that is silent would have its connection's end awaited, too.
         await asyncio.wait((probe,), timeout=self.timeout)
         if not probe.done():
@@ -54,7 +62,10 @@ class Readiness:
             logger.warning("The database did not answer a probe within %g s", self.timeout)
         elif probe.cancelled():  # by one that had shared it, and said so
             pass
-        elif (error := probe.exception()) is not None:
+        elif isinstance(error := probe.exception(), SchemaMismatch):
+            logger.warning("The schema is not what a probe asked for: %s", error)
+            return {"database": "ok", "schema": "newer" if error.unknown else "behind"}
+        elif error is not None:
             logger.warning("The database did not answer a probe: %r", error)
         else:
             return {"database": "ok", "seconds": round(probe.result(), 4)}

@@ -99,6 +99,10 @@ class DatabaseSettings(BaseSettings):
     """What a synchronous session inside a running event loop does."""
     busy_timeout: Seconds = Field(default=30.0, gt=0)
     """SQLite: how long a writer waits for another."""
+    schema_timeout: Seconds = Field(default=300.0, ge=0)
+    """How long one who creates or migrates tables waits for another who does."""
+    alembic_ini: str = "alembic.ini"
+    """Alembic's file, if there is one, for `check(schema=True)` and `lifespan(migrate=True)`."""
     dump_signal: str = ""
     """A signal ("SIGUSR1") that prints who holds and who waits, as `dump()` does."""
 
@@ -179,6 +183,8 @@ class Options(TypedDict, total=False):
     close_timeout: float | str | timedelta
     sync_in_async: Literal["warn", "error", "allow"]
     busy_timeout: float | str | timedelta
+    schema_timeout: float | str | timedelta
+    alembic_ini: str
     dump_signal: str
 
     session_class: type[Session]

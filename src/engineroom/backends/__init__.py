@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from enum import StrEnum
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
@@ -108,6 +109,68 @@ class Backend(Protocol):
 
     def dispose(self) -> None:
         """Remove what the backend itself has made (a private file)."""
+
+
+class SchemaLock(Protocol):
+    """The lock that the database holds while one of many starters changes its schema.
+
+    It works on connections of any origin, engineroom's own or not, and ends with its holder.
+    """
+
+    longest_pause: float
+    """Seconds between two tries to take it."""
+
+    def options(self) -> dict[str, Any]:
+        """Return the execution options of a connection that is to take it."""
+
+    def look_options(self) -> dict[str, Any]:
+        """Return those of a connection that only looks whether there is anything to do."""
+
+    def looking(self, connection: Connection) -> AbstractContextManager[None]:
+        """Have the database refuse whatever would be written meanwhile."""
+
+    def is_refusal(self, error: BaseException | None) -> bool:
+        """Whether this error of the driver says that a write was refused so."""
+
+    def set_guards(self, connection: Connection, *, whole_session: bool) -> None:
+        """Keep the server's deadlines from the work that is done under the lock.
+
+        Args:
+            whole_session: For more than the transaction, until `release`.
+        """
+
+    def try_take(self, connection: Connection, *, whole_session: bool) -> bool:
+        """Take the lock, if nobody has it; it goes with the transaction.
+
+        Args:
+            whole_session: Keep it until `release`; where a transaction is needed for that, it is
+                begun here, and otherwise none is left open.
+        """
+
+    def finish(self, connection: Connection) -> None:
+        """Commit what was done while the whole session had it, if it may be."""
+
+    def release(self, connection: Connection) -> None:
+        """Give back what `whole_session` had taken; no transaction is open any more."""
+
+    def holder(self, connection: Connection) -> str:
+        """Say who holds the lock: since when, and doing what, as far as the database tells."""
+
+    def cure(self) -> str:
+        """Say how to find or end who holds it."""
+
+
+def find_schema_lock(dialect: str) -> SchemaLock | None:
+    """Find the lock of a database by its dialect's name; None where engineroom knows none."""
+    if dialect == "postgresql":
+        from .postgresql import AdvisoryLock
+
+        return AdvisoryLock()
+    if dialect == "sqlite":
+        from .sqlite import FileLock
+
+        return FileLock()
+    return None
 
 
 def find_backend(url: URL, settings: DatabaseSettings) -> Backend:

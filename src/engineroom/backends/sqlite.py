@@ -9,8 +9,8 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Coroutine, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Generator, Iterable, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from itertools import chain, repeat
 from pathlib import Path
@@ -22,7 +22,7 @@ from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.pool import PoolProxiedConnection
 
 from ..cancellation import settle
-from ..errors import InvalidPath, InvalidURL, SelfDeadlock
+from ..errors import BrokenReferences, InvalidPath, InvalidURL, SelfDeadlock
 from ..urls import masked
 from . import Role, Side, choose_driver, refuse_unknown_driver
 
@@ -31,6 +31,7 @@ DRIVERS = {Side.ASYNC: {"aiosqlite": "aiosqlite"}, Side.SYNC: {"pysqlite": "sqli
 READ_ONLY = "engineroom_read_only"
 QUERY_ONLY = "engineroom_query_only"
 WAITS_HERE = "engineroom_waits_here"  # for the lock: SQLite itself does not
+BEGINS_LATER = "engineroom_begins_later"
 
 BEGIN_WRITE = "BEGIN IMMEDIATE"
 
@@ -133,7 +134,8 @@ class SQLite:
             # cannot help it any more: IMMEDIATE waits where waiting helps.
             before_write(connection)
             self._refuse_inherited()
-            connection.exec_driver_sql(BEGIN_WRITE)
+            if not options.get(BEGINS_LATER):
+                connection.exec_driver_sql(BEGIN_WRITE)
 
     def _wait_for_the_lock_here(self, engine: Engine) -> None:
         """Wait for the lock in SQLite's place: its waiting ends for no cancellation, nor Ctrl-C."""
@@ -332,6 +334,101 @@ class SQLite:
             if self._private["folder"][0] != folder:
                 remove()  # another thread was faster
         return str(Path(self._private["folder"][0], "memory.db"))
+
+
+class FileLock:
+    """The lock that each writer of a SQLite file holds, from BEGIN IMMEDIATE to its end."""
+
+    longest_pause: float = PAUSES[-1]  # every writer asks for it: one who comes less often loses
+
+    def options(self) -> dict[str, Any]:
+        """Have engineroom's own connections not begin by themselves, nor wait in their own way."""
+        return {BEGINS_LATER: True}
+
+    def look_options(self) -> dict[str, Any]:
+        """Have engineroom's own begin as readers."""
+        return {READ_ONLY: True}
+
+    @contextmanager
+    def looking(self, connection: Connection) -> Generator[None]:
+        """Have SQLite refuse writes: a connection that engineroom did not make knows no option."""
+        before = connection.exec_driver_sql("PRAGMA query_only").scalar_one()
+        connection.exec_driver_sql("PRAGMA query_only=ON")
+        try:
+            yield
+        finally:
+            connection.exec_driver_sql(f"PRAGMA query_only={before}")
+
+    def is_refusal(self, error: BaseException | None) -> bool:
+        """Ask for SQLITE_READONLY."""
+        return _code(error) == SQLITE_READONLY
+
+    def set_guards(self, connection: Connection, *, whole_session: bool) -> None:
+        """SQLite has no deadlines, but foreign keys, which would empty what refers to a table.
+
+        Alembic's batches drop a table and put a new one in its place. Inside of a transaction
+        SQLite ignores this: here none has begun.
+        """
+        if whole_session:
+            _run_apart(connection, "PRAGMA foreign_keys=OFF")
+
+    def try_take(self, connection: Connection, *, whole_session: bool) -> bool:
+        """Begin as a writer, unless somebody has begun already; without waiting."""
+        if not connection.in_transaction():
+            connection.begin()
+        lent: Any = connection.connection
+        if lent.driver_connection.in_transaction:
+            return True
+        cursor = lent.dbapi_connection.cursor()
+        try:
+            cursor.execute("PRAGMA busy_timeout")
+            (usual,) = cursor.fetchone()
+            cursor.execute("PRAGMA busy_timeout=0")
+            try:
+                cursor.execute(BEGIN_WRITE)
+            except connection.dialect.loaded_dbapi.OperationalError as error:
+                if _code(error) != SQLITE_BUSY:
+                    raise
+                return False
+            finally:
+                cursor.execute(f"PRAGMA busy_timeout={usual}")
+        finally:
+            cursor.close()
+        return True
+
+    def finish(self, connection: Connection) -> None:
+        """Commit, if no row refers to one that is not there."""
+        if broken := connection.exec_driver_sql("PRAGMA foreign_key_check").fetchall():
+            tables = sorted({f"{table} → {parent}" for table, _, parent, _ in broken})
+            raise BrokenReferences(
+                f"The migrations of {connection.engine.url.database} were rolled back: rows would "
+                f"refer to rows that are not there ({len(broken)}: {', '.join(tables)}). SQLite "
+                "does not ask while tables are rebuilt, so this was asked at their end (PRAGMA "
+                "foreign_key_check). Have a migration delete or mend those rows."
+            )
+        connection.commit()
+
+    def release(self, connection: Connection) -> None:
+        """The lock has gone with the transaction; foreign keys are enforced again."""
+        connection.execution_options(**{BEGINS_LATER: False})
+        _run_apart(connection, "PRAGMA foreign_keys=ON")
+
+    def holder(self, connection: Connection) -> str:
+        """Name the file: SQLite does not know its holder."""
+        return f"another writer of the file {connection.engine.url.database}"
+
+    def cure(self) -> str:
+        """Say how the processes are found."""
+        return "find and end its process (fuser names those that have the file open)"
+
+
+def _run_apart(connection: Connection, statement: str) -> None:
+    """Run a statement without the transaction that SQLAlchemy would begin for it."""
+    cursor = connection.connection.cursor()
+    try:
+        cursor.execute(statement)
+    finally:
+        cursor.close()
 
 
 @cache

@@ -1,0 +1,201 @@
+"""Starters: processes that are told to begin at the same time, and what a starter makes."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import (
+    CheckConstraint,
+    Column,
+    Enum,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    UniqueConstraint,
+)
+
+from engineroom import Base
+
+HERE = Path(__file__).parent
+DEADLINE = 100  # seconds for a crowd of starters, on a machine that is busy
+READY = "ready"
+
+
+def models(schema: str | None = None) -> MetaData:
+    """Return tables with everything that has a name: keys, constraints, an index and a type."""
+    metadata = MetaData(naming_convention=Base.metadata.naming_convention)
+    Table(
+        "customer",
+        metadata,
+        Column("id", Integer, primary_key=True),
+        Column("email", String(80), nullable=False, unique=True),
+        Column("kind", Enum("person", "company", name="customer_kind"), nullable=False),
+        Column("discount", Integer, nullable=False),
+        CheckConstraint("discount >= 0"),
+        schema=schema,
+    )
+    parent = f"{schema}.customer" if schema else "customer"
+    orders = Table(
+        "orders",
+        metadata,
+        Column("id", Integer, primary_key=True),
+        Column("customer_id", ForeignKey(f"{parent}.id", ondelete="CASCADE"), nullable=False),
+        Column("number", Integer, nullable=False),
+        Column("state", String(10), nullable=False, index=True),
+        UniqueConstraint("customer_id", "number"),
+    )
+    Index("orders_by_number", orders.c.number.desc(), orders.c.id)
+    return metadata
+
+
+class Starter:
+    """A process that runs a function of a test's module, once it is told to begin."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        call = json.dumps([function.__module__, function.__name__, arguments])
+        self.process = subprocess.Popen(
+            [
+                *(sys.executable, "-W", "error"),
+                "-c",
+                f"import sys; sys.path.insert(0, {str(HERE)!r}); import starting; starting.main()",
+                call,
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def says(self, word: str) -> None:
+        """Wait until it says this."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.strip() == word:
+                return
+        raise AssertionError(f"{word!r} was not said: {self.ended()}")
+
+    def begin(self) -> None:
+        """Let it begin; it has imported what it needs."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+
+    def kill(self) -> None:
+        """End it as the kernel does where memory is short."""
+        self.process.kill()
+        self.process.wait()
+
+    def ended(self) -> tuple[int, str, str]:
+        """Wait for its end, and return its exit code, what it said and what it complained about."""
+        out, err = self.process.communicate(timeout=DEADLINE)
+        return self.process.returncode, out, err
+
+
+@contextmanager
+def starters(count: int, function: Callable[..., Any], *arguments: Any) -> Iterator[list[Starter]]:
+    """Have so many processes ready to begin; the function gets its number first."""
+    crowd = [Starter(function, number, *arguments) for number in range(count)]
+    try:
+        for starter in crowd:
+            starter.says(READY)
+        yield crowd
+    finally:
+        for starter in crowd:
+            starter.kill()
+            for stream in (starter.process.stdin, starter.process.stdout, starter.process.stderr):
+                if stream is not None:
+                    try:
+                        stream.close()
+                    except BrokenPipeError:
+                        pass
+
+
+def main() -> None:
+    """Stand at the other end."""
+    module, name, arguments = json.loads(sys.argv[1])
+    function = getattr(importlib.import_module(module), name)
+    signal.alarm(DEADLINE)
+    print(READY, flush=True)
+    sys.stdin.readline()
+    function(*arguments)
+
+
+def say(word: str) -> None:
+    """Say something to the test, at once."""
+    os.write(1, f"{word}\n".encode())
+
+
+# -- a project with migrations --------------------------------------------------------------------
+
+ENV = """
+from engineroom import alembic
+from starting import models
+
+alembic.run(metadata=models({schema!r}){options})
+"""
+STEP = """
+import time
+
+import sqlalchemy as sa
+from alembic import op
+{imports}
+revision = {revision!r}
+down_revision = {down!r}
+
+
+def upgrade() -> None:
+    {body}
+
+
+def downgrade() -> None:
+    pass
+"""
+FIRST = """op.create_table("ran", sa.Column("step", sa.String(20)))
+    op.execute("INSERT INTO ran VALUES ('first')")"""
+SECOND = """op.execute("INSERT INTO ran VALUES ('second')")"""
+
+
+def project(
+    folder: Path, *steps: str, ini: str = "", schema: str | None = None, options: str = ""
+) -> Path:
+    """Write a project whose migrations do this, and return its `alembic.ini`."""
+    versions = folder / "migrations" / "versions"
+    versions.mkdir(parents=True, exist_ok=True)
+    (folder / "alembic.ini").write_text(
+        f"[alembic]\nscript_location = %(here)s/migrations\n{ini}\n"
+    )
+    (folder / "migrations" / "env.py").write_text(ENV.format(schema=schema, options=options))
+    for number, body in enumerate(steps or (FIRST, SECOND), 1):
+        down = f"r{number - 1}" if number > 1 else None
+        text = STEP.format(revision=f"r{number}", down=down, body=body, imports="")
+        (versions / f"r{number}.py").write_text(text)
+    return folder / "alembic.ini"
+
+
+def alembic(number: int, ini: str, *arguments: str) -> None:
+    """Be the command line of Alembic."""
+    from alembic.config import main as command_line
+
+    sys.path.insert(0, str(HERE))
+    command_line(argv=["-c", ini, *arguments])
+
+
+def connect_apart(url: str) -> str:
+    """Return the source of a migration's step that works on another connection for a while."""
+    if url.startswith("sqlite"):
+        return "time.sleep(1.6)"
+    return f"""import psycopg
+    with psycopg.connect({url!r}, autocommit=True) as apart:
+        apart.execute("SELECT pg_sleep(1.6)")"""
