@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from sqlalchemy import MetaData, NullPool, create_engine, event
+from sqlalchemy import MetaData, create_engine, event
 from sqlalchemy.engine import URL, Connection, Engine, ExceptionContext
 from sqlalchemy.engine.interfaces import DBAPICursor
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
@@ -26,6 +26,8 @@ from sqlalchemy.util import await_only, greenlet_spawn
 
 from .backends import Backend, Role, Side, find_backend
 from .cancellation import settle
+from .cap import CAPS, Cap, CapInfo, limit_process, note_closings, process_cap, release_process
+from .departures import DEPARTURES
 from .errors import Holder, InvalidOption, SelfDeadlock
 from .forks import make_immortal, part_event_loops
 from .ledger import (
@@ -48,8 +50,11 @@ from .sessions import Guarded, guarded
 from .settings import DatabaseSettings, Options, read_settings
 from .slots import WAITING
 from .statements import note_statements, permit_of
+from .urls import masked
 
 logger: logging.Logger = logging.getLogger("engineroom")
+
+END_LIMIT = 3.0  # seconds to connect, for ending what runs on connections that nobody serves
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +91,8 @@ class Stats:
     """The open scopes, oldest first."""
     pools: tuple[PoolInfo, ...]
     """One per role on the sync side, one per role and event loop on the async side."""
+    caps: tuple[CapInfo, ...] = ()
+    """The limits over several pools: `DB_MAX_CONNECTIONS`, and that of a group."""
 
 
 class EngineRoom:
@@ -97,8 +104,14 @@ class EngineRoom:
     new_session: Callable[[Engine], Guarded]
     new_async_session: Callable[[AsyncEngine], AsyncSession]
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, cap: Cap | None = None) -> None:
+        """Make it.
+
+        Args:
+            cap: A limit over this and other rooms, beside that of the process.
+        """
         self.life: Life = Life(name)
+        self.cap: Cap | None = cap
         self.ledger: Ledger = Ledger()
         self.loose: weakref.WeakSet[Session] = weakref.WeakSet()  # sessions that no scope ends
         self._engines: dict[tuple[Side, Role], Engine] = {}
@@ -144,6 +157,8 @@ class EngineRoom:
             sync_session_class=guarded(session_class),
             **sessions,
         )
+        if self.settings.max_connections is not None:
+            limit_process(self, self.settings.max_connections)
         if self.settings.dump_signal:
             dump_on(signal.Signals[self.settings.dump_signal])
         self.life.enter(State.OPEN)
@@ -188,7 +203,8 @@ class EngineRoom:
             bind = self.binds[key] = AsyncEngine(engine) if side is Side.ASYNC else engine
         return bind
 
-    def _make_engine(self, side: Side, role: Role, *, pooled: bool = True) -> Engine:
+    def _make_engine(self, side: Side, role: Role, *, apart: float | None = None) -> Engine:
+        """Make an engine; one apart has a pool of one connection, and so long to open it."""
         settings = self.settings
         options: dict[str, Any] = {
             "echo": settings.shows_statements,
@@ -199,35 +215,36 @@ class EngineRoom:
         arguments = theirs.pop("connect_args", {})
         options |= theirs | self.backend.engine_options(side, role, arguments)
         url = self.backend.engine_url(side)
-        if not pooled:
-            del options["pool_recycle"]
-            return create(side, url, poolclass=NullPool, **options)
         knows: dict[str, Any] = {
             "backend": self.backend,
+            "caps": staticmethod(self.caps),
+            "name": f"{side} {role} of {masked(self.settings.url)}",
             "end_apart": staticmethod(partial(self.end_apart, role)),
-            "least": settings.pool_min if role is Role.PRIMARY else 0,
-            "spare": settings.max_overflow,
+            "least": settings.pool_min if role is Role.PRIMARY and apart is None else 0,
+            "spare": settings.max_overflow if apart is None else 0,
             "slow_after": settings.slow_after,
             "ping_after": 0.0 if settings.pool_pre_ping else settings.pool_ping_after,
         }
         # What a pool must know and `recreate()` does not pass on stands on a class of its own.
         if side is Side.ASYNC:
             lender: type[Lender] = type("Shelf", (Shelf,), knows)
-            poolclass: Any = type("LoopPool", (LoopPool,), {"shelf_class": lender})
+            shelves = type("LoopPool", (LoopPool,), {"shelf_class": lender})
+            poolclass: Any = shelves if apart is None else lender
         else:
             lender = poolclass = type("ThreadPool", (ThreadPool,), knows)
         engine = create(
             side,
             url,
             poolclass=poolclass,
-            pool_size=settings.pool_size,
+            pool_size=settings.pool_size if apart is None else 1,
             max_overflow=-1,  # the permits are the limit
-            pool_timeout=settings.pool_timeout,
+            pool_timeout=settings.pool_timeout if apart is None else apart,
             pool_use_lifo=True,  # the connection used last is the surest to live
             **options,
         )
         lender.engine = engine
         note_statements(engine.dialect)
+        note_closings(engine.dialect)
         if side is Side.SYNC and "connect_timeout" not in {**url.query, **arguments}:
             self._limit_connect(engine)
         self.backend.attach(engine, role, self._refuse_self_deadlock)
@@ -296,6 +313,10 @@ class EngineRoom:
                         "with session(read_only=True)."
                     )
 
+    def caps(self) -> tuple[Cap, ...]:
+        """Return the limits over several pools under which a connection is opened now."""
+        return tuple(cap for cap in (self.cap, process_cap()) if cap is not None)
+
     # -- watching -----------------------------------------------------------------------------
 
     def lenders(self) -> Iterator[tuple[Side, Role, asyncio.AbstractEventLoop | None, Lender]]:
@@ -328,12 +349,14 @@ class EngineRoom:
                 )
                 for side, role, loop, lender in self.lenders()
             ),
+            caps=tuple(cap.info() for cap in self.caps()),
         )
 
     def report(self) -> str:
         """Write down who holds a connection and who waits for one: since when, from which line."""
         now = time.monotonic()
         lines = [f"{self.life.name} (engineroom) is {self.life.state.value}"]
+        lines += [f"  {cap.info()}" for cap in self.caps()]
         for side, role, _, lender in self.lenders():
             slots = lender.slots
             lines.append(
@@ -356,7 +379,7 @@ class EngineRoom:
     def end_apart(self, role: Role, connections: Sequence[PoolProxiedConnection]) -> None:
         """End what runs on connections whose loop has ended, from another loop or a thread."""
         side = Side.SYNC if asyncio._get_running_loop() is None else Side.ASYNC
-        self.backend.end(connections, partial(self.run_apart, side, role))
+        self.backend.end(connections, partial(self.run_apart, side, role, seconds=END_LIMIT))
 
     def interrupt(self, entry: Entry) -> None:
         """Stop what a thread runs or waits for in a scope, from another thread."""
@@ -376,13 +399,32 @@ class EngineRoom:
         pool = pools.get((side, role, here))
         return pool is not None and not pool.slots.may_lend
 
-    def run_apart(self, side: Side, role: Role, statement: str) -> None:
-        """Run a statement on a connection of its own, which no pool lends."""
-        self.work_apart(side, role, lambda connection: connection.exec_driver_sql(statement))
+    def run_apart(
+        self, side: Side, role: Role, statement: str, *, seconds: float | None = None
+    ) -> None:
+        """Run a statement on a connection of its own, which no other caller is lent."""
+        self.work_apart(side, role, lambda c: c.exec_driver_sql(statement), seconds=seconds)
 
-    def work_apart(self, side: Side, role: Role, work: Callable[[Connection], object]) -> None:
-        """Work on a connection of its own, which no pool lends."""
-        with self._make_engine(side, role, pooled=False).connect() as connection:
+    def work_apart(
+        self,
+        side: Side,
+        role: Role,
+        work: Callable[[Connection], object],
+        *,
+        seconds: float | None = None,
+    ) -> None:
+        """Work on a connection of its own, which no other caller is lent.
+
+        A limit over several pools holds for it as well.
+
+        Args:
+            seconds: To wait and connect; the setting `pool_timeout` without it.
+        """
+        limit = self.settings.pool_timeout if seconds is None else seconds
+        engine = self._make_engine(side, role, apart=limit)
+        pool: Any = engine.pool
+        pool.ended = True  # what comes back is closed
+        with engine.connect() as connection:
             work(connection)
 
     def clear(self) -> None:
@@ -390,6 +432,7 @@ class EngineRoom:
         self._engines.clear()
         self.binds.clear()
         self.backend.dispose()
+        release_process(self)
         self.life.enter(State.CLOSED)
 
     def disown(self) -> None:
@@ -420,6 +463,9 @@ def _after_fork_in_child() -> None:
     WAITING.clear()
     if any(loop is not None for room in rooms for _, _, loop, _ in room.lenders()):
         part_event_loops()
+    DEPARTURES.disown()
+    for cap in list(CAPS):
+        cap.disown()
     for room in rooms:
         room.disown()
 

@@ -6,11 +6,12 @@ import asyncio
 from typing import Any
 
 from sqlalchemy.orm import Session
+from sqlalchemy.pool import PoolProxiedConnection
 
 from .cancellation import settle
 from .ledger import applications_line, is_inside
+from .pool import Reservations
 from .scopes import SessionScope, mind_the_loop, triple
-from .slots import Reservation
 
 
 class FrameworkScope(SessionScope):
@@ -33,11 +34,11 @@ class HandedScope(FrameworkScope):
     It is entered and left on the framework's event loop; statements and its end run in threads.
     """
 
-    __slots__ = ("_reservation",)
+    __slots__ = ("_reservations",)
 
     def open(self) -> Session:
         """Open the session; no thread has it yet."""
-        self._reservation: Reservation | None = None
+        self._reservations: Reservations | None = None
         session = self.__enter__()
         self.thread: int = 0
         self.task: asyncio.Task[Any] | None = None
@@ -64,7 +65,7 @@ class HandedScope(FrameworkScope):
             PoolDeadlock: none ever would.
         """
         pool: Any = self._room.engine(*self._target[:2]).pool
-        self._reservation = await pool.reserve(self)
+        self._reservations = await pool.reserve(self)
 
     def move_here(self) -> None:
         """Note that a thread goes on with the session; it takes what was reserved."""
@@ -74,8 +75,14 @@ class HandedScope(FrameworkScope):
                 self._room, self.kind, *line, "Declare AsyncSessionDep there, or write def"
             )
         super().move_here()
-        if self._reservation is not None:
-            self._reservation.hand_to(self.thread)
+        if self._reservations is not None:
+            self._reservations.hand_to(self.thread)
+
+    def hold(self, connection: PoolProxiedConnection) -> None:
+        """Note which connection the session uses; of what was reserved it needs no more."""
+        super().hold(connection)
+        if self._reservations is not None:
+            self._reservations.cancel()
 
     async def leave(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         """End the session on the event loop: in a thread, if its end has anything to do."""
@@ -111,5 +118,5 @@ class HandedScope(FrameworkScope):
 
     def _leave(self) -> None:
         super()._leave()
-        if self._reservation is not None:
-            self._reservation.cancel()
+        if self._reservations is not None:
+            self._reservations.cancel()

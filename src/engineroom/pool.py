@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import threading
 import time
@@ -18,10 +19,13 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry, PoolProx
 from sqlalchemy.util import await_only, greenlet_spawn
 
 from .cancellation import settle
-from .errors import ConnectTimeout, PoolExhausted
+from .cap import Stay, stay_of
+from .errors import ConnectTimeout, PoolDeadlock, PoolExhausted
 from .ledger import REQUEST, Entry, current_owner, has_ended
 from .lending import Berth, Lender
 from .slots import GROW_AFTER, RECOVER_AFTER, Reservation, Slots
+
+logger: logging.Logger = logging.getLogger("engineroom.pool")
 
 GROW_ANYWAY = 0.5  # seconds that the first in the queue waits, on a loop that always lags
 
@@ -108,15 +112,29 @@ class ShelfBell(LoopBell):
         await_only(self.rings_within(self.limit))
 
 
+class Reservations(list[Reservation]):
+    """What was waited for beforehand: a permit of the pool, and a place under each limit."""
+
+    def hand_to(self, thread: object) -> None:
+        """Have this thread take them next."""
+        for reservation in self:
+            reservation.hand_to(thread)
+
+    def cancel(self) -> None:
+        """Give back what was not used."""
+        for reservation in self:
+            reservation.cancel()
+
+
 class ThreadPool(Lender):
     """The synchronous side's pool: a thread waits for its permit on a lock."""
 
-    def new_bell(self) -> ThreadBell:
+    def new_bell(self, seconds: float | None = None) -> ThreadBell:
         """Return a lock to wait on."""
-        return ThreadBell(self.limit)
+        return ThreadBell(self.limit if seconds is None else seconds)
 
-    async def reserve(self, entry: Entry) -> Reservation:
-        """Wait on the event loop for a permit, which a thread will connect with.
+    async def reserve(self, entry: Entry) -> Reservations:
+        """Wait on the event loop for all that a thread will need to connect.
 
         Args:
             entry: The scope that is to use it.
@@ -125,12 +143,25 @@ class ThreadPool(Lender):
             PoolExhausted: none came free in time.
             PoolDeadlock: none ever would.
         """
-        permit = self.slots.take(current_owner())
-        if permit is None:
-            bell = LoopBell(self.limit, entry.request)
-            permit = await greenlet_spawn(self.wait_for, self.slots, bell)
-        permit.since = time.monotonic()
-        return Reservation(self.slots, permit, weakref.ref(entry))
+        reservations = Reservations()
+        deadline = time.monotonic() + self.limit
+        try:
+            for slots in (self.slots, *self.caps()):
+                if slots is not self.slots and self.has_idle:
+                    break  # nothing has to be opened
+                permit = slots.take(current_owner())
+                if permit is None:
+                    bell = LoopBell(max(deadline - time.monotonic(), 0.0), entry.request)
+                    permit = await greenlet_spawn(self.wait_for, slots, bell)
+                if (stay := stay_of(permit)) is not None:  # it came back: there it lies
+                    stay.put_back()
+                    break
+                permit.since = time.monotonic()
+                reservations.append(Reservation(slots, permit, weakref.ref(entry)))
+        except BaseException:
+            reservations.cancel()
+            raise
+        return reservations
 
     def open_in_time(self, connect: Callable[[], Any], seconds: float) -> Any:
         """Open a connection; the driver keeps the time (`Backend.limit_connect` told it)."""
@@ -178,8 +209,14 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
     _queue_class = Lender._queue_class  # type: ignore[assignment]
 
     keeper: AsyncGenerator[None]  # ends the shelf with its loop
+    behind: weakref.ref[LoopPool] | None = None  # the pool that it is a shelf of
     _growth: asyncio.TimerHandle | None = None
     _filling: asyncio.Task[None] | None = None
+
+    def __init__(self, creator: Any, *args: Any, **kw: Any) -> None:
+        super().__init__(creator, *args, **kw)
+        self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
+        self._partings: set[asyncio.Task[None]] = set()  # (a loop holds its tasks weakly)
 
     def end_here(self) -> None:
         """Close what is idle, and from now on whatever comes back."""
@@ -206,9 +243,50 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
     def _discard(self, connection: PoolProxiedConnection) -> None:
         await_only(settle(greenlet_spawn(super()._discard, connection)))
 
-    def new_bell(self) -> ShelfBell:
+    def new_bell(self, seconds: float | None = None) -> LoopBell:
         """Return an event of the running loop to wait on."""
-        return ShelfBell(self)
+        return ShelfBell(self) if seconds is None else LoopBell(seconds)
+
+    # -- giving way to others ---------------------------------------------------------------------
+
+    def give_way(self, stay: Stay) -> bool:
+        """Close an idle connection in its loop; where that does not run, cut it."""
+        if asyncio._get_running_loop() is self.loop:
+            return super().give_way(stay)
+        if self.loop.is_running():
+            with suppress(RuntimeError):  # it was closed just now
+                self.loop.call_soon_threadsafe(self._asked_to_give_way, stay)
+                return True
+        if not self.take_out(stay):
+            return False
+        self.backend.cut(stay.driver(), self.loop)
+        stay.end()
+        return True
+
+    def _asked_to_give_way(self, stay: Stay) -> None:
+        if not super().give_way(stay):
+            stay.stay_on()
+
+    def part_with(self, stay: Stay) -> None:
+        """Close what was taken out, in a task: nobody waits for that."""
+        self._dec_overflow()
+        parting = self.loop.create_task(settle(greenlet_spawn(stay.kept.close)))
+        self._partings.add(parting)
+        parting.add_done_callback(partial(self._parted, stay))
+
+    def _parted(self, stay: Stay, parting: asyncio.Task[None]) -> None:
+        self._partings.discard(parting)
+        if stay.kept is not None:  # the loop's end came first
+            stay.put_back()
+        if not parting.cancelled() and (error := parting.exception()) is not None:
+            logger.info("A connection that gave way was not closed in time: %r", error)
+            stay.end()
+
+    def reap_ended(self) -> None:
+        """Part with everything, if the loop was closed by hand."""
+        behind = None if self.behind is None else self.behind()
+        if behind is not None and self.loop.is_closed():
+            behind.reap()
 
     def mind_growth(self, slots: Slots) -> None:
         """Have one timer, for all who wait, see whether the pool should grow."""
@@ -298,6 +376,8 @@ class LoopPool(AsyncAdaptedQueuePool):
         """
         try:
             turn = self._first.take(current_owner()) or shelf.wait_for(self._first)
+        except PoolDeadlock:
+            raise
         except PoolExhausted as error:
             first = "".join(f", for {holder}" for holder in error.holders)
             raise ConnectTimeout(
@@ -318,6 +398,7 @@ class LoopPool(AsyncAdaptedQueuePool):
     def _open(self, loop: asyncio.AbstractEventLoop) -> Shelf:
         self.reap()
         shelf = self._make_shelf()
+        shelf.behind = weakref.ref(self)
         shelf.dispatch = self.dispatch  # the engine's listeners hear the connections of all loops
         shelf.keeper = self._end_with_loop(loop, shelf)
         self.shelves[loop] = shelf
