@@ -36,7 +36,15 @@ from .errors import (
     WrongWith,
 )
 from .hooks import Hooks
-from .ledger import REQUEST, Entry, applications_line, is_inside, is_known_to_a_thread, place
+from .ledger import (
+    REQUEST,
+    Entry,
+    Request,
+    applications_line,
+    is_inside,
+    is_known_to_a_thread,
+    place,
+)
 from .lending import forfeit
 from .retiring import ENDED, retire
 from .sessions import Guarded, in_use, recall, used_by_another_thread
@@ -322,7 +330,7 @@ class LooseScope(SessionScope):
         if asyncio._get_running_loop() is not None:
             self.mind_the_loop()
         session = self._open(engine)
-        self.request = REQUEST.get()
+        self.request: Request | None = REQUEST.get()
         self.move_here()
         self._room.loose.add(session)
         return session
