@@ -129,6 +129,7 @@ def test_what_stands_alone_or_streams_is_not_called_idle_in_transaction(driver_u
             await db.execute(text("SELECT 1"))
             assert doing().startswith("idle in transaction for ")
             await (await db.stream(text("SELECT 1"))).close()
+            await db.rollback()
         async with manager.connect():  # over the same connection
             assert doing().startswith("idle in transaction for ")
         await manager.close()
