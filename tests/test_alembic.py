@@ -382,6 +382,18 @@ def test_the_log_tells_of_each_migration_and_of_one_that_takes_long(
     assert any(line.endswith("; the last one finished was r1") for line in said)
 
 
+def test_what_a_migration_sets_on_its_connection_goes_with_it(
+    postgres_url: str, tmp_path: Path
+) -> None:
+    ini = project(tmp_path, FIRST, """op.execute("SET work_mem = '123MB'")""")
+    with Database(postgres_url, alembic_ini=str(ini), pool_size=1, max_overflow=0) as database:
+        migrate(database)
+        with database.connect() as connection:
+            assert connection.scalar(text("SHOW work_mem")) == "4MB"
+            locks = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"
+            assert connection.scalar(text(locks)) == 0
+
+
 # -- where it stands: check(schema=True) ----------------------------------------------------------
 
 
