@@ -30,6 +30,7 @@ from starting import (
     models,
     project,
     starters,
+    together,
 )
 
 import engineroom.alembic
@@ -65,10 +66,7 @@ def steps(url: str) -> list[str]:
 
 
 def all_upgrade(url: str, ini: Path, count: int = 16) -> None:
-    with starters(count, alembic, str(ini), "-x", f"url={url}", "upgrade", "head") as crowd:
-        for starter in crowd:
-            starter.begin()
-        ends = [starter.ended() for starter in crowd]
+    ends = together(count, alembic, str(ini), "-x", f"url={url}", "upgrade", "head")
     assert [(code, err) for code, _, err in ends if code] == []
     assert steps(url) == ["first", "second"]
 

@@ -33,7 +33,7 @@ from sqlalchemy.dialects.postgresql import ENUM
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.util import greenlet_spawn
-from starting import Starter, models, say, starters
+from starting import Starter, models, say, starters, together
 
 from engineroom import Database, DatabaseSessionManager, schema
 from engineroom.backends.postgresql import without_literals
@@ -91,10 +91,7 @@ def create(number: int, url: str) -> None:
 
 
 def all_create(url: str, count: int = 16) -> None:
-    with starters(count, create, url) as crowd:
-        for starter in crowd:
-            starter.begin()
-        ends = [starter.ended() for starter in crowd]
+    ends = together(count, create, url)
     assert [(code, err) for code, _, err in ends if code] == []
     assert sum(out.count("created") for _, out, _ in ends) == TABLES
     assert {"customer", "orders"} <= names(url)
