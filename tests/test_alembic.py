@@ -65,6 +65,9 @@ def steps(url: str) -> list[str]:
         return list(connection.scalars(text("SELECT step FROM ran ORDER BY step")))
 
 
+MEANWHILE = "time.sleep(0.5)"  # in which the others come, on a machine that is busy
+
+
 def all_upgrade(url: str, ini: Path, count: int = 16) -> None:
     ends = together(count, alembic, str(ini), "-x", f"url={url}", "upgrade", "head")
     assert [(code, err) for code, _, err in ends if code] == []
@@ -72,14 +75,14 @@ def all_upgrade(url: str, ini: Path, count: int = 16) -> None:
 
 
 def test_sixteen_upgrade_at_once_and_each_migration_runs_once(place: str, tmp_path: Path) -> None:
-    all_upgrade(place, project(tmp_path))
+    all_upgrade(place, project(tmp_path, f"{MEANWHILE}\n    {FIRST}", SECOND))
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("again", range(10))
 def test_sixteen_upgrade_at_once_again_and_again(again: int, place: str, tmp_path: Path) -> None:
-    all_upgrade(place, project(tmp_path))
+    all_upgrade(place, project(tmp_path, f"{MEANWHILE}\n    {FIRST}", SECOND))
 
 
 # -- a holder that is killed, or hangs, or takes its time -----------------------------------------
