@@ -30,6 +30,7 @@ from starting import (
     models,
     project,
     starters,
+    together,
 )
 
 import engineroom.alembic
@@ -64,24 +65,24 @@ def steps(url: str) -> list[str]:
         return list(connection.scalars(text("SELECT step FROM ran ORDER BY step")))
 
 
+MEANWHILE = "time.sleep(0.5)"  # in which the others come, on a machine that is busy
+
+
 def all_upgrade(url: str, ini: Path, count: int = 16) -> None:
-    with starters(count, alembic, str(ini), "-x", f"url={url}", "upgrade", "head") as crowd:
-        for starter in crowd:
-            starter.begin()
-        ends = [starter.ended() for starter in crowd]
+    ends = together(count, alembic, str(ini), "-x", f"url={url}", "upgrade", "head")
     assert [(code, err) for code, _, err in ends if code] == []
     assert steps(url) == ["first", "second"]
 
 
 def test_sixteen_upgrade_at_once_and_each_migration_runs_once(place: str, tmp_path: Path) -> None:
-    all_upgrade(place, project(tmp_path))
+    all_upgrade(place, project(tmp_path, f"{MEANWHILE}\n    {FIRST}", SECOND))
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("again", range(10))
 def test_sixteen_upgrade_at_once_again_and_again(again: int, place: str, tmp_path: Path) -> None:
-    all_upgrade(place, project(tmp_path))
+    all_upgrade(place, project(tmp_path, f"{MEANWHILE}\n    {FIRST}", SECOND))
 
 
 # -- a holder that is killed, or hangs, or takes its time -----------------------------------------
@@ -380,6 +381,18 @@ def test_the_log_tells_of_each_migration_and_of_one_that_takes_long(
     said = [record.getMessage() for record in caplog.records if record.name == "engineroom"]
     assert any(line.startswith("Migrated r1 in ") for line in said)
     assert any(line.endswith("; the last one finished was r1") for line in said)
+
+
+def test_what_a_migration_sets_on_its_connection_goes_with_it(
+    postgres_url: str, tmp_path: Path
+) -> None:
+    ini = project(tmp_path, FIRST, """op.execute("SET work_mem = '123MB'")""")
+    with Database(postgres_url, alembic_ini=str(ini), pool_size=1, max_overflow=0) as database:
+        migrate(database)
+        with database.connect() as connection:
+            assert connection.scalar(text("SHOW work_mem")) == "4MB"
+            locks = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"
+            assert connection.scalar(text(locks)) == 0
 
 
 # -- where it stands: check(schema=True) ----------------------------------------------------------

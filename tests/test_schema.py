@@ -33,7 +33,7 @@ from sqlalchemy.dialects.postgresql import ENUM
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.util import greenlet_spawn
-from starting import Starter, models, say, starters
+from starting import Starter, models, say, starters, together
 
 from engineroom import Database, DatabaseSessionManager, schema
 from engineroom.backends.postgresql import without_literals
@@ -41,6 +41,7 @@ from engineroom.errors import SchemaLocked, SchemaMismatch, SelfDeadlock
 from engineroom.testing import PostgresServer, sandbox
 
 TABLES = 2
+MEANWHILE = 0.2  # seconds, in which the others come
 GUARD = "idle_in_transaction_session_timeout"
 
 
@@ -78,6 +79,8 @@ def create(number: int, url: str) -> None:
     metadata = wanted(url)
     for table in metadata.tables.values():
         event.listen(table, "after_create", lambda *_, **__: say("created"))
+    orders = metadata.tables["orders"]
+    event.listen(orders, "before_create", lambda *_, **__: time.sleep(MEANWHILE))
     if number % 2:
         with Database(url, metadata=metadata) as database:
             database.create_all()
@@ -91,10 +94,7 @@ def create(number: int, url: str) -> None:
 
 
 def all_create(url: str, count: int = 16) -> None:
-    with starters(count, create, url) as crowd:
-        for starter in crowd:
-            starter.begin()
-        ends = [starter.ended() for starter in crowd]
+    ends = together(count, create, url)
     assert [(code, err) for code, _, err in ends if code] == []
     assert sum(out.count("created") for _, out, _ in ends) == TABLES
     assert {"customer", "orders"} <= names(url)

@@ -95,7 +95,7 @@ def run(
     if context.is_offline_mode():
         _write_sql(read_url(url) if url else _url_of(given), metadata, options)
     elif connection is not None:
-        timeout = read_settings("sqlite://").schema_timeout
+        timeout = read_settings().schema_timeout
         work(getattr(connection, "sync_connection", connection), timeout=timeout)
     elif url is None and given is not None:
         _on_connection(given, work)
