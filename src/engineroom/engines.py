@@ -26,6 +26,8 @@ from sqlalchemy.util import await_only, greenlet_spawn
 
 from .backends import Backend, Role, Side, find_backend
 from .cancellation import settle
+from .cap import CAPS, Cap, CapInfo, limit_process, note_closings, process_cap, release_process
+from .departures import DEPARTURES
 from .errors import Holder, InvalidOption, SelfDeadlock
 from .forks import make_immortal, part_event_loops
 from .ledger import (
@@ -48,6 +50,7 @@ from .sessions import Guarded, guarded
 from .settings import DatabaseSettings, Options, read_settings
 from .slots import WAITING
 from .statements import note_statements, permit_of
+from .urls import masked
 
 logger: logging.Logger = logging.getLogger("engineroom")
 
@@ -86,6 +89,8 @@ class Stats:
     """The open scopes, oldest first."""
     pools: tuple[PoolInfo, ...]
     """One per role on the sync side, one per role and event loop on the async side."""
+    caps: tuple[CapInfo, ...] = ()
+    """The limits over several pools: `DB_MAX_CONNECTIONS`, and that of a group."""
 
 
 class EngineRoom:
@@ -97,8 +102,14 @@ class EngineRoom:
     new_session: Callable[[Engine], Guarded]
     new_async_session: Callable[[AsyncEngine], AsyncSession]
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, cap: Cap | None = None) -> None:
+        """Make it.
+
+        Args:
+            cap: A limit over this and other rooms, beside that of the process.
+        """
         self.life: Life = Life(name)
+        self.cap: Cap | None = cap
         self.ledger: Ledger = Ledger()
         self.loose: weakref.WeakSet[Session] = weakref.WeakSet()  # sessions that no scope ends
         self._engines: dict[tuple[Side, Role], Engine] = {}
@@ -144,6 +155,8 @@ class EngineRoom:
             sync_session_class=guarded(session_class),
             **sessions,
         )
+        if self.settings.max_connections is not None:
+            limit_process(self, self.settings.max_connections)
         if self.settings.dump_signal:
             dump_on(signal.Signals[self.settings.dump_signal])
         self.life.enter(State.OPEN)
@@ -199,6 +212,8 @@ class EngineRoom:
             return create(side, url, poolclass=NullPool, **options)
         knows: dict[str, Any] = {
             "backend": self.backend,
+            "caps": staticmethod(self.caps),
+            "name": f"{side} {role} of {masked(self.settings.url)}",
             "end_apart": staticmethod(partial(self.end_apart, role)),
             "least": settings.pool_min if role is Role.PRIMARY else 0,
             "spare": settings.max_overflow,
@@ -223,6 +238,7 @@ class EngineRoom:
         )
         lender.engine = engine
         note_statements(engine.dialect)
+        note_closings(engine.dialect)
         if side is Side.SYNC and "connect_timeout" not in {**url.query, **arguments}:
             self._limit_connect(engine)
         self.backend.attach(engine, role, self._refuse_self_deadlock)
@@ -291,6 +307,10 @@ class EngineRoom:
                         "with session(read_only=True)."
                     )
 
+    def caps(self) -> tuple[Cap, ...]:
+        """Return the limits over several pools under which a connection is opened now."""
+        return tuple(cap for cap in (self.cap, process_cap()) if cap is not None)
+
     # -- watching -----------------------------------------------------------------------------
 
     def lenders(self) -> Iterator[tuple[Side, Role, asyncio.AbstractEventLoop | None, Lender]]:
@@ -323,12 +343,14 @@ class EngineRoom:
                 )
                 for side, role, loop, lender in self.lenders()
             ),
+            caps=tuple(cap.info() for cap in self.caps()),
         )
 
     def report(self) -> str:
         """Write down who holds a connection and who waits for one: since when, from which line."""
         now = time.monotonic()
         lines = [f"{self.life.name} (engineroom) is {self.life.state.value}"]
+        lines += [f"  {cap.info()}" for cap in self.caps()]
         for side, role, _, lender in self.lenders():
             slots = lender.slots
             lines.append(
@@ -381,6 +403,7 @@ class EngineRoom:
         self._engines.clear()
         self.binds.clear()
         self.backend.dispose()
+        release_process(self)
         self.life.enter(State.CLOSED)
 
     def disown(self) -> None:
@@ -411,6 +434,9 @@ def _after_fork_in_child() -> None:
     WAITING.clear()
     if any(loop is not None for room in rooms for _, _, loop, _ in room.lenders()):
         part_event_loops()
+    DEPARTURES.disown()
+    for cap in list(CAPS):
+        cap.disown()
     for room in rooms:
         room.disown()
 

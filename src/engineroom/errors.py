@@ -250,12 +250,14 @@ class Holder:
     """How long it has held it."""
     doing: str
     """`connecting`, `running for …: <statement>`, `idle in transaction for …` or `idle for …`."""
+    pool: str = ""
+    """Which pool lent it, where the limit is over several: side, role and the masked URL."""
 
     def __str__(self) -> str:
         at = "at" if self.kind == "connection" else "opened at"
         return (
             f"the {self.kind} of {self.owner}, {at} {self.where}, held for {self.seconds:.1f} s, "
-            f"{self.doing}"
+            f"{self.doing}{self.pool and f' ({self.pool})'}"
         )
 
 

@@ -9,7 +9,7 @@ import select
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
 
@@ -18,6 +18,8 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, QueuePoo
 from sqlalchemy.util.queue import Empty, Full
 
 from .backends import Backend
+from .cap import CAPS, CameBack, Cap, Stay, stay_of
+from .departures import HUNG_UP
 from .errors import Holder, ManagerClosed, PoolDeadlock, PoolExhausted
 from .forks import make_immortal
 from .ledger import current_owner, describe, describe_held, has_ended
@@ -25,8 +27,6 @@ from .slots import WAITING, Permit, Slots, Ticket
 
 logger: logging.Logger = logging.getLogger("engineroom.pool")
 
-# POLLRDHUP, where the platform has it: the other side has closed its half of the connection.
-HUNG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR | select.POLLNVAL
 SPOKE = select.POLLIN
 
 T = TypeVar("T")
@@ -44,7 +44,7 @@ class Berth:
     It lies in the connection's `info`, from its opening to the next one in that place.
     """
 
-    __slots__ = ("driver", "lent", "permit", "poll", "returned", "slots")
+    __slots__ = ("driver", "lent", "permit", "poll", "returned", "slots", "stay")
 
     driver: Callable[[], Any]  # a weak reference; of a driver without them, what returns None
     poll: Callable[[int], list[tuple[int, int]]] | None  # None: it has no socket to look at
@@ -55,6 +55,7 @@ class Berth:
         self.returned: float = 0.0  # 0: it was never lent
         self.permit: Permit | None = None
         self.lent: weakref.ref[PoolProxiedConnection] | None = None
+        self.stay: Stay | None = None  # under a limit over several pools
         self.poll = None
         if descriptor is not None:
             watcher = select.poll()
@@ -117,13 +118,22 @@ class Opener:
     def __call__(self, record: ConnectionPoolEntry) -> Any:
         """Open a connection in the time that its caller has left."""
         lender = cast(Lender, self.lender())  # who calls it is there
+        caps = lender.caps()
+        stay = lender.find_place(caps, record) if caps else None
         connecting = lender.slots.connecting
         connecting.add(record)
         try:
             opened = lender.open_in_time(partial(self.creator, record), lender.seconds_left())
+            record.info["berth"] = berth = lender.berth_of(opened)
+            if stay is not None:
+                berth.stay = stay
+                lender.begin(stay, opened, berth)
+        except BaseException:
+            if stay is not None:
+                stay.end()
+            raise
         finally:
             connecting.discard(record)
-        record.info["berth"] = lender.berth_of(opened)
         lender.slots.connected()
         return opened
 
@@ -149,10 +159,12 @@ class Lender(QueuePool):
     """
 
     backend: ClassVar[Backend]
+    caps: ClassVar[Any]  # returns the limits over several pools that hold now
     engine: ClassVar[Engine]
     ping_after: ClassVar[float]  # seconds idle; 0: ask the server at every checkout
     spare: ClassVar[int]  # `max_overflow`; SQLAlchemy's own queue is told: no limit (-1)
     end_apart: ClassVar[Any]  # takes connections, and ends over another one what runs on them
+    name: ClassVar[str]  # for reports
     least: ClassVar[int]  # connections kept open from the first use on
     slow_after: ClassVar[float]  # seconds lent, before the log says so
 
@@ -188,10 +200,16 @@ class Lender(QueuePool):
         try:
             permit = self.slots.take(owner) or self.wait_for(self.slots)
             permit.since = now = time.monotonic()
-            connection = super().connect()
-            while not self._lives(connection, now):
-                self._discard(connection)
-                connection = super().connect()
+            connection = None
+            while connection is None:
+                try:
+                    connection = super().connect()
+                except CameBack as came:  # it is what the pool lends next
+                    came.stay.put_back()
+                else:
+                    if not self._lives(connection, now):
+                        self._discard(connection)
+                        connection = None
             if self.refusal:
                 self._discard(connection)
                 raise ManagerClosed(self.refusal)
@@ -199,7 +217,8 @@ class Lender(QueuePool):
             berth.lent = permit.connection = weakref.ref(connection)
             berth.permit = permit
         except BaseException:
-            self.slots.forsake(owner)
+            for slots in (self.slots, *self.caps()):
+                slots.forsake(owner)
             raise
         if now >= self.next_look:
             self.look_for_slow(now)
@@ -207,6 +226,74 @@ class Lender(QueuePool):
             self.is_filled = True
             self.fill_beside()
         return connection
+
+    def find_place(self, caps: Sequence[Cap], record: ConnectionPoolEntry) -> Stay:
+        """Wait until one more connection may be opened.
+
+        Raises:
+            CameBack: one came back to this pool meanwhile.
+            PoolExhausted: none came free in time, in any pool.
+            PoolDeadlock: none ever would.
+        """
+        owner = current_owner()
+        stay = Stay(self, record)
+        try:
+            for cap in caps:
+                place = cap.take(owner)
+                if place is None:
+                    for pool in cap.pools():
+                        pool.reap_ended()
+                    cap.recover()
+                    place = self.wait_for(cap, self.new_bell(self.seconds_left()))
+                if (other := stay_of(place)) is not None:
+                    raise CameBack(other)
+                stay.take(cap, place)
+        except BaseException:
+            stay.end()
+            raise
+        stay.is_opening = True
+        return stay
+
+    def begin(self, stay: Stay, opened: Any, berth: Berth) -> None:
+        """Note that a connection is open which has its place."""
+        driver = self.engine.dialect.get_driver_connection(opened)
+        stay.begin(opened, driver, self.backend.descriptor(driver), berth)
+
+    def take_out(self, stay: Stay) -> bool:
+        """Take an idle connection out; False if it is lent or gone."""
+        record = stay.record()
+        try:
+            self.rack.items.remove(record)
+        except ValueError:
+            return False
+        if record.info.get("berth") is not stay.berth or record.dbapi_connection is None:
+            self.rack.items.append(record)  # there is another one in its place by now
+            return False
+        stay.kept = record
+        return True
+
+    def put_back(self, stay: Stay) -> None:
+        """Put back what was taken out: it is lent next."""
+        record, stay.kept = stay.kept, None
+        self.rack.items.append(record)
+        if self.ended and self.take_out(stay):
+            self.part_with(stay)
+
+    def give_way(self, stay: Stay) -> bool:
+        """Close an idle connection, where it belongs; False if it is lent or gone."""
+        if not self.take_out(stay):
+            return False
+        self.part_with(stay)
+        return True
+
+    def part_with(self, stay: Stay) -> None:
+        """Close what was taken out."""
+        record = stay.kept
+        self._dec_overflow()  # so that SQLAlchemy counts right: the other private method
+        record.close()
+
+    def reap_ended(self) -> None:
+        """Part with what belongs to an event loop that was closed; threads end nothing."""
 
     def fill_beside(self) -> None:
         """Open what is missing to the least number of connections, beside the caller."""
@@ -216,7 +303,11 @@ class Lender(QueuePool):
         """Open connections until the least number is open; the first failure is the last."""
         opened: list[PoolProxiedConnection] = []
         try:
-            while len(opened) < self.least and len(self.slots.held) < self.least:
+            while (
+                len(opened) < self.least
+                and len(self.slots.held) < self.least
+                and all(cap.may_lend for cap in self.caps())  # it takes nothing from anybody
+            ):
                 opened.append(self.connect())
         except Exception as error:  # noqa: BLE001  # who needs a connection will hear of it
             logger.info("The pool could not be filled to %d connections: %r", self.least, error)
@@ -260,6 +351,8 @@ class Lender(QueuePool):
         finally:
             if permit.connection is berth.lent:
                 self.slots.give(permit)
+            if berth.stay is not None:
+                berth.stay.come_back()
 
     def _end(self, record: ConnectionPoolEntry) -> None:
         """End a connection that came back while it does something, or is in a transaction."""
@@ -343,7 +436,7 @@ class Lender(QueuePool):
         self._reclaim()
         owner = current_owner()
         bell = bell or self.new_bell()
-        ticket = slots.queue(owner, bell.ring)
+        ticket = slots.queue(owner, bell.ring, self)
         keys = [owner, *bell.also_stopped()]
         try:
             if ticket.waits and not self.refusal:  # (who comes later is not sent away by it)
@@ -371,8 +464,8 @@ class Lender(QueuePool):
             if ticket.waits and (stuck := slots.deadlocked()):
                 raise self._deadlock(stuck)
 
-    def new_bell(self) -> Bell:
-        """Return what a caller waits with."""
+    def new_bell(self, seconds: float | None = None) -> Bell:
+        """Return what a caller waits with: for so long, or for the pool's own limit."""
         raise NotImplementedError
 
     def open_in_time(self, connect: Callable[[], Any], seconds: float) -> Any:
@@ -391,6 +484,17 @@ class Lender(QueuePool):
 
     def _exhausted(self, slots: Slots) -> PoolExhausted:
         holders = self._holders([slots])
+        if isinstance(slots, Cap):
+            return PoolExhausted(
+                f"No connection could be opened within {self.limit:g} s: all {slots.size} that "
+                f"{slots.name} allows are open and none is idle, and {slots.waiting} more callers "
+                f"wait. Held by {'; '.join(map(str, holders))}. Hold connections for a shorter "
+                f"time, or raise {slots.name}.",
+                slots.size,
+                0,
+                slots.waiting,
+                holders,
+            )
         lent, unopened = len(holders), len(slots.permits) - len(holders)
         counted = (
             f"{lent} of {len(slots.permits)} are lent and {unopened} were not opened, since some "
@@ -411,12 +515,20 @@ class Lender(QueuePool):
 
     def _deadlock(self, stuck: list[Slots]) -> PoolDeadlock:
         holders = self._holders(stuck)
-        size, overflow = sum(s.size for s in stuck), sum(s.overflow for s in stuck)
+        pools = [slots for slots in stuck if not isinstance(slots, Cap)]
+        size, overflow = sum(s.size for s in pools), sum(s.overflow for s in pools)
+        lent = [f"all {size + overflow} are lent (pool_size {size} and overflow {overflow})"]
+        full = [
+            f"all {slots.size} that {slots.name} allows are open"
+            for slots in stuck
+            if isinstance(slots, Cap)
+        ]
+        if full and not pools:
+            size, lent = sum(slots.size for slots in stuck), []
         return PoolDeadlock(
-            f"No connection will ever come free: all {size + overflow} are lent (pool_size {size} "
-            f"and overflow {overflow}), and each holder waits for another one. Held by "
-            f"{'; '.join(map(str, holders))}. Do not open a session inside another one: use the "
-            "first, or end it before.",
+            f"No connection will ever come free: {', '.join(full + lent)}, and each holder waits "
+            f"for another one. Held by {'; '.join(map(str, holders))}. Do not open a session "
+            "inside another one: use the first, or end it before.",
             size,
             overflow,
             sum(slots.waiting for slots in stuck),
@@ -425,7 +537,13 @@ class Lender(QueuePool):
 
     def _holders(self, of: list[Slots]) -> list[Holder]:
         now = time.monotonic()
-        return [holder for slots in of for holder in describe_held(slots.permits, now)]
+        holders: list[Holder] = []
+        for slots in of:
+            if isinstance(slots, Cap):
+                holders += slots.holders(now)
+            else:
+                holders += describe_held(slots.permits, now)
+        return holders
 
     def look_for_slow(self, now: float) -> None:
         """Report what is held for too long, and plan the next look."""
@@ -494,3 +612,10 @@ class Lender(QueuePool):
                 logger.info("What an ended loop left running could not be ended: %r", error)
         for driver in list(self._drivers):
             self.backend.cut(driver, loop)
+        for stay in self.stays():
+            stay.end()
+
+    def stays(self) -> list[Stay]:
+        """Return its connections that have a place under a limit."""
+        everyone = [stay_of(place) for cap in list(CAPS) for place in cap.permits]
+        return [stay for stay in everyone if stay is not None and stay.pool is self]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 import weakref
@@ -16,10 +17,13 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry, PoolProx
 from sqlalchemy.util import await_only, greenlet_spawn
 
 from .cancellation import settle
+from .cap import Stay
 from .errors import ConnectTimeout, PoolExhausted
 from .ledger import REQUEST, Entry, current_owner, has_ended
 from .lending import Lender
 from .slots import GROW_AFTER, RECOVER_AFTER, Reservation, Slots
+
+logger: logging.Logger = logging.getLogger("engineroom.pool")
 
 GROW_ANYWAY = 0.5  # seconds that the first in the queue waits, on a loop that always lags
 
@@ -109,9 +113,9 @@ class ShelfBell(LoopBell):
 class ThreadPool(Lender):
     """The synchronous side's pool: a thread waits for its permit on a lock."""
 
-    def new_bell(self) -> ThreadBell:
+    def new_bell(self, seconds: float | None = None) -> ThreadBell:
         """Return a lock to wait on."""
-        return ThreadBell(self.limit)
+        return ThreadBell(self.limit if seconds is None else seconds)
 
     async def reserve(self, entry: Entry) -> Reservation:
         """Wait on the event loop for a permit, which a thread will connect with.
@@ -149,8 +153,14 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
     _queue_class = Lender._queue_class  # type: ignore[assignment]
 
     keeper: AsyncGenerator[None]  # ends the shelf with its loop
+    loop: asyncio.AbstractEventLoop
+    behind: Callable[[], LoopPool | None]  # a weak reference to the pool that it is a shelf of
     _growth: asyncio.TimerHandle | None = None
     _filling: asyncio.Task[None] | None = None
+
+    def __init__(self, creator: Any, *args: Any, **kw: Any) -> None:
+        super().__init__(creator, *args, **kw)
+        self._partings: set[asyncio.Task[None]] = set()  # (a loop holds its tasks weakly)
 
     def end_here(self) -> None:
         """Close what is idle, and from now on whatever comes back."""
@@ -177,9 +187,49 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
     def _discard(self, connection: PoolProxiedConnection) -> None:
         await_only(settle(greenlet_spawn(super()._discard, connection)))
 
-    def new_bell(self) -> ShelfBell:
+    def new_bell(self, seconds: float | None = None) -> LoopBell:
         """Return an event of the running loop to wait on."""
-        return ShelfBell(self)
+        return ShelfBell(self) if seconds is None else LoopBell(seconds)
+
+    # -- giving way to others ---------------------------------------------------------------------
+
+    def give_way(self, stay: Stay) -> bool:
+        """Close an idle connection in its loop; where that does not run, cut it."""
+        if asyncio._get_running_loop() is self.loop:
+            return super().give_way(stay)
+        if self.loop.is_running():
+            with suppress(RuntimeError):  # it was closed just now
+                self.loop.call_soon_threadsafe(self._asked_to_give_way, stay)
+                return True
+        if not self.take_out(stay):
+            return False
+        self.backend.cut(stay.driver(), self.loop)
+        stay.end()
+        return True
+
+    def _asked_to_give_way(self, stay: Stay) -> None:
+        if not super().give_way(stay):
+            stay.stay_on()
+
+    def part_with(self, stay: Stay) -> None:
+        """Close what was taken out, in a task: nobody waits for that."""
+        self._dec_overflow()
+        parting = self.loop.create_task(settle(greenlet_spawn(stay.kept.close)))
+        self._partings.add(parting)
+        parting.add_done_callback(partial(self._parted, stay))
+
+    def _parted(self, stay: Stay, parting: asyncio.Task[None]) -> None:
+        self._partings.discard(parting)
+        if stay.kept is not None:  # the loop's end came first
+            stay.put_back()
+        if not parting.cancelled() and (error := parting.exception()) is not None:
+            logger.info("A connection that gave way was not closed in time: %r", error)
+            stay.end()
+
+    def reap_ended(self) -> None:
+        """Part with everything, if the loop was closed by hand."""
+        if self.loop.is_closed() and (behind := self.behind()) is not None:
+            behind.reap()
 
     def mind_growth(self, slots: Slots) -> None:
         """Have one timer, for all who wait, see whether the pool should grow."""
@@ -285,6 +335,7 @@ class LoopPool(AsyncAdaptedQueuePool):
     def _open(self, loop: asyncio.AbstractEventLoop) -> Shelf:
         self.reap()
         shelf = self._make_shelf()
+        shelf.loop, shelf.behind = loop, weakref.ref(self)
         shelf.dispatch = self.dispatch  # the engine's listeners hear the connections of all loops
         shelf.keeper = self._end_with_loop(loop, shelf)
         self.shelves[loop] = shelf

@@ -69,6 +69,8 @@ class DatabaseSettings(BaseSettings):
     """Connections kept open, per pool: one per role for the sync side and for each running loop."""
     max_overflow: int = Field(default=10, ge=0)
     """Connections opened beyond `pool_size` under load, and closed when they come back."""
+    max_connections: int | None = Field(default=None, ge=1)
+    """Connections that the process may have open, over all managers, pools, loops and roles."""
 
     # Frequent
     pool_timeout: Seconds = Field(default=30.0, gt=0)
@@ -123,6 +125,15 @@ class DatabaseSettings(BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _least_is_allowed(self) -> Self:
+        if self.max_connections is not None and self.pool_min > self.max_connections:
+            raise ValueError(
+                f"DB_POOL_MIN={self.pool_min} is above DB_MAX_CONNECTIONS={self.max_connections}, "
+                "the number of connections that the process may have. Lower it, or raise the other"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _slow_comes_before_exhausted(self) -> Self:
         if self.slow_checkout > self.pool_timeout and "slow_checkout" in self.model_fields_set:
             raise ValueError(
@@ -169,6 +180,7 @@ class Options(TypedDict, total=False):
 
     pool_size: int
     max_overflow: int
+    max_connections: int
     pool_timeout: float | str | timedelta
     pool_recycle: int
     pool_pre_ping: bool

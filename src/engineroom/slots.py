@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 GROW_AFTER = 0.01  # seconds without a return before a connection beyond `pool_size` is opened
 CONNECTS_AT_ONCE = 5  # beyond `pool_size`: a server that is slow to connect gets no more of them
@@ -49,6 +49,11 @@ class Permit:
         self.is_reported: bool = False  # held too long, and the log has said so
         self.is_interrupted: bool = False  # from outside: what did that may still be on its way
 
+    @property
+    def lent(self) -> Permit:
+        """The permit that knows who has the connection: this one."""
+        return self
+
 
 DISMISSED = Permit()  # stands in a ticket that was sent away
 
@@ -56,11 +61,14 @@ DISMISSED = Permit()  # stands in a ticket that was sent away
 class Ticket:
     """A place in the queue. Either it is granted a permit or its holder gives up: never both."""
 
-    __slots__ = ("_outcome", "_wake", "owner", "since", "slots")
+    __slots__ = ("_outcome", "_wake", "lender", "owner", "since", "slots")
 
-    def __init__(self, slots: Slots, owner: object, wake: Callable[[], object]) -> None:
+    def __init__(
+        self, slots: Slots, owner: object, wake: Callable[[], object], lender: object = None
+    ) -> None:
         self.slots: Slots = slots
         self.owner: object = owner
+        self.lender: object = lender  # the pool that waits here
         self.since: float = time.monotonic()
         self._wake = wake
         self._outcome: dict[str, Permit | None] = {}  # what came first; `setdefault` is atomic
@@ -156,9 +164,13 @@ class Slots:
     a lock: whoever finds it taken leaves word, and the one who holds it looks again.
     """
 
+    permit_class: ClassVar[type[Permit]] = Permit
+
     def __init__(self, size: int, overflow: int = 0) -> None:
         self.size: int = size
-        self.permits: tuple[Permit, ...] = tuple(Permit() for _ in range(size + overflow))
+        self.permits: tuple[Permit, ...] = tuple(
+            self.permit_class() for _ in range(size + overflow)
+        )
         self.connecting: set[object] = set()  # one for each connection that is being opened
         self.reserved: dict[object, list[Reservation]] = {}  # by the thread that takes them next
         self.came_back: float | None = None  # when a connection last was ready for the next
@@ -182,15 +194,23 @@ class Slots:
         permit.owner = owner
         return permit
 
-    def queue(self, owner: object, wake: Callable[[], object]) -> Ticket:
+    def queue(self, owner: object, wake: Callable[[], object], lender: object = None) -> Ticket:
         """Stand in the queue; `wake` is called, from any thread, once the ticket has its permit.
 
         It raises RuntimeError where nobody can be woken any more.
         """
-        ticket = Ticket(self, owner, wake)
+        ticket = Ticket(self, owner, wake, lender)
         self._queue.append(ticket)
         self._hand_out()
         return ticket
+
+    def serve(self, ticket: Ticket, permit: Permit) -> bool:
+        """Hand a permit to one in the queue, out of turn; False if that one has given up."""
+        if not ticket.grant(permit):
+            return False
+        with suppress(ValueError):  # it is just being skipped
+            self._queue.remove(ticket)
+        return True
 
     def leave(self, ticket: Ticket) -> bool:
         """Leave the queue; False if a permit came first: then it is the caller's to give back."""
@@ -360,12 +380,16 @@ def _awaited_by(permit: Permit) -> Iterator[Ticket]:
 
     A ticket that was granted counts no more, nor one whose task is cancelled, though neither may
     have run yet. And who took a connection without a scope, or may have handed his scope on, may do
-    something else by now, while somebody works with it.
+    something else by now, while somebody works with it; but not before it is connected.
     """
+    permit = permit.lent
     entry = None if permit.entry is None else permit.entry()
-    if entry is None or entry.may_be_elsewhere():
+    if entry is None and permit.connection is None:
+        owner = permit.owner
+    elif entry is None or entry.may_be_elsewhere():
         return
-    owner = entry.holder
+    else:
+        owner = entry.holder
     in_loop = hasattr(owner, "get_loop")
     for key in (owner, owner.get_loop() if in_loop else None):
         ticket = WAITING.get(key)

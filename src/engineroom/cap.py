@@ -1,0 +1,403 @@
+"""How many connections there may be over several pools, and whose gives way at the limit.
+
+Each connection has a place from before it is opened until the server has let go of it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol, cast
+
+from .departures import DEPARTURES
+from .errors import Holder, InvalidOption
+from .ledger import describe, has_ended
+from .slots import Permit, Slots, Ticket
+
+VARIABLE = "DB_MAX_CONNECTIONS"
+
+# Seconds that the first in the queue lets others pass who wait in the pool to which a connection
+# comes back, for they need not connect: a few times what it takes to connect.
+TURN = 0.05
+STUCK_AFTER = 1.0  # seconds in which a connection that was asked to give way should be closed
+
+
+@dataclass(frozen=True, slots=True)
+class CapInfo:
+    """A limit over several pools as it is right now."""
+
+    name: str
+    """`DB_MAX_CONNECTIONS`, or what the limit of a group is called."""
+    limit: int
+    """The connections that there may be."""
+    open: int
+    """Those that there are, those being opened and those being closed included."""
+    waiting: int
+    """Callers that wait until they may open one."""
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.open} of {self.limit} open, {self.waiting} waiting"
+
+
+class Pool(Protocol):
+    """A pool whose connections count."""
+
+    name: ClassVar[str]
+
+    def take_out(self, stay: Stay) -> bool:
+        """Take an idle connection out; False if it is lent or gone."""
+
+    def put_back(self, stay: Stay) -> None:
+        """Put back what was taken out."""
+
+    def give_way(self, stay: Stay) -> bool:
+        """Close an idle connection, where it belongs; False if it is lent or gone."""
+
+    def reap_ended(self) -> None:
+        """Part with what belongs to an event loop that was closed."""
+
+
+class Berth(Protocol):
+    """What a pool knows of an open connection."""
+
+    permit: Permit | None
+    returned: float
+
+
+class Place(Permit):
+    """The right to have one connection open."""
+
+    __slots__ = ("stay",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stay: Stay | None = None  # the connection that has it
+
+    @property
+    def lent(self) -> Permit:
+        """The permit against which its connection is lent; itself if it is not."""
+        berth = None if (stay := self.stay) is None else stay.berth
+        return self if berth is None else berth.permit or self
+
+
+class Stay:
+    """One physical connection, and the places that it has: one under each limit."""
+
+    __slots__ = (
+        "__weakref__",
+        "_pool",
+        "_socket",
+        "asked",
+        "berth",
+        "driver",
+        "is_opening",
+        "kept",
+        "key",
+        "places",
+        "record",
+    )
+
+    def __init__(self, pool: Pool, record: Any) -> None:
+        self.berth: Berth | None = None  # once it is open
+        self.key: int | None = None  # the identity of SQLAlchemy's connection
+        self.record: Callable[[], Any] = weakref.ref(record)
+        self.kept: Any = None  # the record, while it is out of its pool and lent to nobody
+        self.places: list[tuple[Cap, Place]] = []
+        self.asked: float | None = None  # when it was asked to give way, or closed
+        self.is_opening: bool = False
+        self._pool: Callable[[], Pool | None] = weakref.ref(pool)
+        self.driver: Callable[[], Any] = lambda: None  # a weak reference
+        self._socket: list[int | None] = [None]  # who takes it out ends the stay: nobody else does
+
+    @property
+    def pool(self) -> Pool | None:
+        """The pool that lends it."""
+        return self._pool()
+
+    def take(self, cap: Cap, permit: Permit) -> None:
+        """Take a place."""
+        place = cast(Place, permit)
+        self.places.append((cap, place))
+        place.stay = self
+
+    def begin(self, connection: object, driver: Any, descriptor: int | None, berth: Berth) -> None:
+        """Note that the connection is open."""
+        if descriptor is not None:
+            # However the driver closes its own: this one tells when the server has let go.
+            self._socket[0] = os.dup(descriptor)
+        try:
+            self.driver = weakref.ref(driver, self._lost)
+        except TypeError:  # sqlite3 has none
+            self.driver = weakref.ref(self.record(), self._lost)
+        self.key, self.berth, self.is_opening = id(connection), berth, False
+        self.settle()
+
+    def _lost(self, dropped: object) -> None:
+        self.end()
+
+    def settle(self) -> None:
+        """Be nobody's but the pool's."""
+        for _, place in self.places:
+            place.owner = OPEN
+
+    def put_back(self) -> None:
+        """Go back into the pool."""
+        self.settle()
+        if (pool := self.pool) is not None:
+            pool.put_back(self)
+        else:
+            self.kept = None
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it may be asked to give way."""
+        berth, record = self.berth, self.record()
+        return (
+            berth is not None
+            and berth.permit is None
+            and berth.returned > 0
+            and self.kept is None
+            and not self.is_leaving
+            and record is not None
+            and record.dbapi_connection is not None
+        )
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether its places will be free in a moment."""
+        return self.asked is not None and time.monotonic() - self.asked < STUCK_AFTER
+
+    def come_back(self) -> None:
+        """Be there for those who wait, if any do."""
+        for cap, place in self.places:
+            if cap.waiting:
+                cap.offer(self, place)
+
+    def stay_on(self) -> None:
+        """Have others asked to give way: this one is in use."""
+        self.asked = None
+        for cap, _ in self.places.copy():
+            cap.make_room()
+
+    def end(self) -> None:
+        """Give the places back as soon as the server has let go of the connection."""
+        try:
+            descriptor = self._socket.pop()
+        except IndexError:
+            return
+        self.asked = time.monotonic()
+        self.key = self.kept = None
+        for _, place in self.places:
+            place.owner = GONE
+        if descriptor is None and not self.is_opening:
+            self._vacate()
+        else:
+            DEPARTURES.see_off(descriptor, self._vacate)
+
+    def _vacate(self) -> None:
+        self.berth = None
+        while self.places:
+            cap, place = self.places.pop()
+            place.stay = None
+            cap.give(place)
+
+    def disown(self) -> None:
+        """Forget the parent's connection, in a forked child."""
+        self.places = []
+        with suppress(IndexError, OSError):
+            if (descriptor := self._socket.pop()) is not None:
+                os.close(descriptor)
+
+
+OPEN = "an open connection"  # who owns a place that is no caller's
+GONE = "a closed connection"
+
+
+class CameBack(Exception):  # no error: the way back to the pool, through SQLAlchemy
+    """Whoever waited for a place has a connection of his own pool instead."""
+
+    def __init__(self, stay: Stay) -> None:
+        super().__init__()
+        self.stay: Stay = stay
+
+
+class Cap(Slots):
+    """So many connections, over all the pools that ask it; idle ones give way to those who wait.
+
+    A caller that has a permit of its pool, and finds nothing idle there, asks for a place. It may
+    be given one together with its connection, which has just come back to that very pool.
+    """
+
+    permit_class = Place
+
+    def __init__(self, limit: int, name: str = VARIABLE) -> None:
+        super().__init__(limit)
+        self.name: str = name
+        CAPS.add(self)
+
+    def info(self) -> CapInfo:
+        """Take a snapshot."""
+        return CapInfo(self.name, self.size, len(self.held), self.waiting)
+
+    def queue(self, owner: object, wake: Callable[[], object], lender: object = None) -> Ticket:
+        """Stand in the queue, and have idle connections give way."""
+        ticket = super().queue(owner, wake, lender)
+        self.make_room()
+        return ticket
+
+    def give(self, permit: Permit) -> None:
+        """Give a place back, whatever has become of it."""
+        stay = stay_of(permit)
+        if stay is None:
+            super().give(permit)
+        elif stay.kept is None:  # it was being opened
+            stay.end()
+        else:  # it came too late, with its connection
+            stay.put_back()
+            stay.come_back()
+
+    def forsake(self, owner: object) -> None:
+        """Take back what an owner was about to connect with, at whatever line it was interrupted.
+
+        An open connection's place is the owner's no more.
+        """
+        for ticket in self.waiters:
+            if ticket.owner == owner:
+                self.leave(ticket)
+        for place in self.permits:
+            if place.owner == owner:
+                self.give(place)
+
+    def recover(self) -> None:
+        """Take back what was lost, and ask anew where nobody has answered."""
+        for place in self.permits:
+            if has_ended(place.owner):
+                self.give(place)
+        super().recover()
+        self.make_room()
+
+    def offer(self, stay: Stay, place: Place) -> None:
+        """Let those who wait have what has come back: in its own pool without connecting."""
+        waiters = self.waiters
+        for ticket in waiters:
+            if ticket.lender is stay.pool:
+                if ticket is waiters[0] or time.monotonic() - waiters[0].since < TURN:
+                    self._hand_over(stay, place, ticket)
+                break
+        self.make_room()
+
+    def _hand_over(self, stay: Stay, place: Place, ticket: Ticket) -> None:
+        pool = stay.pool
+        if pool is not None and pool.take_out(stay) and not self.serve(ticket, place):
+            stay.put_back()  # it has given up meanwhile
+
+    def make_room(self) -> None:
+        """Have idle connections give way to those who wait, the one used longest ago first."""
+        if not self._queue:
+            return
+        stays = [stay for stay in map(stay_of, self.permits) if stay is not None]
+        missing = self.waiting - sum(stay.is_leaving for stay in stays)
+        idle = [(stay.berth.returned, stay) for stay in stays if stay.is_idle and stay.berth]
+        for _, stay in sorted(idle, key=lambda pair: pair[0]):
+            if missing <= 0:
+                break
+            stay.asked = time.monotonic()
+            if (pool := stay.pool) is not None and pool.give_way(stay):
+                missing -= 1
+            else:
+                stay.asked = None
+
+    def pools(self) -> list[Pool]:
+        """Return the pools that have connections open."""
+        pools = [stay.pool for stay in map(stay_of, self.permits) if stay is not None]
+        return list(dict.fromkeys(pool for pool in pools if pool is not None))
+
+    def holders(self, now: float) -> list[Holder]:
+        """Say who has the connections, and in which pool."""
+        holders = [(stay_of(place), describe(place.lent, now)) for place in self.held]
+        return [
+            replace(holder, pool="" if pool is None else pool.name)
+            for stay, holder in holders
+            if stay is not None and holder is not None
+            for pool in [stay.pool]
+        ]
+
+    def disown(self) -> None:
+        """Start afresh in a forked child: the parent's connections are none of its own."""
+        for stay in map(stay_of, self.permits):
+            if stay is not None:
+                stay.disown()
+        super().__init__(self.size)
+
+
+def stay_of(place: Permit) -> Stay | None:
+    """Return the connection that has a place."""
+    stay: Stay | None = getattr(place, "stay", None)
+    return stay
+
+
+CAPS: weakref.WeakSet[Cap] = weakref.WeakSet()
+
+
+def leave(connection: object) -> None:
+    """Note that SQLAlchemy has closed a connection, whichever way it went."""
+    for cap in list(CAPS):
+        for place in cap.permits:
+            if (stay := stay_of(place)) is not None and stay.key == id(connection):
+                stay.end()
+                return
+
+
+def note_closings(dialect: Any) -> None:
+    """Have the places given back by whatever closes a connection of this dialect."""
+
+    def leaving(close: Callable[[Any], None]) -> Callable[[Any], None]:
+        def closed(connection: Any) -> None:
+            try:
+                close(connection)
+            finally:
+                leave(connection)
+
+        return closed
+
+    dialect.do_close = leaving(dialect.do_close)
+    dialect.do_terminate = leaving(dialect.do_terminate)
+
+
+# -- the cap of the process --------------------------------------------------------------------
+
+PROCESS: dict[str, Cap] = {}  # at most one
+STATED: weakref.WeakSet[Any] = weakref.WeakSet()  # the managers that are open, and have set it
+
+
+def process_cap() -> Cap | None:
+    """Return the limit of the whole process, if an open manager has set one."""
+    cap = PROCESS.get(VARIABLE)
+    return cap if cap is not None and STATED else None
+
+
+def limit_process(manager: Any, limit: int) -> None:
+    """Limit the connections of the process, for as long as this manager is open.
+
+    Raises:
+        InvalidOption: another one, which is open, has set another limit.
+    """
+    if not STATED:
+        PROCESS.clear()
+    cap = PROCESS.setdefault(VARIABLE, Cap(limit))
+    if cap.size != limit:
+        raise InvalidOption(
+            f"max_connections={limit} cannot be used: it is one limit for the whole process, and "
+            f"{cap.size} was set by a manager that is open ({VARIABLE}, or its own max_connections"
+            "=). Give both the same, or set the variable alone."
+        )
+    STATED.add(manager)
+
+
+def release_process(manager: Any) -> None:
+    """Forget that a manager has set the limit."""
+    STATED.discard(manager)
