@@ -101,6 +101,7 @@ class EngineRoom:
     metadata: MetaData
     new_session: Callable[[Engine], Guarded]
     new_async_session: Callable[[AsyncEngine], AsyncSession]
+    thread_pool: type[ThreadPool] = ThreadPool
 
     def __init__(self, name: str, cap: Cap | None = None) -> None:
         """Make it.
@@ -225,7 +226,7 @@ class EngineRoom:
             lender: type[Lender] = type("Shelf", (Shelf,), knows)
             poolclass: Any = type("LoopPool", (LoopPool,), {"shelf_class": lender})
         else:
-            lender = poolclass = type("ThreadPool", (ThreadPool,), knows)
+            lender = poolclass = type("ThreadPool", (self.thread_pool,), knows)
         engine = create(
             side,
             url,
@@ -443,18 +444,20 @@ def _after_fork_in_child() -> None:
 
 def dump_on(number: signal.Signals) -> None:
     """Have a signal print the report of every manager, to the standard error stream."""
-
-    def dump(number: int, frame: object) -> None:
-        # What this raised would strike the application in any of its lines. The stream may be
-        # closed, or None, or without a reader, or in the middle of another write.
-        with suppress(Exception):
-            for room in list(ROOMS):
-                sys.stderr.write(f"{room.report()}\n")
-
+    if signal.getsignal(number) is _dump:
+        return
     if threading.current_thread() is threading.main_thread():
-        signal.signal(number, dump)
+        signal.signal(number, _dump)
     else:
         logger.warning("DB_DUMP_SIGNAL has no effect: init() was not called in the main thread")
+
+
+def _dump(number: int, frame: object) -> None:
+    # What this raised would strike the application in any of its lines. The stream may be closed,
+    # or None, or without a reader, or in the middle of another write.
+    with suppress(Exception):
+        for room in list(ROOMS):
+            sys.stderr.write(f"{room.report()}\n")
 
 
 if hasattr(os, "register_at_fork"):
