@@ -135,3 +135,58 @@ def main() -> None:
 def say(word: str) -> None:
     """Say something to the test, at once."""
     os.write(1, f"{word}\n".encode())
+
+
+# -- a project with migrations --------------------------------------------------------------------
+
+ENV = """
+from engineroom import alembic
+from starting import models
+
+alembic.run(metadata=models({schema!r}){options})
+"""
+STEP = """
+import time
+
+import sqlalchemy as sa
+from alembic import op
+{imports}
+revision = {revision!r}
+down_revision = {down!r}
+
+
+def upgrade() -> None:
+    {body}
+
+
+def downgrade() -> None:
+    pass
+"""
+FIRST = """op.create_table("ran", sa.Column("step", sa.String(20)))
+    op.execute("INSERT INTO ran VALUES ('first')")"""
+SECOND = """op.execute("INSERT INTO ran VALUES ('second')")"""
+
+
+def project(
+    folder: Path, *steps: str, ini: str = "", schema: str | None = None, options: str = ""
+) -> Path:
+    """Write a project whose migrations do this, and return its `alembic.ini`."""
+    versions = folder / "migrations" / "versions"
+    versions.mkdir(parents=True, exist_ok=True)
+    (folder / "alembic.ini").write_text(
+        f"[alembic]\nscript_location = %(here)s/migrations\n{ini}\n"
+    )
+    (folder / "migrations" / "env.py").write_text(ENV.format(schema=schema, options=options))
+    for number, body in enumerate(steps or (FIRST, SECOND), 1):
+        down = f"r{number - 1}" if number > 1 else None
+        text = STEP.format(revision=f"r{number}", down=down, body=body, imports="")
+        (versions / f"r{number}.py").write_text(text)
+    return folder / "alembic.ini"
+
+
+def alembic(number: int, ini: str, *arguments: str) -> None:
+    """Be the command line of Alembic."""
+    from alembic.config import main as command_line
+
+    sys.path.insert(0, str(HERE))
+    command_line(argv=["-c", ini, *arguments])

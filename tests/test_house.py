@@ -19,7 +19,7 @@ from engineroom.manager import DatabaseSessionManager
 BESIDES = "import sqlalchemy.ext.asyncio, pydantic_settings"
 FOREIGN = {
     *("aiosqlite", "asyncpg", "psycopg", "psycopg2", "sqlite3"),
-    *("celery", "fastapi", "flask", "litestar", "starlette", "sqlmodel", "pytest"),
+    *("alembic", "celery", "fastapi", "flask", "litestar", "starlette", "sqlmodel", "pytest"),
 }
 # Modules that importing engineroom adds to SQLAlchemy's and pydantic-settings': its own, which are
 # one for each floor and its package, and what they need of the standard library.

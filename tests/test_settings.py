@@ -53,6 +53,7 @@ SAMPLES: dict[
     "sync_in_async": ("error", "error"),
     "busy_timeout": (2.5, "2.5 s"),
     "schema_timeout": (7.5, "7500ms"),
+    "alembic_ini": ("db/alembic.ini", "db/alembic.ini"),
     "dump_signal": ("SIGUSR2", "SIGUSR2"),
 }
 

@@ -29,7 +29,14 @@ from typing import Any, Unpack
 from sqlalchemy import URL
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from .errors import AlreadyInitialized, InvalidOption, NotEntered, PoolExhausted, SessionClosed
+from .errors import (
+    AlreadyInitialized,
+    InvalidOption,
+    NotEntered,
+    PoolExhausted,
+    SchemaMismatch,
+    SessionClosed,
+)
 from .hooks import is_coroutine_function
 from .ledger import REQUEST, Request
 from .manager import DatabaseSessionManager, session_manager
@@ -57,6 +64,7 @@ def lifespan(
     *,
     url: str | URL | None = None,
     wraps: Any = None,
+    migrate: bool = False,
     **options: Unpack[Options],
 ) -> Lifespan:
     """Return a lifespan that opens the manager at the start, and drains and closes it at the end.
@@ -67,6 +75,8 @@ def lifespan(
         wraps: A lifespan of one's own, which runs inside: a function of the application that gives
             an asynchronous context manager, or the bare generator function. What it yields is
             passed on.
+        migrate: Run the migrations first, as `alembic upgrade head` does: once, however many
+            processes start at the same time.
         options: What else `init()` takes.
 
     Raises:
@@ -92,6 +102,10 @@ def lifespan(
             )
         manager.init(url=url, **options)
         try:
+            if migrate and manager._room.sandbox is None:  # a test's database has its tables
+                from .alembic import upgrade
+
+                await asyncio.to_thread(upgrade, manager)
             if inner is None:
                 yield None
             else:
@@ -262,19 +276,26 @@ class Readiness:
     Args:
         manager: Whose database.
         timeout: Seconds for the answer.
+        schema: Also ask whether it stands where this code needs it; one that newer code has
+            migrated does, for this worker serves on until it is replaced.
     """
 
     def __init__(
-        self, manager: DatabaseSessionManager = session_manager, timeout: float = 2.0
+        self,
+        manager: DatabaseSessionManager = session_manager,
+        timeout: float = 2.0,
+        *,
+        schema: bool = False,
     ) -> None:
         self.manager: DatabaseSessionManager = manager
         self.timeout: float = timeout
+        self.schema: bool = schema
         self._probe: asyncio.Task[float] | None = None
 
     async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         """Answer one probe."""
         said = await self._ask()
-        status = 200 if "seconds" in said else 503
+        status = 503 if {"unavailable", "behind"} & {*said.values()} else 200
         body = json.dumps(said).encode()
         headers = [(b"content-type", b"application/json"), (b"cache-control", b"no-store")]
         await send({"type": "http.response.start", "status": status, "headers": headers})
@@ -284,7 +305,7 @@ class Readiness:
         probe = self._probe
         here = asyncio.get_running_loop()
         if probe is None or probe.done() or probe.get_loop() is not here:
-            probe = self._probe = asyncio.ensure_future(self.manager.check())
+            probe = self._probe = asyncio.ensure_future(self.manager.check(schema=self.schema))
         # Not `wait_for`: a server that is silent would have its connection's end awaited, too.
         await asyncio.wait((probe,), timeout=self.timeout)
         if not probe.done():
@@ -292,7 +313,13 @@ class Readiness:
             logger.warning("The database did not answer a probe within %g s", self.timeout)
         elif probe.cancelled():  # by one that had shared it, and said so
             pass
-        elif (error := probe.exception()) is not None:
+        elif isinstance(error := probe.exception(), SchemaMismatch):
+            logger.warning("A probe: %s", error)
+            state = "newer" if error.unknown else "behind"
+            return {"database": "ok", "schema": state} | (
+                {"seconds": None} if error.unknown else {}
+            )
+        elif error is not None:
             logger.warning("The database did not answer a probe: %r", error)
         else:
             return {"database": "ok", "seconds": round(probe.result(), 4)}

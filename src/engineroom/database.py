@@ -7,13 +7,14 @@ import time
 from types import TracebackType
 from typing import ClassVar, Self, TextIO, Unpack
 
-from sqlalchemy import MetaData, text
+from sqlalchemy import MetaData
 from sqlalchemy.engine import URL, Engine
 from sqlalchemy.orm import DeclarativeBase, Session
 
-from . import drain, models, schema
+from . import drain, models
 from .backends import Role, Side
 from .engines import EngineRoom, Stats
+from .schema import Probe, SchemaScope, ask, create_missing, is_complete
 from .scopes import ConnectScope, SessionScope
 from .settings import Options
 
@@ -101,20 +102,26 @@ class Database:
         """
         return ConnectScope(self._room, "connect", Role.PRIMARY, False, isolation_level)
 
-    def check(self) -> float:
+    def check(self, *, schema: bool = False) -> float:
         """Ask the database for one row, and return how many seconds it took to answer.
 
         Where the pool has no connection to lend, it is asked over one of its own.
 
+        Args:
+            schema: Ask as well whether it stands where this code needs it: at the head of the
+                migrations (`alembic_ini`), or with all tables of the models where there are none.
+
         Raises:
+            SchemaMismatch: it does not.
             sqlalchemy.exc.SQLAlchemyError, OSError: whatever the driver says when it did not.
         """
+        probe = Probe(self._room.metadata, self._room.settings) if schema else ask
         started = time.perf_counter()
         if self._room.must_wait(Side.SYNC, Role.READER):
-            self._room.run_apart(Side.SYNC, Role.READER, "SELECT 1")
+            self._room.work_apart(Side.SYNC, Role.READER, probe)
             return time.perf_counter() - started
         with ConnectScope(self._room, "check", Role.READER) as connection:
-            connection.execute(text("SELECT 1"))
+            probe(connection)
         return time.perf_counter() - started
 
     def create_all(self, metadata: MetaData | None = None) -> None:
@@ -128,10 +135,10 @@ class Database:
         """
         wanted = self._room.metadata if metadata is None else metadata
         with ConnectScope(self._room, "create_all", Role.PRIMARY, read_only=True) as connection:
-            complete = schema.is_complete(connection, wanted)
+            complete = is_complete(connection, wanted)
         if not complete:
-            with schema.SchemaScope(self._room, "create_all") as connection:
-                schema.create_missing(connection, wanted, self._room.settings.schema_timeout)
+            with SchemaScope(self._room, "create_all") as connection:
+                create_missing(connection, wanted, self._room.settings.schema_timeout)
 
     def stats(self) -> Stats:
         """Take a snapshot: the open scopes with their lines, and the pools. Nothing is asked."""

@@ -396,8 +396,12 @@ class EngineRoom:
 
     def run_apart(self, side: Side, role: Role, statement: str) -> None:
         """Run a statement on a connection of its own, which no pool lends."""
+        self.work_apart(side, role, lambda connection: connection.exec_driver_sql(statement))
+
+    def work_apart(self, side: Side, role: Role, work: Callable[[Connection], object]) -> None:
+        """Work on a connection of its own, which no pool lends."""
         with self._make_engine(side, role, pooled=False).connect() as connection:
-            connection.exec_driver_sql(statement)
+            work(connection)
 
     def clear(self) -> None:
         """Forget the engines, whose pools have been ended, and what the backend made."""

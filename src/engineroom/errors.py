@@ -11,6 +11,7 @@
     │   │   ├── UnknownOption      an option that does not exist
     │   │   ├── InvalidOption      an option or a variable with a value it cannot have
     │   │   ├── InvalidPath        a SQLite file that cannot be opened or written
+    │   │   ├── NoMigrations       migrations were to run, and there are none
     │   │   └── TemplateUnusable   tests cannot clone their database
     │   ├── NotInitialized         used before `init()`
     │   ├── AlreadyInitialized     a second `init()` while open
@@ -37,6 +38,7 @@
     │       └── PoolDeadlock       none ever would: every holder waits for another one
     └── SchemaError                the tables of the database, and who makes them
         ├── SchemaLocked           another starter has not finished with them in time
+        ├── BrokenReferences       rows would refer to nothing after a migration (SQLite)
         └── SchemaMismatch         they are not what this code knows
 
 Errors of SQLAlchemy and of the drivers pass through unchanged.
@@ -114,6 +116,12 @@ class InvalidPath(ConfigurationError):
     """A SQLite file that cannot be opened or written."""
 
     code = "invalid-path"
+
+
+class NoMigrations(ConfigurationError):
+    """Migrations were to run, and no `alembic.ini` says where they are."""
+
+    code = "no-migrations"
 
 
 class TemplateUnusable(ConfigurationError):
@@ -318,6 +326,12 @@ class SchemaLocked(SchemaError):
     """Another starter holds the lock of the schema, and did not give it back in time."""
 
     code = "schema-locked"
+
+
+class BrokenReferences(SchemaError):
+    """After a migration of a SQLite file, rows would refer to rows that are not there."""
+
+    code = "broken-references"
 
 
 class SchemaMismatch(SchemaError):

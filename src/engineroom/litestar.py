@@ -77,11 +77,12 @@ class EngineRoomPlugin(InitPlugin):
         cancel_on_disconnect: bool = True,
         dependency: str = "db",
         reader_dependency: str = "reader",
+        migrate: bool = False,
         **options: Unpack[Options],
     ) -> None:
         if commit_on is not None:
             mind_policy(commit_on)
-        self.lifespan: Lifespan = lifespan(manager, url=url, **options)
+        self.lifespan: Lifespan = lifespan(manager, url=url, migrate=migrate, **options)
         self.middleware: DefineMiddleware = DefineMiddleware(
             Middleware,  # type: ignore[arg-type]  # Litestar's types of ASGI are narrower
             manager=manager,

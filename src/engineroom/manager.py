@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import time
 from types import TracebackType
 from typing import Self, TextIO, Unpack
 
-from sqlalchemy import MetaData, text
+from sqlalchemy import MetaData
 from sqlalchemy.engine import URL, Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.util import greenlet_spawn
 
-from . import drain, schema
+from . import drain
 from .backends import Role, Side
 from .database import Database
 from .engines import EngineRoom, Stats
+from .schema import AsyncSchemaScope, Probe, ask, create_missing, is_complete
 from .scopes import AsyncConnectScope, AsyncSessionScope, SessionScope
 from .settings import Options
 
@@ -90,20 +92,29 @@ class DatabaseSessionManager:
         """
         return AsyncConnectScope(self._room, "connect", Role.PRIMARY, False, isolation_level)
 
-    async def check(self) -> float:
+    async def check(self, *, schema: bool = False) -> float:
         """Ask the database for one row, and return how many seconds it took to answer.
 
         Where the pool has no connection to lend, it is asked over one of its own.
 
+        Args:
+            schema: Ask as well whether it stands where this code needs it: at the head of the
+                migrations (`alembic_ini`), or with all tables of the models where there are none.
+
         Raises:
+            SchemaMismatch: it does not.
             sqlalchemy.exc.SQLAlchemyError, OSError: whatever the driver says when it did not.
         """
+        probe = ask
+        if schema:  # the migrations are read from files, once
+            room = self._room
+            probe = await asyncio.to_thread(Probe, room.metadata, room.settings)
         started = time.perf_counter()
         if self._room.must_wait(Side.ASYNC, Role.READER):
-            await greenlet_spawn(self._room.run_apart, Side.ASYNC, Role.READER, "SELECT 1")
+            await greenlet_spawn(self._room.work_apart, Side.ASYNC, Role.READER, probe)
             return time.perf_counter() - started
         async with AsyncConnectScope(self._room, "check", Role.READER) as connection:
-            await connection.execute(text("SELECT 1"))
+            await connection.run_sync(probe)
         return time.perf_counter() - started
 
     async def create_all(self, metadata: MetaData | None = None) -> None:
@@ -118,11 +129,11 @@ class DatabaseSessionManager:
         wanted = self._room.metadata if metadata is None else metadata
         looking = AsyncConnectScope(self._room, "create_all", Role.PRIMARY, read_only=True)
         async with looking as connection:
-            complete = await connection.run_sync(schema.is_complete, wanted)
+            complete = await connection.run_sync(is_complete, wanted)
         if not complete:
-            async with schema.AsyncSchemaScope(self._room, "create_all") as connection:
+            async with AsyncSchemaScope(self._room, "create_all") as connection:
                 timeout = self._room.settings.schema_timeout
-                await connection.run_sync(schema.create_missing, wanted, timeout)
+                await connection.run_sync(create_missing, wanted, timeout)
 
     def stats(self) -> Stats:
         """Take a snapshot: the open scopes with their lines, and the pools. Nothing is asked."""

@@ -40,6 +40,7 @@ V = TypeVar("V")
 
 MAX_ENGINES = 256
 RETRIES = 10  # of `prepare_models`, where somebody without our lock creates the same tables
+CURE = "Take `await async_session_factory(…)`, or move it to a thread: await asyncio.to_thread(…)"
 LONGEST_PAUSE = 1.0  # seconds between two of them; the first is a hundredth of it
 
 # What of `create_engine`'s arguments is a setting here. The others go to `create_engine`.
@@ -142,7 +143,7 @@ class Factory(sessionmaker[Session]):
         if self.room is not None:
             self.room.loose.add(session)
             if asyncio._get_running_loop() is not None:
-                mind_the_loop(self.room, "session_factory", *applications_line())
+                mind_the_loop(self.room, "session_factory", *applications_line(), CURE)
         return session
 
 

@@ -5,18 +5,27 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sqlalchemy import MetaData, inspect
+from sqlalchemy import Column, MetaData, String, Table, inspect, select
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.util import await_only
 
 from .backends import SchemaLock, find_schema_lock
-from .errors import SchemaLocked
+from .errors import InvalidOption, SchemaLocked, SchemaMismatch
 from .scopes import AsyncConnectScope, ConnectScope
+from .settings import DatabaseSettings
+
+if TYPE_CHECKING:
+    from alembic.config import Config
+    from alembic.script import ScriptDirectory
 
 logger: logging.Logger = logging.getLogger("engineroom")
 
@@ -126,8 +135,9 @@ def create_missing(connection: Connection, metadata: MetaData, timeout: float = 
 def locked(connection: Connection, what: str, timeout: float = TIMEOUT) -> Generator[None]:
     """Hold the lock of the schema over any number of transactions of a connection.
 
-    On SQLite it is one transaction, which is committed at the end. On a connection that is in a
-    transaction already the lock belongs to that, and goes with it.
+    On SQLite it is one transaction, which is committed at the end, and in which no foreign key is
+    enforced before: Alembic's batches drop tables that others refer to. On a connection that is in
+    a transaction already the lock belongs to that, and goes with it.
 
     Args:
         connection: It belongs to whoever migrates, alone.
@@ -143,25 +153,18 @@ def locked(connection: Connection, what: str, timeout: float = TIMEOUT) -> Gener
     elif connection.in_transaction():
         take(lock, connection, what, timeout)
         yield
-    elif connection.dialect.name == "sqlite":
-        with connection.begin():
-            take(lock, connection, what, timeout)
-            yield
     else:
-        take(lock, connection, what, timeout, whole_session=True)
+        connection = connection.execution_options(**lock.options())
         try:
+            take(lock, connection, what, timeout, whole_session=True)
             yield
+            lock.finish(connection)
         except BaseException:
             with suppress(Exception):  # the connection may be lost, and the lock with it
-                _release(lock, connection)
+                connection.rollback()
+                lock.release(connection)
             raise
-        _release(lock, connection)
-
-
-def _release(lock: SchemaLock, connection: Connection) -> None:
-    connection.rollback()
-    lock.release(connection)
-    connection.commit()
+        lock.release(connection)
 
 
 def take(
@@ -198,8 +201,6 @@ def take(
                 lock.holder(connection),
             )
             told = True
-        if whole_session:
-            connection.commit()  # nobody is to wait for a transaction of who waits
         if taken:
             if told:
                 logger.info("%s goes on: it has the lock after %.1f s", what, waited)
@@ -213,3 +214,168 @@ def _sleep(connection: Connection, seconds: float) -> None:
         await_only(asyncio.sleep(seconds))
     else:
         time.sleep(seconds)
+
+
+# -- where it stands -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Revisions:
+    """The migrations, as this code knows them."""
+
+    heads: tuple[str, ...]
+    parents: dict[str, tuple[str, ...]]
+    """Of each revision, newest first, what must have been run before."""
+    table: str = "alembic_version"
+    schema: str | None = None
+
+    @classmethod
+    def of(
+        cls, script: ScriptDirectory, table: str = "alembic_version", schema: str | None = None
+    ) -> Revisions:
+        """Read them all."""
+        parents = {}
+        for each in script.walk_revisions():
+            before = [*_several(each.down_revision), *_several(each.dependencies)]
+            parents[each.revision] = tuple(script.get_revision(name).revision for name in before)
+        return cls(tuple(script.get_heads()), parents, table, schema)
+
+    def missing(self, current: Sequence[str]) -> list[str]:
+        """Return what is to be run on a database that stands there, oldest first."""
+        run: set[str] = set()
+        left = list(current)
+        while left:
+            revision = left.pop()
+            if revision not in run:
+                run.add(revision)
+                left += self.parents[revision]
+        return [revision for revision in reversed(self.parents) if revision not in run]
+
+
+def _several(names: str | Sequence[str] | None) -> Sequence[str]:
+    return [names] if isinstance(names, str) else names or ()
+
+
+def find_ini(settings: DatabaseSettings) -> Path | None:
+    """Find Alembic's file; None where the application has no migrations.
+
+    Raises:
+        InvalidOption: the setting names one that is not there.
+    """
+    ini = Path(settings.alembic_ini)
+    if settings.alembic_ini and ini.is_file():
+        return ini.absolute()
+    if settings.alembic_ini and "alembic_ini" in settings.model_fields_set:
+        raise InvalidOption(
+            f"DB_ALEMBIC_INI={settings.alembic_ini!r} cannot be used: there is no such file in "
+            f"{Path.cwd()}. Name Alembic's file, or leave it out where there are no migrations."
+        )
+    return None
+
+
+@cache
+def read_revisions(ini: Path) -> Revisions:
+    """Read the migrations of an application; once, for they are a part of the code that runs.
+
+    Raises:
+        ModuleNotFoundError: Alembic is not installed.
+    """
+    try:
+        from alembic.config import Config
+        from alembic.script import ScriptDirectory
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{ini} says that migrations make the tables, but Alembic is not installed: pip "
+            'install "engineroom[alembic]".',
+            name=error.name,
+        ) from None
+    config = Config(str(ini))
+    place_scripts(config, ini)
+    table = config.get_main_option("version_table") or "alembic_version"
+    schema = config.get_main_option("version_table_schema")
+    return Revisions.of(ScriptDirectory.from_config(config), table, schema)
+
+
+def place_scripts(config: Config, ini: Path) -> None:
+    """Have migrations be found from any working directory."""
+    location = config.get_main_option("script_location") or ""
+    if location and ":" not in location and not Path(location).exists():
+        config.set_main_option("script_location", str(ini.absolute().parent / location))
+
+
+def revisions_of(settings: DatabaseSettings) -> Revisions | None:
+    """Return the migrations of an application, if it has any."""
+    ini = find_ini(settings)
+    return None if ini is None else read_revisions(ini)
+
+
+def mind_schema(connection: Connection, metadata: MetaData, revisions: Revisions | None) -> None:
+    """Refuse a database that does not stand where the code needs it.
+
+    Args:
+        metadata: Whose tables must be there, where there are no migrations.
+
+    Raises:
+        SchemaMismatch: it does not.
+    """
+    if revisions is None:
+        if missing := missing_tables(connection, metadata):
+            raise SchemaMismatch(
+                f"The database has not all tables of the models: {', '.join(missing)} "
+                f"{'is' if len(missing) == 1 else 'are'} not there. Create them: create_all().",
+                missing=missing,
+            )
+        return
+    current: tuple[str, ...] = ()
+    if inspect(connection).has_table(revisions.table, revisions.schema):
+        column: Column[str] = Column("version_num", String)
+        Table(revisions.table, MetaData(), column, schema=revisions.schema)
+        current = tuple(sorted(connection.scalars(select(column))))
+    refuse_unknown(revisions, current)
+    if missing := revisions.missing(current):
+        stands = f"it is at {', '.join(current)}" if current else "nothing was ever migrated there"
+        raise SchemaMismatch(
+            f"The database does not stand at head: {stands}, and this code needs "
+            f"{', '.join(revisions.heads)}, which is {len(missing)} "
+            f"{'migration' if len(missing) == 1 else 'migrations'} further ({', '.join(missing)}). "
+            "Run them: alembic upgrade head.",
+            current,
+            revisions.heads,
+            missing,
+        )
+
+
+def refuse_unknown(revisions: Revisions, current: Sequence[str]) -> None:
+    """Refuse a database that newer code has migrated.
+
+    Raises:
+        SchemaMismatch: it stands where this code knows no revision.
+    """
+    if unknown := [revision for revision in current if revision not in revisions.parents]:
+        raise SchemaMismatch(
+            f"The database is at revision {', '.join(unknown)}, which this code does not know (its "
+            f"head is {', '.join(revisions.heads)}): newer code has migrated it, or it is another "
+            "application's. Deploy the code that knows it, or have that downgrade the database "
+            "first.",
+            current,
+            revisions.heads,
+            unknown=unknown,
+        )
+
+
+def ask(connection: Connection) -> None:
+    """Ask the database for one row."""
+    connection.exec_driver_sql("SELECT 1")
+
+
+class Probe:
+    """What `check(schema=True)` asks the database."""
+
+    def __init__(self, metadata: MetaData, settings: DatabaseSettings) -> None:
+        self._metadata = metadata
+        self._revisions = revisions_of(settings)
+
+    def __call__(self, connection: Connection) -> None:
+        """Ask whether it answers, and stands where the code needs it."""
+        ask(connection)
+        mind_schema(connection, self._metadata, self._revisions)

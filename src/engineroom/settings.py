@@ -103,6 +103,8 @@ class DatabaseSettings(BaseSettings):
     """SQLite: how long a writer waits for another."""
     schema_timeout: Seconds = Field(default=300.0, ge=0)
     """How long one who creates or migrates tables waits for another who does."""
+    alembic_ini: str = "alembic.ini"
+    """Alembic's file, if there is one, for `check(schema=True)` and `lifespan(migrate=True)`."""
     dump_signal: str = ""
     """A signal ("SIGUSR1") that prints who holds and who waits, as `dump()` does."""
 
@@ -194,6 +196,7 @@ class Options(TypedDict, total=False):
     sync_in_async: Literal["warn", "error", "allow"]
     busy_timeout: float | str | timedelta
     schema_timeout: float | str | timedelta
+    alembic_ini: str
     dump_signal: str
 
     session_class: type[Session]

@@ -143,11 +143,15 @@ class SchemaLock(Protocol):
         """Take the lock, if nobody has it; it goes with the transaction.
 
         Args:
-            whole_session: Keep it beyond the transaction, until `release`.
+            whole_session: Keep it until `release`; where a transaction is needed for that, it is
+                begun here, and otherwise none is left open.
         """
 
+    def finish(self, connection: Connection) -> None:
+        """Commit what was done while the whole session had it, if it may be."""
+
     def release(self, connection: Connection) -> None:
-        """Give back what `whole_session` had taken."""
+        """Give back what `whole_session` had taken; no transaction is open any more."""
 
     def holder(self, connection: Connection) -> str:
         """Say who holds the lock: since when, and doing what, as far as the database tells."""

@@ -231,12 +231,19 @@ class AdvisoryLock:
         """
         verb = "pg_try_advisory_lock" if whole_session else "pg_try_advisory_xact_lock"
         row = connection.exec_driver_sql(f"SELECT {verb}({self.KEY})").one()
+        if whole_session:
+            connection.commit()
         return bool(row[0])
+
+    def finish(self, connection: Connection) -> None:
+        """Alembic has committed what it did; what it only asked ends here."""
+        connection.rollback()
 
     def release(self, connection: Connection) -> None:
         """Unlock, and have the guards as the session began with them."""
         connection.exec_driver_sql(f"SELECT pg_advisory_unlock({self.KEY})")
         self._guards(connection, "set_config(name, reset_val, false)")
+        connection.commit()
 
     def _guards(self, connection: Connection, expression: str) -> None:
         connection.exec_driver_sql(

@@ -22,7 +22,7 @@ from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.pool import PoolProxiedConnection
 
 from ..cancellation import settle
-from ..errors import InvalidPath, InvalidURL, SelfDeadlock
+from ..errors import BrokenReferences, InvalidPath, InvalidURL, SelfDeadlock
 from ..urls import masked
 from . import Role, Side, choose_driver, refuse_unknown_driver
 
@@ -330,10 +330,18 @@ class FileLock:
         return _code(error) == SQLITE_READONLY
 
     def set_guards(self, connection: Connection, *, whole_session: bool) -> None:
-        """SQLite has no deadlines."""
+        """SQLite has no deadlines, but foreign keys, which would empty what refers to a table.
+
+        Alembic's batches drop a table and put a new one in its place. Inside of a transaction
+        SQLite ignores this: here none has begun.
+        """
+        if whole_session:
+            _run_apart(connection, "PRAGMA foreign_keys=OFF")
 
     def try_take(self, connection: Connection, *, whole_session: bool) -> bool:
         """Begin as a writer, unless somebody has begun already; without waiting."""
+        if not connection.in_transaction():
+            connection.begin()
         lent: Any = connection.connection
         if lent.driver_connection.in_transaction:
             return True
@@ -354,8 +362,22 @@ class FileLock:
             cursor.close()
         return True
 
+    def finish(self, connection: Connection) -> None:
+        """Commit, if no row refers to one that is not there."""
+        if broken := connection.exec_driver_sql("PRAGMA foreign_key_check").fetchall():
+            tables = sorted({f"{table} → {parent}" for table, _, parent, _ in broken})
+            raise BrokenReferences(
+                f"The migrations of {connection.engine.url.database} were rolled back: rows would "
+                f"refer to rows that are not there ({len(broken)}: {', '.join(tables)}). SQLite "
+                "does not ask while tables are rebuilt, so this was asked at their end (PRAGMA "
+                "foreign_key_check). Have a migration delete or mend those rows."
+            )
+        connection.commit()
+
     def release(self, connection: Connection) -> None:
-        """It goes with the transaction."""
+        """The lock has gone with the transaction; foreign keys are enforced again."""
+        connection.execution_options(**{BEGINS_LATER: False})
+        _run_apart(connection, "PRAGMA foreign_keys=ON")
 
     def holder(self, connection: Connection) -> str:
         """Name the file: SQLite does not know its holder."""
@@ -364,6 +386,15 @@ class FileLock:
     def cure(self) -> str:
         """Say how the processes are found."""
         return "find and end its process (fuser names those that have the file open)"
+
+
+def _run_apart(connection: Connection, statement: str) -> None:
+    """Run a statement without the transaction that SQLAlchemy would begin for it."""
+    cursor = connection.connection.cursor()
+    try:
+        cursor.execute(statement)
+    finally:
+        cursor.close()
 
 
 @cache

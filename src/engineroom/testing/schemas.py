@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 from collections.abc import Callable, Generator
 from contextlib import chdir, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from sqlalchemy import Connection, MetaData, inspect
+from sqlalchemy import Connection, MetaData
 from sqlalchemy.engine import make_url
 
 from engineroom.database import Database
 from engineroom.errors import DriverNotInstalled, TemplateUnusable
 from engineroom.manager import DatabaseSessionManager
+from engineroom.schema import missing_tables
 
 T = TypeVar("T")
 
@@ -50,20 +50,15 @@ def migrate(url: str, ini: Path, metadata: MetaData) -> None:
     """
     try:
         from alembic import command
-        from alembic.config import Config
+
+        from engineroom.alembic import config_for, same_logging
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"{ini} says that migrations make the tables, but Alembic is not installed: pip "
             "install alembic, or have the fixture db_prepare make them.",
             name=error.name,
         ) from None
-    config = Config(str(ini))
-    written = make_url(config.get_main_option("sqlalchemy.url") or url)
-    theirs = make_url(url)
-    if written.get_backend_name() == theirs.get_backend_name():
-        theirs = theirs.set(drivername=written.drivername)  # env.py may be written for it
-    text = theirs.render_as_string(hide_password=False)
-    config.set_main_option("sqlalchemy.url", text.replace("%", "%%"))
+    config = config_for(ini, make_url(url))
     with chdir(ini.parent), database_url(url), same_logging():
         command.upgrade(config, "heads")
     missing = work_on(url, lambda connection: missing_tables(connection, metadata))
@@ -79,16 +74,6 @@ def migrate(url: str, ini: Path, metadata: MetaData) -> None:
                 else "Add the missing migration, or have the fixture db_prepare make them."
             )
         )
-
-
-def missing_tables(connection: Connection, metadata: MetaData) -> list[str]:
-    """Return the tables of the models that are not there."""
-    inspector = inspect(connection)
-    return [
-        table.fullname
-        for table in metadata.sorted_tables
-        if not inspector.has_table(table.name, table.schema)
-    ]
 
 
 def work_on(url: str, work: Callable[[Connection], T]) -> T:
@@ -116,21 +101,3 @@ def database_url(url: str) -> Generator[None]:
             os.environ.pop("DATABASE_URL", None)
         else:
             os.environ["DATABASE_URL"] = before
-
-
-@contextmanager
-def same_logging() -> Generator[None]:
-    """Undo what `fileConfig` of the usual `env.py` does to everybody's loggers."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    loggers = [
-        each for each in root.manager.loggerDict.values() if isinstance(each, logging.Logger)
-    ]
-    disabled = [each.disabled for each in loggers]
-    try:
-        yield
-    finally:
-        root.handlers[:] = handlers
-        root.setLevel(level)
-        for logger, was in zip(loggers, disabled, strict=True):
-            logger.disabled = was
