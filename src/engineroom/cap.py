@@ -213,8 +213,7 @@ class Stay:
                 os.close(descriptor)
 
 
-OPEN = "an open connection"  # who owns a place that is no caller's
-GONE = "a closed connection"
+OPEN, GONE = NOBODY = ("an open connection", "a closed connection")  # who owns what no caller does
 
 
 class CameBack(Exception):  # no error: the way back to the pool, through SQLAlchemy
@@ -232,7 +231,7 @@ class Cap(Slots):
     be given one together with its connection, which has just come back to that very pool.
     """
 
-    permit_class = Place
+    permit_class: ClassVar[type[Permit]] = Place
 
     def __init__(self, limit: int, name: str = VARIABLE) -> None:
         super().__init__(limit)
@@ -317,14 +316,15 @@ class Cap(Slots):
         return list(dict.fromkeys(pool for pool in pools if pool is not None))
 
     def holders(self, now: float) -> list[Holder]:
-        """Say who has the connections, and in which pool."""
-        holders = [(stay_of(place), describe(place.lent, now)) for place in self.held]
-        return [
-            replace(holder, pool="" if pool is None else pool.name)
-            for stay, holder in holders
-            if stay is not None and holder is not None
-            for pool in [stay.pool]
-        ]
+        """Say who has the connections, and in which pool; those that are idle are nobody's."""
+        holders: list[Holder] = []
+        for place in self.held:
+            stay, permit = stay_of(place), place.lent
+            pool = None if stay is None else stay.pool
+            holder = None if permit.owner in NOBODY else describe(permit, now)
+            if holder is not None:
+                holders.append(replace(holder, pool="" if pool is None else pool.name))
+        return holders
 
     def disown(self) -> None:
         """Start afresh in a forked child: the parent's connections are none of its own."""

@@ -14,7 +14,7 @@ from sqlalchemy.util import greenlet_spawn
 
 from .backends import Role, Side
 from .cancellation import settle
-from .engines import EngineRoom
+from .engines import END_LIMIT, EngineRoom
 from .errors import CloseInsideScope, SyncInAsync
 from .lending import Lender
 from .lifecycle import State
@@ -126,7 +126,7 @@ def end_pool(room: EngineRoom, side: Side, role: Role, lender: Lender) -> None:
     overdue = lender.lent()
     if overdue:
         with log_failure():
-            room.backend.end(overdue, partial(room.run_apart, side, role))
+            room.backend.end(overdue, partial(room.run_apart, side, role, seconds=END_LIMIT))
     lender.end()
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from sqlalchemy import MetaData, NullPool, create_engine, event
+from sqlalchemy import MetaData, create_engine, event
 from sqlalchemy.engine import URL, Connection, Engine, ExceptionContext
 from sqlalchemy.engine.interfaces import DBAPICursor
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
@@ -53,6 +53,8 @@ from .statements import note_statements, permit_of
 from .urls import masked
 
 logger: logging.Logger = logging.getLogger("engineroom")
+
+END_LIMIT = 3.0  # seconds to connect, for ending what runs on connections that nobody serves
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +199,8 @@ class EngineRoom:
             bind = self.binds[key] = AsyncEngine(engine) if side is Side.ASYNC else engine
         return bind
 
-    def _make_engine(self, side: Side, role: Role, *, pooled: bool = True) -> Engine:
+    def _make_engine(self, side: Side, role: Role, *, apart: float | None = None) -> Engine:
+        """Make an engine; one apart has a pool of one connection, and so long to open it."""
         settings = self.settings
         options: dict[str, Any] = {
             "echo": settings.shows_statements,
@@ -208,32 +211,30 @@ class EngineRoom:
         arguments = theirs.pop("connect_args", {})
         options |= theirs | self.backend.engine_options(side, role, arguments)
         url = self.backend.engine_url(side)
-        if not pooled:
-            del options["pool_recycle"]
-            return create(side, url, poolclass=NullPool, **options)
         knows: dict[str, Any] = {
             "backend": self.backend,
             "caps": staticmethod(self.caps),
             "name": f"{side} {role} of {masked(self.settings.url)}",
             "end_apart": staticmethod(partial(self.end_apart, role)),
-            "least": settings.pool_min if role is Role.PRIMARY else 0,
-            "spare": settings.max_overflow,
+            "least": settings.pool_min if role is Role.PRIMARY and apart is None else 0,
+            "spare": settings.max_overflow if apart is None else 0,
             "slow_after": settings.slow_after,
             "ping_after": 0.0 if settings.pool_pre_ping else settings.pool_ping_after,
         }
         # What a pool must know and `recreate()` does not pass on stands on a class of its own.
         if side is Side.ASYNC:
             lender: type[Lender] = type("Shelf", (Shelf,), knows)
-            poolclass: Any = type("LoopPool", (LoopPool,), {"shelf_class": lender})
+            shelves = type("LoopPool", (LoopPool,), {"shelf_class": lender})
+            poolclass: Any = shelves if apart is None else lender
         else:
             lender = poolclass = type("ThreadPool", (self.thread_pool,), knows)
         engine = create(
             side,
             url,
             poolclass=poolclass,
-            pool_size=settings.pool_size,
+            pool_size=settings.pool_size if apart is None else 1,
             max_overflow=-1,  # the permits are the limit
-            pool_timeout=settings.pool_timeout,
+            pool_timeout=settings.pool_timeout if apart is None else apart,
             pool_use_lifo=True,  # the connection used last is the surest to live
             **options,
         )
@@ -374,7 +375,7 @@ class EngineRoom:
     def end_apart(self, role: Role, connections: Sequence[PoolProxiedConnection]) -> None:
         """End what runs on connections whose loop has ended, from another loop or a thread."""
         side = Side.SYNC if asyncio._get_running_loop() is None else Side.ASYNC
-        self.backend.end(connections, partial(self.run_apart, side, role))
+        self.backend.end(connections, partial(self.run_apart, side, role, seconds=END_LIMIT))
 
     def interrupt(self, entry: Entry) -> None:
         """Stop what a thread runs or waits for in a scope, from another thread."""
@@ -394,13 +395,34 @@ class EngineRoom:
         pool = pools.get((side, role, here))
         return pool is not None and not pool.slots.may_lend
 
-    def run_apart(self, side: Side, role: Role, statement: str) -> None:
-        """Run a statement on a connection of its own, which no pool lends."""
-        self.work_apart(side, role, lambda connection: connection.exec_driver_sql(statement))
+    def run_apart(
+        self, side: Side, role: Role, statement: str, *, seconds: float | None = None
+    ) -> None:
+        """Run a statement on a connection of its own, as `work_apart` takes one."""
+        self.work_apart(
+            side, role, lambda connection: connection.exec_driver_sql(statement), seconds=seconds
+        )
 
-    def work_apart(self, side: Side, role: Role, work: Callable[[Connection], object]) -> None:
-        """Work on a connection of its own, which no pool lends."""
-        with self._make_engine(side, role, pooled=False).connect() as connection:
+    def work_apart(
+        self,
+        side: Side,
+        role: Role,
+        work: Callable[[Connection], object],
+        *,
+        seconds: float | None = None,
+    ) -> None:
+        """Work on a connection of its own, which no other caller is lent.
+
+        A limit over several pools holds for it as well.
+
+        Args:
+            seconds: To wait and connect; the setting `pool_timeout` without it.
+        """
+        limit = self.settings.pool_timeout if seconds is None else seconds
+        engine = self._make_engine(side, role, apart=limit)
+        pool: Any = engine.pool
+        pool.ended = True  # what comes back is closed
+        with engine.connect() as connection:
             work(connection)
 
     def clear(self) -> None:

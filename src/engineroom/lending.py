@@ -259,6 +259,11 @@ class Lender(QueuePool):
         driver = self.engine.dialect.get_driver_connection(opened)
         stay.begin(opened, driver, self.backend.descriptor(driver), berth)
 
+    @property
+    def has_idle(self) -> bool:
+        """Whether a connection lies here; one that was lost is none."""
+        return any(record.dbapi_connection is not None for record in list(self.rack.items))
+
     def take_out(self, stay: Stay) -> bool:
         """Take an idle connection out; False if it is lent or gone."""
         record = stay.record()

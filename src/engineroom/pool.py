@@ -22,7 +22,7 @@ from sqlalchemy.pool import (
 from sqlalchemy.util import await_only, greenlet_spawn
 
 from .cancellation import settle
-from .cap import Stay
+from .cap import Stay, stay_of
 from .errors import ConnectTimeout, PoolExhausted
 from .ledger import REQUEST, Entry, current_owner, has_ended
 from .lending import Lender
@@ -115,6 +115,20 @@ class ShelfBell(LoopBell):
         await_only(self.rings_within(self.limit))
 
 
+class Reservations(list[Reservation]):
+    """What was waited for beforehand: a permit of the pool, and a place under each limit."""
+
+    def hand_to(self, thread: object) -> None:
+        """Have this thread take them next."""
+        for reservation in self:
+            reservation.hand_to(thread)
+
+    def cancel(self) -> None:
+        """Give back what was not used."""
+        for reservation in self:
+            reservation.cancel()
+
+
 class ThreadPool(Lender):
     """The synchronous side's pool: a thread waits for its permit on a lock."""
 
@@ -122,8 +136,8 @@ class ThreadPool(Lender):
         """Return a lock to wait on."""
         return ThreadBell(self.limit if seconds is None else seconds)
 
-    async def reserve(self, entry: Entry) -> Reservation:
-        """Wait on the event loop for a permit, which a thread will connect with.
+    async def reserve(self, entry: Entry) -> Reservations:
+        """Wait on the event loop for all that a thread will need to connect.
 
         Args:
             entry: The scope that is to use it.
@@ -132,12 +146,25 @@ class ThreadPool(Lender):
             PoolExhausted: none came free in time.
             PoolDeadlock: none ever would.
         """
-        permit = self.slots.take(current_owner())
-        if permit is None:
-            bell = LoopBell(self.limit, entry.request)
-            permit = await greenlet_spawn(self.wait_for, self.slots, bell)
-        permit.since = time.monotonic()
-        return Reservation(self.slots, permit, weakref.ref(entry))
+        reservations = Reservations()
+        deadline = time.monotonic() + self.limit
+        try:
+            for slots in (self.slots, *self.caps()):
+                if slots is not self.slots and self.has_idle:
+                    break  # nothing has to be opened
+                permit = slots.take(current_owner())
+                if permit is None:
+                    bell = LoopBell(max(deadline - time.monotonic(), 0.0), entry.request)
+                    permit = await greenlet_spawn(self.wait_for, slots, bell)
+                if (stay := stay_of(permit)) is not None:  # it came back: there it lies
+                    stay.put_back()
+                    break
+                permit.since = time.monotonic()
+                reservations.append(Reservation(slots, permit, weakref.ref(entry)))
+        except BaseException:
+            reservations.cancel()
+            raise
+        return reservations
 
     def open_in_time(self, connect: Callable[[], Any], seconds: float) -> Any:
         """Open a connection; the driver keeps the time (`Backend.limit_connect` told it)."""
@@ -166,13 +193,13 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
     _queue_class = Lender._queue_class  # type: ignore[assignment]
 
     keeper: AsyncGenerator[None]  # ends the shelf with its loop
-    loop: asyncio.AbstractEventLoop
-    behind: Callable[[], LoopPool | None]  # a weak reference to the pool that it is a shelf of
+    behind: weakref.ref[LoopPool] | None = None  # the pool that it is a shelf of
     _growth: asyncio.TimerHandle | None = None
     _filling: asyncio.Task[None] | None = None
 
     def __init__(self, creator: Any, *args: Any, **kw: Any) -> None:
         super().__init__(creator, *args, **kw)
+        self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
         self._partings: set[asyncio.Task[None]] = set()  # (a loop holds its tasks weakly)
 
     def end_here(self) -> None:
@@ -241,7 +268,8 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
 
     def reap_ended(self) -> None:
         """Part with everything, if the loop was closed by hand."""
-        if self.loop.is_closed() and (behind := self.behind()) is not None:
+        behind = None if self.behind is None else self.behind()
+        if behind is not None and self.loop.is_closed():
             behind.reap()
 
     def mind_growth(self, slots: Slots) -> None:
@@ -348,7 +376,7 @@ class LoopPool(AsyncAdaptedQueuePool):
     def _open(self, loop: asyncio.AbstractEventLoop) -> Shelf:
         self.reap()
         shelf = self._make_shelf()
-        shelf.loop, shelf.behind = loop, weakref.ref(self)
+        shelf.behind = weakref.ref(self)
         shelf.dispatch = self.dispatch  # the engine's listeners hear the connections of all loops
         shelf.keeper = self._end_with_loop(loop, shelf)
         self.shelves[loop] = shelf

@@ -80,12 +80,12 @@ class Tenant(EngineRoom):
         with self._making:
             return super().engine(side, role)
 
-    def _make_engine(self, side: Side, role: Role, *, pooled: bool = True) -> Engine:
+    def _make_engine(self, side: Side, role: Role, *, apart: float | None = None) -> Engine:
         try:
-            engine = super()._make_engine(side, role, pooled=pooled)
+            engine = super()._make_engine(side, role, apart=apart)
         except TypeError as error:
             raise self._unknown(error) or error from None
-        if pooled and self.callback is not None:
+        if apart is None and self.callback is not None:
             try:
                 self.callback(engine)
             except BaseException:

@@ -29,9 +29,9 @@ from .errors import NotEntered, SessionClosed, SyncInAsync, SyncInAsyncWarning, 
 from .hooks import Hooks
 from .ledger import Entry, applications_line, is_inside, is_known_to_a_thread, place
 from .lending import forfeit
+from .pool import Reservations
 from .retiring import ENDED, retire
 from .sessions import Guarded, in_use, recall
-from .slots import Reservation
 from .statements import permit_of
 
 logger: logging.Logger = logging.getLogger("engineroom")
@@ -311,11 +311,11 @@ class HandedScope(FrameworkScope):
     It is entered and left on the framework's event loop; statements and its end run in threads.
     """
 
-    __slots__ = ("_reservation",)
+    __slots__ = ("_reservations",)
 
     def open(self) -> Session:
         """Open the session; no thread has it yet."""
-        self._reservation: Reservation | None = None
+        self._reservations: Reservations | None = None
         session = self.__enter__()
         self.thread: int = 0
         self.task: asyncio.Task[Any] | None = None
@@ -342,7 +342,7 @@ class HandedScope(FrameworkScope):
             PoolDeadlock: none ever would.
         """
         pool: Any = self._room.engine(*self._target[:2]).pool
-        self._reservation = await pool.reserve(self)
+        self._reservations = await pool.reserve(self)
 
     def move_here(self) -> None:
         """Note that a thread goes on with the session; it takes what was reserved."""
@@ -352,8 +352,14 @@ class HandedScope(FrameworkScope):
                 self._room, self.kind, *line, "Declare AsyncSessionDep there, or write def"
             )
         super().move_here()
-        if self._reservation is not None:
-            self._reservation.hand_to(self.thread)
+        if self._reservations is not None:
+            self._reservations.hand_to(self.thread)
+
+    def hold(self, connection: PoolProxiedConnection) -> None:
+        """Note which connection the session uses; of what was reserved it needs no more."""
+        super().hold(connection)
+        if self._reservations is not None:
+            self._reservations.cancel()
 
     async def leave_threads(self) -> None:
         """Have the thread that is left alone with the session leave it, and its statement end."""
@@ -365,8 +371,8 @@ class HandedScope(FrameworkScope):
 
     def _leave(self) -> None:
         super()._leave()
-        if self._reservation is not None:
-            self._reservation.cancel()
+        if self._reservations is not None:
+            self._reservations.cancel()
 
 
 class AsyncSessionScope(AsyncScope[AsyncSession]):
