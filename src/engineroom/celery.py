@@ -75,7 +75,7 @@ class ResultSessionManager(SessionManager):
         if missing:
             try:
                 add_missing_columns(engine)
-            except DBAPIError as error:  # for want of a right, say: Celery can do without some
+            except DBAPIError as error:  # for want of a right, say; the worker starts, as Celery's
                 names = ", ".join(f"{column.table.name}.{column.name}" for column in missing)
                 logger.warning(
                     "The result tables are of an older version of Celery, and lack %s, which could "
