@@ -8,11 +8,15 @@ import os
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from scenario import run
 from sqlalchemy import (
     CheckConstraint,
     Column,
@@ -103,6 +107,59 @@ class Starter:
         return self.process.returncode, out, err
 
 
+def together(count: int, function: Callable[..., Any], *arguments: Any) -> list[list[Any]]:
+    """Have so many processes begin at the same time, and return what `ended` says of each.
+
+    They are forked from one that has imported everything: a machine with two processors would be
+    busy with imports for a minute, and the processes would not be at it at the same time.
+    """
+    call = (count, function.__module__, function.__name__, arguments)
+    ends: list[list[Any]] = run(fork_crowd, *call, deadline=DEADLINE)
+    assert len(ends) == count
+    return ends
+
+
+def fork_crowd(count: int, module: str, name: str, arguments: list[Any]) -> list[list[Any]]:
+    """Fork, let them begin, and collect."""
+    function = getattr(importlib.import_module(module), name)
+    for driver in ("aiosqlite", "asyncpg", "psycopg"):
+        importlib.import_module(driver)
+    begin, hold = os.pipe()
+    with TemporaryDirectory() as folder:
+        files = [(Path(folder, f"out{n}"), Path(folder, f"err{n}")) for n in range(count)]
+        children = [
+            fork_one(begin, hold, *files[n], partial(function, n, *arguments)) for n in range(count)
+        ]
+        os.close(hold)  # all who read the other end go on
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        return [
+            [code, out.read_text(), err.read_text()]
+            for code, (out, err) in zip(codes, files, strict=True)
+        ]
+
+
+def fork_one(begin: int, hold: int, out: Path, err: Path, work: Callable[[], object]) -> int:
+    """Fork one, which waits until nobody holds the pipe any more."""
+    if child := os.fork():
+        return child
+    code = 1
+    try:
+        signal.alarm(DEADLINE - 10)
+        os.close(hold)
+        for number, file in enumerate((out, err), 1):
+            os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+        os.read(begin, 1)
+        work()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return 0
+
+
 @contextmanager
 def starters(count: int, function: Callable[..., Any], *arguments: Any) -> Iterator[list[Starter]]:
     """Have so many processes ready to begin; the function gets its number first."""
@@ -190,3 +247,12 @@ def alembic(number: int, ini: str, *arguments: str) -> None:
 
     sys.path.insert(0, str(HERE))
     command_line(argv=["-c", ini, *arguments])
+
+
+def connect_apart(url: str) -> str:
+    """Return the source of a migration's step that works on another connection for a while."""
+    if url.startswith("sqlite"):
+        return "time.sleep(1.6)"
+    return f"""import psycopg
+    with psycopg.connect({url!r}, autocommit=True) as apart:
+        apart.execute("SELECT pg_sleep(1.6)")"""

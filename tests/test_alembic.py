@@ -2,15 +2,49 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import sys
+import time
+from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import alembic as alembic_package
+import httpx
+import psycopg
 import pytest
-from sqlalchemy import text
-from starting import alembic, project, starters
+from alembic import command
+from alembic.config import Config
+from scenario import is_postgres, run
+from sqlalchemy import inspect, text
+from sqlalchemy.engine import make_url
+from starting import (
+    FIRST,
+    SECOND,
+    Starter,
+    alembic,
+    connect_apart,
+    models,
+    project,
+    starters,
+    together,
+)
 
-from engineroom import Database
-from engineroom.testing import PostgresServer
+import engineroom.alembic
+from engineroom import Database, DatabaseSessionManager
+from engineroom.alembic import upgrade as migrate
+from engineroom.asgi import Readiness, lifespan
+from engineroom.errors import (
+    BrokenReferences,
+    InvalidOption,
+    NoMigrations,
+    SchemaLocked,
+    SchemaMismatch,
+)
+from engineroom.testing import PostgresServer, sandbox
 
 
 @pytest.fixture(params=["pg16", "pg18", "sqlite"])
@@ -32,10 +66,7 @@ def steps(url: str) -> list[str]:
 
 
 def all_upgrade(url: str, ini: Path, count: int = 16) -> None:
-    with starters(count, alembic, str(ini), "-x", f"url={url}", "upgrade", "head") as crowd:
-        for starter in crowd:
-            starter.begin()
-        ends = [starter.ended() for starter in crowd]
+    ends = together(count, alembic, str(ini), "-x", f"url={url}", "upgrade", "head")
     assert [(code, err) for code, _, err in ends if code] == []
     assert steps(url) == ["first", "second"]
 
@@ -49,3 +80,485 @@ def test_sixteen_upgrade_at_once_and_each_migration_runs_once(place: str, tmp_pa
 @pytest.mark.parametrize("again", range(10))
 def test_sixteen_upgrade_at_once_again_and_again(again: int, place: str, tmp_path: Path) -> None:
     all_upgrade(place, project(tmp_path))
+
+
+# -- a holder that is killed, or hangs, or takes its time -----------------------------------------
+
+HANG = """op.execute("INSERT INTO ran VALUES ('hangs')")
+    print("hangs", flush=True)
+    time.sleep(1000)"""
+
+
+@contextmanager
+def hanging(url: str, ini: Path) -> Iterator[Starter]:
+    """Have a process stand in the middle of its second migration."""
+    where = f"url={url}?application_name=hanging" if is_postgres(url) else f"url={url}"
+    with starters(1, alembic, str(ini), "-x", where, "upgrade", "head") as (holder,):
+        holder.begin()
+        holder.says("hangs")
+        yield holder
+
+
+def test_one_is_killed_in_a_migration_and_the_others_go_on(place: str, tmp_path: Path) -> None:
+    with hanging(place, project(tmp_path / "old", FIRST, HANG)) as holder:
+        ini = project(tmp_path / "new")
+        with starters(4, alembic, str(ini), "-x", f"url={place}", "upgrade", "head") as crowd:
+            for starter in crowd:
+                starter.begin()
+            time.sleep(0.5)
+            assert [starter.process.poll() for starter in crowd] == [None] * 4
+            holder.kill()
+            ends = [starter.ended() for starter in crowd]
+    assert [(code, err) for code, _, err in ends if code] == []
+    assert steps(place) == ["first", "second"]
+
+
+def test_a_migration_that_hangs_is_named(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DB_SCHEMA_TIMEOUT", "500ms")
+    ini = project(tmp_path, FIRST, HANG)
+    with hanging(place, ini):
+        with pytest.raises(SchemaLocked) as caught:
+            upgrade(ini, place)
+    message = caught.value.message
+    assert message.startswith("alembic has waited for 0.")
+    assert ("(application_name 'hanging', role " in message) is is_postgres(place)
+
+
+def test_a_step_longer_than_the_servers_guards_runs_once(place: str, tmp_path: Path) -> None:
+    """Idle in its transaction, and idle between two of them, while it works elsewhere."""
+    slow = connect_apart(place)
+    last = f"""with op.get_context().autocommit_block():
+        pass
+    {slow}
+    {SECOND}"""
+    if is_postgres(place):
+        name = make_url(place).database
+        with psycopg.connect(place, autocommit=True) as raw:
+            for guard in ("idle_in_transaction_session_timeout", "idle_session_timeout"):
+                raw.execute(f"ALTER DATABASE {name} SET {guard} = '1s'")
+    all_upgrade(place, project(tmp_path, f"{slow}\n    {FIRST}", last), count=3)
+
+
+def test_an_index_is_built_concurrently_while_others_wait(
+    pg18: PostgresServer, postgres_url: str, tmp_path: Path
+) -> None:
+    """One who waits with a snapshot would be waited for, and that is a deadlock."""
+    build = """with op.get_context().autocommit_block():
+        time.sleep(1)
+        op.create_index("by_step", "ran", ["step"], postgresql_concurrently=True)
+    op.execute("INSERT INTO ran VALUES ('second')")"""
+    all_upgrade(postgres_url, project(tmp_path, FIRST, build), count=4)
+
+
+# -- in one process ---------------------------------------------------------------------------
+
+
+def config(ini: Path, *arguments: str) -> Config:
+    """Return what the command line would make of `-x`."""
+    made = Config(str(ini))
+    made.cmd_opts = Namespace(x=list(arguments))
+    return made
+
+
+def upgrade(ini: Path, url: str) -> None:
+    command.upgrade(config(ini, f"url={url}"), "heads")
+
+
+def autogenerated(ini: Path, url: str) -> list[Any]:
+    """Return the operations that autogenerate would write."""
+    seen: list[Any] = []
+
+    def note(context: Any, revision: Any, directives: list[Any]) -> None:
+        seen.extend(directives[0].upgrade_ops.as_diffs())
+        directives.clear()
+
+    command.revision(config(ini, f"url={url}"), autogenerate=True, process_revision_directives=note)
+    return seen
+
+
+def test_autogenerate_finds_no_difference_after_create_all(place: str, tmp_path: Path) -> None:
+    """With keys, constraints, an index, a type, and a schema by its name; nor what is not ours."""
+    schema = "sales" if is_postgres(place) else None
+    ini = project(tmp_path, schema=schema)
+    (ini.parent / "migrations" / "script.py.mako").write_text("")
+    for old in (ini.parent / "migrations" / "versions").glob("*.py"):
+        old.unlink()
+    with Database(place) as database:
+        with database.connect() as connection:
+            for name in ("sales", "others") if schema else ():
+                connection.execute(text(f"CREATE SCHEMA {name}"))
+            if schema:
+                connection.execute(text("CREATE TABLE others.theirs (id int)"))
+        database.create_all(models(schema))
+        assert autogenerated(ini, place) == []
+        with database.connect() as connection:
+            customer = "sales.customer" if schema else "customer"
+            connection.execute(text(f"ALTER TABLE {customer} ADD COLUMN extra INTEGER"))
+        (found,) = autogenerated(ini, place)
+        assert found[0] == "remove_column"
+
+
+def test_a_batch_on_sqlite_keeps_the_rows_that_refer_to_its_table(
+    sqlite_url: str, tmp_path: Path
+) -> None:
+    """SQLite empties a table that is dropped, and follows ON DELETE CASCADE."""
+    made = """op.create_table("parent", sa.Column("id", sa.Integer, primary_key=True))
+    parent = sa.ForeignKey("parent.id", ondelete="CASCADE")
+    op.create_table("child", sa.Column("parent_id", sa.Integer, parent))
+    op.execute("INSERT INTO parent VALUES (1)")
+    op.execute("INSERT INTO child VALUES (1)")"""
+    batch = """with op.batch_alter_table("parent", recreate="always") as table:
+        table.add_column(sa.Column("name", sa.String(20)))"""
+    upgrade(project(tmp_path, made, batch), sqlite_url)
+    with Database(sqlite_url) as database, database.connect() as connection:
+        assert connection.scalar(text("SELECT count(*) FROM child")) == 1
+
+
+def test_a_migration_that_breaks_a_reference_on_sqlite_is_rolled_back(
+    sqlite_url: str, tmp_path: Path
+) -> None:
+    made = """op.create_table("parent", sa.Column("id", sa.Integer, primary_key=True))
+    op.create_table("child", sa.Column("parent_id", sa.Integer, sa.ForeignKey("parent.id")))
+    op.execute("INSERT INTO child VALUES (1)")"""
+    with pytest.raises(BrokenReferences, match=r"1: child → parent"):
+        upgrade(project(tmp_path, made), sqlite_url)
+    with Database(sqlite_url) as database, database.connect() as connection:
+        assert inspect(connection).get_table_names() == []
+
+
+# -- where the database is ----------------------------------------------------------------------
+
+
+def test_the_command_line_comes_first(sqlite_url: str, tmp_path: Path) -> None:
+    upgrade(
+        project(tmp_path, ini="sqlalchemy.url = postgresql://nobody@nowhere.invalid/x"), sqlite_url
+    )
+    assert steps(sqlite_url) == ["first", "second"]
+
+
+def test_a_given_connection_is_used_and_its_transaction_is_its_owners(
+    url: str, tmp_path: Path
+) -> None:
+    ini = project(tmp_path, ini="sqlalchemy.url = postgresql://nobody@nowhere.invalid/x")
+    given = config(ini)
+    with Database(url) as database:
+        with pytest.raises(LookupError):
+            with database.connect() as connection:
+                given.attributes["connection"] = connection
+                command.upgrade(given, "heads")
+                raise LookupError
+        with database.connect() as connection:
+            assert inspect(connection).get_table_names() == []
+            given.attributes["connection"] = connection
+            command.upgrade(given, "heads")
+        with database.engine.connect() as connection:  # not in a transaction
+            given.attributes["connection"] = connection
+            command.upgrade(given, "heads")
+            if is_postgres(url):
+                locks = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"
+                assert connection.scalar(text(locks)) == 0
+                shown = connection.scalar(text("SHOW statement_timeout"))
+                assert shown == "0"
+            else:
+                assert connection.scalar(text("PRAGMA foreign_keys")) == 1
+    assert steps(url) == ["first", "second"]
+
+
+def test_the_ini_file_comes_before_the_environment(
+    sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", "postgresql://nobody@nowhere.invalid/x")
+    command.upgrade(Config(str(project(tmp_path, ini=f"sqlalchemy.url = {sqlite_url}"))), "heads")
+    assert steps(sqlite_url) == ["first", "second"]
+
+
+@pytest.mark.parametrize("written", ["", "sqlalchemy.url = driver://user:pass@localhost/dbname"])
+def test_the_environment_comes_last_and_what_alembic_init_writes_is_none(
+    written: str, sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", sqlite_url)
+    command.upgrade(Config(str(project(tmp_path, ini=written))), "heads")
+    assert steps(sqlite_url) == ["first", "second"]
+
+
+@pytest.mark.parametrize("doubled", [True, False])
+def test_a_percent_sign_in_a_password_need_not_be_doubled(
+    doubled: bool, pg18: PostgresServer, database: str, tmp_path: Path
+) -> None:
+    role = f"role_{database}"
+    pg18.execute(f"CREATE ROLE {role} LOGIN SUPERUSER PASSWORD 'p%4x@:/'")
+    where = make_url(pg18.url(database)).set(username=role, password="p%4x@:/")
+    text = where.render_as_string(hide_password=False)
+    assert "%25" in text
+    written = text.replace("%", "%%") if doubled else text
+    try:
+        ini = project(tmp_path, ini=f"sqlalchemy.url = {written}")
+        command.upgrade(Config(str(ini)), "heads")
+        with Database(text) as opened:  # and the manager's, in whichever env.py
+            migrate(opened, ini)
+        assert steps(pg18.url(database)) == ["first", "second"]
+    finally:
+        pg18.execute(f"DROP OWNED BY {role}", database)
+        pg18.execute(f"DROP ROLE {role}")
+
+
+def upgrade_with_asyncpg_alone(url: str, ini: str, inside_a_loop: bool) -> None:
+    sys.modules["psycopg"] = sys.modules["psycopg2"] = None  # type: ignore[assignment]
+    sys.path.insert(0, str(Path(__file__).parent))
+
+    async def main() -> None:
+        upgrade(Path(ini), url)
+
+    if inside_a_loop:
+        asyncio.run(main())
+    else:
+        upgrade(Path(ini), url)
+
+
+@pytest.mark.parametrize("driver", ["postgresql", "postgresql+asyncpg"])
+@pytest.mark.parametrize("inside_a_loop", [False, True])
+def test_a_project_that_has_only_asyncpg_needs_no_second_driver(
+    driver: str, inside_a_loop: bool, postgres_url: str, tmp_path: Path
+) -> None:
+    url = postgres_url.replace("postgresql", driver)
+    run(upgrade_with_asyncpg_alone, url, str(project(tmp_path)), inside_a_loop)
+    assert steps(postgres_url) == ["first", "second"]
+
+
+def test_statements_are_written_instead_of_sent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = config(project(tmp_path), "url=postgresql://nobody@nowhere.invalid/x")
+    command.upgrade(made, "heads", sql=True)
+    assert "INSERT INTO ran VALUES ('second');" in capsys.readouterr().out
+
+
+def test_current_waits_for_nobody(place: str, tmp_path: Path) -> None:
+    """Where a migration hangs, one wants to see how far it has come."""
+    ini = project(tmp_path, FIRST, HANG)
+    with hanging(place, ini):
+        command.current(config(ini, f"url={place}"))
+
+
+# -- what is passed on, and what is refused --------------------------------------------------------
+
+
+def test_options_are_passed_on(sqlite_url: str, tmp_path: Path) -> None:
+    seen = """, version_table="elsewhere", on_version_apply=lambda **kw: print(kw["step"])"""
+    upgrade(project(tmp_path, options=seen), sqlite_url)
+    with Database(sqlite_url) as database, database.connect() as connection:
+        assert sorted(inspect(connection).get_table_names()) == ["elsewhere", "ran"]
+
+
+@pytest.mark.parametrize("name", ["connection", "url", "target_metadata"])
+def test_what_run_sets_itself_is_refused(name: str, sqlite_url: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidOption, match=f"alembic.run\\(\\) sets {name} of"):
+        upgrade(project(tmp_path, options=f", {name}=None"), sqlite_url)
+
+
+def test_a_revision_that_the_code_does_not_know_is_told(url: str, tmp_path: Path) -> None:
+    upgrade(project(tmp_path / "new"), url)
+    old = project(tmp_path / "old", FIRST)
+    with pytest.raises(SchemaMismatch, match="is at revision r2, which this code does not know"):
+        upgrade(old, url)
+    assert steps(url) == ["first", "second"]
+
+
+def test_the_log_tells_of_each_migration_and_of_one_that_takes_long(
+    sqlite_url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(engineroom.alembic, "TELL_EVERY", 0.05)
+    caplog.set_level(logging.INFO, "engineroom")
+    upgrade(project(tmp_path, FIRST, f"time.sleep(0.5)\n    {SECOND}"), sqlite_url)
+    said = [record.getMessage() for record in caplog.records if record.name == "engineroom"]
+    assert any(line.startswith("Migrated r1 in ") for line in said)
+    assert any(line.endswith("; the last one finished was r1") for line in said)
+
+
+def test_what_a_migration_sets_on_its_connection_goes_with_it(
+    postgres_url: str, tmp_path: Path
+) -> None:
+    ini = project(tmp_path, FIRST, """op.execute("SET work_mem = '123MB'")""")
+    with Database(postgres_url, alembic_ini=str(ini), pool_size=1, max_overflow=0) as database:
+        migrate(database)
+        with database.connect() as connection:
+            assert connection.scalar(text("SHOW work_mem")) == "4MB"
+            locks = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"
+            assert connection.scalar(text(locks)) == 0
+
+
+# -- where it stands: check(schema=True) ----------------------------------------------------------
+
+
+async def check(door: str, url: str, **options: Any) -> None:
+    if door == "sync":
+
+        def check_there() -> None:
+            with Database(url, **options) as database:
+                database.check(schema=True)
+
+        await asyncio.to_thread(check_there)
+    else:
+        async with DatabaseSessionManager().init(url, **options) as manager:
+            await manager.check(schema=True)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("door", ["sync", "async"])
+async def test_check_tells_how_far_the_database_is_from_head(
+    door: str, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ini = project(tmp_path, FIRST, SECOND, "pass")
+    with pytest.raises(SchemaMismatch, match="nothing was ever migrated there") as caught:
+        await check(door, url, alembic_ini=str(ini))
+    assert (caught.value.current, caught.value.head) == ((), ("r3",))
+    assert caught.value.missing == ("r1", "r2", "r3")
+    await asyncio.to_thread(command.upgrade, config(ini, f"url={url}"), "r1")
+    monkeypatch.chdir(tmp_path)  # there it is found
+    with pytest.raises(SchemaMismatch, match=r"it is at r1, and .* 2 migrations further") as caught:
+        await check(door, url)
+    assert caught.value.missing == ("r2", "r3")
+    await asyncio.to_thread(upgrade, ini, url)
+    await check(door, url)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("door", ["sync", "async"])
+async def test_check_tells_of_a_database_that_newer_code_has_migrated(
+    door: str, url: str, tmp_path: Path
+) -> None:
+    await asyncio.to_thread(upgrade, project(tmp_path / "new"), url)
+    with pytest.raises(SchemaMismatch, match="newer code has migrated it") as caught:
+        await check(door, url, alembic_ini=str(project(tmp_path / "old", FIRST)))
+    assert (caught.value.current, caught.value.unknown) == (("r2",), ("r2",))
+
+
+def test_check_reads_the_version_table_where_the_ini_file_says(
+    postgres_url: str, tmp_path: Path
+) -> None:
+    ini = project(tmp_path, ini="version_table = versions\nversion_table_schema = ops")
+    with Database(postgres_url, alembic_ini=str(ini)) as database:
+        with database.connect() as connection:
+            connection.execute(text("CREATE SCHEMA ops"))
+        migrate(database)
+        database.check(schema=True)
+        with database.connect() as connection:
+            assert connection.scalar(text("SELECT version_num FROM ops.versions")) == "r2"
+
+
+def test_branches_and_merges_are_followed(sqlite_url: str, tmp_path: Path) -> None:
+    ini = project(tmp_path, FIRST, SECOND, "pass")
+    versions = ini.parent / "migrations" / "versions"
+    third = (versions / "r3.py").read_text()
+    (versions / "r3.py").write_text(third.replace("down_revision = 'r2'", "down_revision = 'r1'"))
+    with Database(sqlite_url, alembic_ini=str(ini)) as database:
+        command.upgrade(config(ini, f"url={sqlite_url}"), "r3")
+        with pytest.raises(SchemaMismatch) as caught:
+            database.check(schema=True)
+        assert (caught.value.head, caught.value.missing) == (("r2", "r3"), ("r2",))
+        migrate(database)
+        database.check(schema=True)
+
+
+def test_an_ini_file_that_is_not_there_is_refused(sqlite_url: str) -> None:
+    with Database(sqlite_url, alembic_ini="nowhere.ini") as database:
+        with pytest.raises(InvalidOption, match="DB_ALEMBIC_INI='nowhere.ini' cannot be used"):
+            database.check(schema=True)
+
+
+# -- lifespan(migrate=True) and readiness ----------------------------------------------------------
+
+
+@pytest.mark.anyio
+async def test_a_lifespan_migrates_before_it_serves_and_does_not_stop_the_loop(
+    url: str, tmp_path: Path
+) -> None:
+    ini = project(tmp_path, FIRST, f"time.sleep(0.5)\n    {SECOND}")
+    manager, ticks = DatabaseSessionManager(), 0
+
+    async def tick() -> None:
+        nonlocal ticks
+        while True:
+            ticks += 1
+            await asyncio.sleep(0.01)
+
+    ticking = asyncio.create_task(tick())
+    async with lifespan(manager, url=url, migrate=True, alembic_ini=str(ini))(None):
+        before = ticks
+        assert await manager.check(schema=True)
+        async with manager.reader() as db:
+            assert len((await db.scalars(text("SELECT step FROM ran"))).all()) == 2
+    ticking.cancel()
+    assert before > 10  # in half a second, by a loop that a machine may hold up
+
+
+@pytest.mark.anyio
+async def test_a_lifespan_without_migrations_says_what_to_do(
+    sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    manager = DatabaseSessionManager()
+    with pytest.raises(NoMigrations, match="There are no migrations to run: no alembic.ini in"):
+        async with lifespan(manager, url=sqlite_url, migrate=True)(None):
+            pass
+    assert manager.stats().state == "closed"
+
+
+@pytest.mark.anyio
+async def test_a_worker_of_older_code_does_not_start_on_a_newer_database(
+    url: str, tmp_path: Path
+) -> None:
+    await asyncio.to_thread(upgrade, project(tmp_path / "new"), url)
+    old = str(project(tmp_path / "old", FIRST))
+    with pytest.raises(SchemaMismatch, match="which this code does not know"):
+        async with lifespan(DatabaseSessionManager(), url=url, migrate=True, alembic_ini=old)(None):
+            pass
+
+
+@pytest.mark.anyio
+async def test_a_lifespan_migrates_nothing_in_a_sandbox(postgres_url: str, tmp_path: Path) -> None:
+    async with DatabaseSessionManager().init(postgres_url) as manager:
+        async with sandbox(manager):
+            async with lifespan(manager, migrate=True)(None):  # there are none, and no error
+                pass
+
+
+@pytest.mark.anyio
+async def test_readiness_is_503_behind_head_and_200_at_it_and_for_older_code(
+    url: str, tmp_path: Path
+) -> None:
+    old, new = project(tmp_path / "old", FIRST), project(tmp_path / "new")
+
+    async def answer(ini: Path) -> tuple[int, Any]:
+        async with DatabaseSessionManager().init(url, alembic_ini=str(ini)) as manager:
+            transport = httpx.ASGITransport(Readiness(manager, timeout=20, schema=True))
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+                said = await client.get("/")
+                return said.status_code, said.json()
+
+    await asyncio.to_thread(upgrade, old, url)
+    assert await answer(new) == (503, {"database": "ok", "schema": "behind"})
+    await asyncio.to_thread(upgrade, new, url)
+    assert (await answer(new))[0] == 200
+    assert await answer(old) == (200, {"database": "ok", "schema": "newer"})
+
+
+@pytest.mark.anyio
+async def test_an_env_py_of_another_kind_is_migrated_too_and_told_to_have_no_lock(
+    sqlite_url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ini = project(tmp_path)
+    generic = Path(alembic_package.__file__).parent / "templates" / "generic" / "env.py"
+    env = generic.read_text().replace("fileConfig(config.config_file_name)", "pass")
+    (tmp_path / "migrations" / "env.py").write_text(env)
+    async with lifespan(
+        DatabaseSessionManager(), url=sqlite_url, migrate=True, alembic_ini=str(ini)
+    )(None):
+        pass
+    assert await asyncio.to_thread(steps, sqlite_url) == ["first", "second"]
+    assert "ran without the lock of the schema" in caplog.text

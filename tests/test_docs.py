@@ -14,8 +14,9 @@ from pathlib import Path
 import httpx
 import pytest
 from scenario import until
+from sqlalchemy import inspect
 
-from engineroom import DatabaseSettings, errors
+from engineroom import Database, DatabaseSettings, errors
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -97,3 +98,39 @@ def test_each_setting_is_in_the_docs_with_its_variable_and_default(name: str) ->
     (row,) = [row for row in rows if row.startswith(f"| `{choices[0]}`")]
     default = "|" if field.default in (None, "") else f"`{str(field.default).lower()}` |"
     assert row.rpartition(" | " if default != "|" else " ")[2] == default
+
+
+def test_the_path_to_the_first_migration_is_what_the_page_says(tmp_path: Path) -> None:
+    """Models, Alembic's own folder, `env.py`, a migration, an application: as they stand there."""
+    told = (DOCS / "migrations.md").read_text()
+    (tmp_path / "models.py").write_text(re.findall(r"```python\n(.*?)```", told, re.DOTALL)[0])
+    files = dict(re.findall(r":caption: (\S+)\n(.*?)```", told, re.DOTALL))
+    assert list(files) == ["migrations/env.py", "app.py"]
+    env = {name: value for name, value in os.environ.items() if not name.endswith("_URL")}
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    scripts = re.findall(r"```sh\n(.*?)```", told, re.DOTALL)
+    for script, file in zip(scripts, files, strict=True):
+        shown = subprocess.run(
+            ["sh", "-ec", script],
+            cwd=tmp_path,
+            env=env,
+            text=True,
+            capture_output=True,
+            check=False,
+        )
+        assert shown.returncode == 0, shown.stdout + shown.stderr
+        (tmp_path / file).write_text(files[file])
+    assert "No new upgrade operations detected." in shown.stdout
+    (tmp_path / "app.db").unlink()
+    env["DATABASE_URL"] = "sqlite:///app.db"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "uvicorn", "app:app", "--port", str(port)]
+    with subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.DEVNULL) as server:
+        try:
+            until(lambda: is_listening(port) or server.poll() is not None, bool)
+        finally:
+            server.terminate()
+    with Database(f"sqlite:///{tmp_path / 'app.db'}") as database:
+        with database.connect() as connection:
+            assert {"item", "alembic_version"} <= {*inspect(connection).get_table_names()}

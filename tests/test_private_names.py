@@ -11,6 +11,7 @@ import inspect
 import sqlite3
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import aiosqlite
@@ -405,3 +406,26 @@ def test_litestar_notes_in_the_scope_that_a_response_has_started() -> None:
     with TestClient(app) as client, pytest.raises(LitestarException, match="response started"):
         client.get("/")
     assert noted == [True]
+
+
+def test_alembics_context_knows_what_the_command_asked_for(tmp_path: Path) -> None:
+    """Relied on by `engineroom.alembic`: `current` changes nothing, and waits for nobody."""
+    from alembic import command, context
+    from alembic.config import Config
+
+    (tmp_path / "env.py").write_text("from alembic import context")
+    (tmp_path / "versions").mkdir()
+    seen: list[bool] = []
+
+    class Environment:
+        def __init__(self) -> None:
+            seen.append(vars(context)["_proxy"].context_opts.get("dont_mutate", False))
+
+    config = Config(attributes={"note": Environment})
+    config.set_main_option("script_location", str(tmp_path))
+    (tmp_path / "env.py").write_text(
+        "from alembic import context\ncontext.config.attributes['note']()"
+    )
+    command.current(config)
+    command.upgrade(config, "head")
+    assert seen == [True, False]

@@ -3,25 +3,42 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
-from scenario import is_postgres
+from scenario import Item, in_threads, is_postgres, run, until
 from sqlalchemy import (
+    DDL,
+    Column,
+    Engine,
+    Integer,
     MetaData,
+    Sequence,
+    Table,
+    create_engine,
     event,
     inspect,
+    text,
 )
+from sqlalchemy.dialects.postgresql import ENUM
 from sqlalchemy.engine import make_url
-from starting import Starter, models, say, starters
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.util import greenlet_spawn
+from starting import Starter, models, say, starters, together
 
 from engineroom import Database, DatabaseSessionManager, schema
-from engineroom.errors import SchemaLocked
-from engineroom.testing import PostgresServer
+from engineroom.backends.postgresql import without_literals
+from engineroom.errors import SchemaLocked, SchemaMismatch, SelfDeadlock
+from engineroom.testing import PostgresServer, sandbox
 
 TABLES = 2
 GUARD = "idle_in_transaction_session_timeout"
@@ -74,10 +91,7 @@ def create(number: int, url: str) -> None:
 
 
 def all_create(url: str, count: int = 16) -> None:
-    with starters(count, create, url) as crowd:
-        for starter in crowd:
-            starter.begin()
-        ends = [starter.ended() for starter in crowd]
+    ends = together(count, create, url)
     assert [(code, err) for code, _, err in ends if code] == []
     assert sum(out.count("created") for _, out, _ in ends) == TABLES
     assert {"customer", "orders"} <= names(url)
@@ -171,3 +185,258 @@ def backend_of(url: str, application: str) -> int:
             "SELECT pid FROM pg_stat_activity WHERE application_name = %s", [application]
         ).fetchone() or (0,)
     return int(pid)
+
+
+def test_creating_outlasts_the_servers_guards(place: str) -> None:
+    """A server that ends who is idle in a transaction would let a second one begin."""
+    if is_postgres(place):
+        with psycopg.connect(place, autocommit=True) as raw:
+            raw.execute(f"ALTER DATABASE {make_url(place).database} SET {GUARD} = '1s'")
+    metadata = wanted(place)
+    event.listen(metadata.tables["orders"], "before_create", lambda *_, **__: time.sleep(1.6))
+    with Database(place, metadata=metadata) as database:
+        database.create_all()
+    assert {"customer", "orders"} <= names(place)
+
+
+# -- who waits, and who need not ------------------------------------------------------------------
+
+
+@contextmanager
+def another_tool(url: str) -> Iterator[Callable[[str], Any]]:
+    """Hold the lock as the docs say that another tool does; what it gives runs statements."""
+    if is_postgres(url):
+        with psycopg.connect(url, autocommit=True) as raw:
+            raw.execute(f"SELECT pg_advisory_lock({KEY_IN_DOCS})")
+            yield raw.execute
+    else:
+        file = sqlite3.connect(str(make_url(url).database), isolation_level=None)
+        file.execute("PRAGMA journal_mode=WAL")
+        file.execute("BEGIN IMMEDIATE")
+        yield file.execute
+        file.close()
+
+
+KEY_IN_DOCS = int(
+    re.findall(
+        r"pg_advisory_lock\((\d+)\)",
+        (Path(__file__).parent.parent / "docs" / "migrations.md").read_text(),
+    )[0]
+)
+
+
+def test_another_tool_can_take_the_lock(url: str) -> None:
+    with another_tool(url):
+        with Database(url, metadata=Item.metadata, schema_timeout="200ms") as database:
+            with pytest.raises(SchemaLocked):
+                database.create_all()
+
+
+@pytest.mark.parametrize("side", ["sync", "async", "foreign"])
+def test_where_nothing_is_missing_nobody_is_waited_for(url: str, side: str) -> None:
+    def create_items() -> None:
+        if side == "foreign":
+            with_foreign(url, lambda engine: schema.create_all(engine, Item.metadata, 0.2))
+        elif side == "sync":
+            with Database(url, metadata=Item.metadata, schema_timeout=0.2) as database:
+                database.create_all()
+        else:
+
+            async def main() -> None:
+                manager = DatabaseSessionManager()
+                async with manager.init(url, metadata=Item.metadata, schema_timeout=0.2):
+                    await manager.create_all()
+
+            asyncio.run(main())
+
+    create_items()
+    with another_tool(url):
+        create_items()
+
+
+def with_foreign(url: str, work: Callable[[Engine], object]) -> None:
+    """Work on an engine that engineroom did not make."""
+    engine = create_engine(url.replace("postgresql:", "postgresql+psycopg2:"))
+    work(engine)
+    engine.dispose()
+
+
+def test_a_type_a_sequence_and_what_events_add_are_created_though_no_table_is_missing(
+    postgres_url: str,
+) -> None:
+    metadata = MetaData()
+    Table("thing", metadata, Column("id", Integer, primary_key=True))
+    with Database(postgres_url, metadata=metadata) as database:
+        database.create_all()
+        ENUM("one", "two", name="loose", metadata=metadata)
+        Sequence("counter", metadata=metadata)
+        event.listen(metadata, "after_create", DDL("CREATE VIEW seen AS SELECT 1 AS one"))
+        database.create_all()
+        with database.connect() as connection:
+            assert connection.scalar(text("SELECT nextval('counter')")) == 1
+            assert connection.scalar(text("SELECT one FROM seen")) == 1
+            assert connection.scalar(text("SELECT 'two'::loose::text")) == "two"
+
+
+def test_one_who_waited_sees_what_the_other_made_at_any_default_isolation(
+    postgres_url: str,
+) -> None:
+    """In a snapshot from before, the tables would not be there, and be created again."""
+    name = make_url(postgres_url).database
+    with psycopg.connect(postgres_url, autocommit=True) as raw:
+        raw.execute(f"ALTER DATABASE {name} SET default_transaction_isolation = 'repeatable read'")
+    with another_tool(postgres_url) as execute, ThreadPoolExecutor(1) as thread:
+        with Database(postgres_url, metadata=Item.metadata) as database:
+            waiting = thread.submit(database.create_all)
+            asks = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%try_advisory_xact%'"
+            until(lambda: execute(asks).fetchone()[0], lambda seen: seen > 1)
+            execute("CREATE TABLE item (id int PRIMARY KEY, value int NOT NULL)")
+            execute("SELECT pg_advisory_unlock_all()")
+            waiting.result(timeout=20)
+
+
+def test_one_who_waits_is_cancelled_and_leaves_nothing(url: str) -> None:
+    async def main() -> None:
+        async with DatabaseSessionManager().init(url, metadata=Item.metadata) as manager:
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.3):
+                    await manager.create_all()
+            assert [pool.lent for pool in manager.stats().pools] == [0]
+
+    with another_tool(url):
+        asyncio.run(main())
+
+
+def test_inside_of_a_writer_of_the_same_file_it_says_so_at_once(sqlite_url: str) -> None:
+    with Database(sqlite_url, metadata=Item.metadata) as database:
+        with database.connect():
+            with pytest.raises(SelfDeadlock):
+                database.create_all()
+
+
+# -- any metadata, any engine ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("driver", ["postgresql+psycopg", "postgresql+psycopg2", "sqlite"])
+def test_engines_of_others_create_once_too(driver: str, request: pytest.FixtureRequest) -> None:
+    name = "sqlite_url" if driver == "sqlite" else "postgres_url"
+    where = request.getfixturevalue(name).replace("postgresql", driver)
+    made: list[str] = []
+    metadata = models()
+    for table in metadata.tables.values():
+        event.listen(table, "after_create", lambda target, *_, **__: made.append(target.name))
+
+    def work(number: int) -> None:
+        engine = create_engine(where)
+        schema.create_all(engine, metadata)
+        engine.dispose()
+
+    in_threads(8, work)
+    assert sorted(made) == ["customer", "orders"]
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg", "aiosqlite"])
+def test_asynchronous_engines_of_others_create_by_their_synchronous_core(
+    driver: str, request: pytest.FixtureRequest
+) -> None:
+    async def main() -> None:
+        dialect = "sqlite" if driver == "aiosqlite" else "postgresql"
+        name = "sqlite_url" if driver == "aiosqlite" else "postgres_url"
+        where = request.getfixturevalue(name).replace(dialect, f"{dialect}+{driver}")
+        engine = create_async_engine(where)
+        await greenlet_spawn(schema.create_all, engine.sync_engine, models())
+        async with engine.begin() as connection:
+            await connection.run_sync(schema.create_missing, Item.metadata)
+        async with engine.connect() as connection:
+            found = await connection.run_sync(lambda sync: inspect(sync).get_table_names())
+        assert sorted(found) == ["customer", "item", "orders"]
+        await engine.dispose()
+
+    asyncio.run(main())
+
+
+def create_sqlmodel(url: str) -> list[str]:
+    from sqlmodel import Field, SQLModel
+
+    class Hero(SQLModel, table=True):
+        id: int | None = Field(default=None, primary_key=True)
+        name: str
+
+    with Database(url, metadata=SQLModel.metadata) as database:
+        database.create_all()
+        database.create_all()
+        database.check(schema=True)
+        with database.session() as db:
+            db.add(Hero(name="anvil"))
+        with database.connect() as connection:
+            return list(inspect(connection).get_table_names())
+
+
+def test_the_tables_of_sqlmodel_are_created(url: str) -> None:
+    assert run(create_sqlmodel, url) == ["hero"]
+
+
+@pytest.mark.anyio
+async def test_in_a_sandbox_the_tables_are_created_and_rolled_back(url: str) -> None:
+    async with DatabaseSessionManager().init(url, metadata=Item.metadata) as manager:
+        await manager.check()  # SQLite makes its file
+        async with sandbox(manager):
+            await manager.create_all()
+            await asyncio.to_thread(manager.sync.create_all)
+            async with manager.session() as db:
+                db.add(Item(id=1))
+            assert await manager.check(schema=True)
+        with pytest.raises(SchemaMismatch):
+            await manager.check(schema=True)
+
+
+# -- where it stands, without migrations ----------------------------------------------------------
+
+
+@pytest.mark.anyio
+async def test_check_says_which_tables_are_missing(url: str) -> None:
+    metadata = models()
+    async with DatabaseSessionManager().init(url, metadata=metadata) as manager:
+        for check in (manager.check, partial(asyncio.to_thread, manager.sync.check)):
+            with pytest.raises(SchemaMismatch, match="customer, orders are not there") as caught:
+                await check(schema=True)
+            assert caught.value.missing == ("customer", "orders")
+            assert await check() > 0
+        await manager.create_all()
+        assert await manager.check(schema=True) > 0
+        assert await asyncio.to_thread(manager.sync.check, schema=True) > 0
+
+
+FULL: Any = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 5, "metadata": Item.metadata}
+
+
+@pytest.mark.anyio
+async def test_check_of_the_schema_does_not_wait_behind_an_empty_pool(url: str) -> None:
+    async with DatabaseSessionManager().init(url, **FULL) as manager, manager.reader() as db:
+        await db.execute(text("SELECT 1"))
+        with pytest.raises(SchemaMismatch):
+            await manager.check(schema=True)
+
+
+def test_check_of_the_schema_does_not_wait_behind_an_empty_pool_of_threads(url: str) -> None:
+    with Database(url, **FULL) as database, database.reader() as db:
+        db.execute(text("SELECT 1"))
+        with pytest.raises(SchemaMismatch):
+            database.check(schema=True)
+
+
+# -- what is shown of a statement ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("statement", "shown"),
+    [
+        ("ALTER ROLE a PASSWORD 'se''cret' LOGIN", "ALTER ROLE a PASSWORD '…' LOGIN"),
+        ("DO $x$ BEGIN 'secret' $x$ LANGUAGE sql", "DO '…' LANGUAGE sql"),
+        ("SELECT 'cut off in the mid", "SELECT '…'"),
+        ("SELECT\n  1", "SELECT 1"),
+        ("S" * 300, "S" * 200 + "…"),
+    ],
+)
+def test_no_value_of_the_holders_statement_is_shown(statement: str, shown: str) -> None:
+    assert without_literals(statement) == shown

@@ -21,7 +21,7 @@ from sqlalchemy import MetaData
 from sqlalchemy.engine import URL, Connection
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from .backends import Role, Side
+from .backends import Role, Side, find_schema_lock
 from .database import Database
 from .errors import DriverNotInstalled, InvalidOption, NoMigrations
 from .manager import DatabaseSessionManager
@@ -95,7 +95,7 @@ def run(
     if context.is_offline_mode():
         _write_sql(read_url(url) if url else _url_of(given), metadata, options)
     elif connection is not None:
-        timeout = read_settings("sqlite://").schema_timeout
+        timeout = read_settings().schema_timeout
         work(getattr(connection, "sync_connection", connection), timeout=timeout)
     elif url is None and given is not None:
         _on_connection(given, work)
@@ -194,6 +194,9 @@ def _on_connection(manager: Manager, work: Callable[..., None]) -> None:
 
 def _work_and_part(connection: Connection, work: Callable[[Connection], None]) -> None:
     """Work, and keep the connection from being lent again: who knows what a migration has set."""
+    lock = find_schema_lock(connection.dialect.name)
+    if lock is not None and _only_looks():
+        connection = connection.execution_options(**lock.look_options())
     try:
         work(connection)
     finally:

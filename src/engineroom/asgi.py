@@ -314,11 +314,8 @@ class Readiness:
         elif probe.cancelled():  # by one that had shared it, and said so
             pass
         elif isinstance(error := probe.exception(), SchemaMismatch):
-            logger.warning("A probe: %s", error)
-            state = "newer" if error.unknown else "behind"
-            return {"database": "ok", "schema": state} | (
-                {"seconds": None} if error.unknown else {}
-            )
+            logger.warning("The schema is not what a probe asked for: %s", error)
+            return {"database": "ok", "schema": "newer" if error.unknown else "behind"}
         elif error is not None:
             logger.warning("The database did not answer a probe: %r", error)
         else:

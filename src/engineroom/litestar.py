@@ -65,6 +65,7 @@ class EngineRoomPlugin(InitPlugin):
         dependency: The name under which handlers ask for the session.
         reader_dependency: The name under which they ask for a session without a transaction, in
             which the server refuses writes.
+        migrate: Run the migrations first, as `lifespan(migrate=True)` of `engineroom.asgi` does.
         options: What else `init()` takes.
     """
 
