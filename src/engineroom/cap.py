@@ -20,9 +20,10 @@ from .slots import Permit, Slots, Ticket
 
 VARIABLE = "DB_MAX_CONNECTIONS"
 
-# Seconds that the first in the queue lets others pass who wait in the pool to which a connection
-# comes back, for they need not connect: a few times what it takes to connect.
-TURN = 0.05
+# For so many times what it took to open it, a connection first serves those who wait in its own pool,
+# for they need not connect. Then it is the turn of whoever waits longest.
+TURN = 10
+LONGEST_TURN = 1.0  # seconds
 STUCK_AFTER = 1.0  # seconds in which a connection that was asked to give way should be closed
 
 
@@ -89,29 +90,36 @@ class Stay:
 
     __slots__ = (
         "__weakref__",
+        "_berth",
         "_pool",
         "_socket",
         "asked",
-        "berth",
+        "began",
         "driver",
-        "is_opening",
         "kept",
         "key",
         "places",
         "record",
+        "turn_ends",
     )
 
     def __init__(self, pool: Pool, record: Any) -> None:
-        self.berth: Berth | None = None  # once it is open
         self.key: int | None = None  # the identity of SQLAlchemy's connection
         self.record: Callable[[], Any] = weakref.ref(record)
         self.kept: Any = None  # the record, while it is out of its pool and lent to nobody
         self.places: list[tuple[Cap, Place]] = []
         self.asked: float | None = None  # when it was asked to give way, or closed
-        self.is_opening: bool = False
+        self.began: float = 0.0  # when it began to be opened
+        self.turn_ends: float = 0.0
         self._pool: Callable[[], Pool | None] = weakref.ref(pool)
-        self.driver: Callable[[], Any] = lambda: None  # a weak reference
+        self._berth: Callable[[], Berth | None] = nothing  # weak references, once it is open
+        self.driver: Callable[[], Any] = nothing
         self._socket: list[int | None] = [None]  # who takes it out ends the stay: nobody else does
+
+    @property
+    def berth(self) -> Berth | None:
+        """What its pool knows of it; None before it is open, and when nobody knows it any more."""
+        return self._berth()
 
     @property
     def pool(self) -> Pool | None:
@@ -129,11 +137,13 @@ class Stay:
         if descriptor is not None:
             # However the driver closes its own: this one tells when the server has let go.
             self._socket[0] = os.dup(descriptor)
+        self._berth = weakref.ref(berth)
         try:
             self.driver = weakref.ref(driver, self._lost)
-        except TypeError:  # sqlite3 has none
-            self.driver = weakref.ref(self.record(), self._lost)
-        self.key, self.berth, self.is_opening = id(connection), berth, False
+        except TypeError:  # sqlite3's: its berth lives as long as what SQLAlchemy has of it
+            self._berth = weakref.ref(berth, self._lost)
+        self.key, now = id(connection), time.monotonic()
+        self.turn_ends = now + min(TURN * (now - self.began), LONGEST_TURN)
         self.settle()
 
     def _lost(self, dropped: object) -> None:
@@ -164,6 +174,7 @@ class Stay:
             and not self.is_leaving
             and record is not None
             and record.dbapi_connection is not None
+            and record.info.get("berth") is berth
         )
 
     @property
@@ -193,13 +204,12 @@ class Stay:
         self.key = self.kept = None
         for _, place in self.places:
             place.owner = GONE
-        if descriptor is None and not self.is_opening:
+        if descriptor is None and (self.turn_ends or not self.began):  # a file, or nothing at all
             self._vacate()
         else:
             DEPARTURES.see_off(descriptor, self._vacate)
 
     def _vacate(self) -> None:
-        self.berth = None
         while self.places:
             cap, place = self.places.pop()
             place.stay = None
@@ -284,7 +294,7 @@ class Cap(Slots):
         waiters = self.waiters
         for ticket in waiters:
             if ticket.lender is stay.pool:
-                if ticket is waiters[0] or time.monotonic() - waiters[0].since < TURN:
+                if ticket is waiters[0] or time.monotonic() < stay.turn_ends:
                     self._hand_over(stay, place, ticket)
                 break
         self.make_room()
@@ -332,6 +342,10 @@ class Cap(Slots):
             if stay is not None:
                 stay.disown()
         super().__init__(self.size)
+
+
+def nothing() -> None:
+    """Stand in for a reference to what is not there yet."""
 
 
 def stay_of(place: Permit) -> Stay | None:

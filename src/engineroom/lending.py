@@ -44,7 +44,7 @@ class Berth:
     It lies in the connection's `info`, from its opening to the next one in that place.
     """
 
-    __slots__ = ("driver", "lent", "permit", "poll", "returned", "slots", "stay")
+    __slots__ = ("__weakref__", "driver", "lent", "permit", "poll", "returned", "slots", "stay")
 
     driver: Callable[[], Any]  # a weak reference; of a driver without them, what returns None
     poll: Callable[[int], list[tuple[int, int]]] | None  # None: it has no socket to look at
@@ -251,7 +251,7 @@ class Lender(QueuePool):
         except BaseException:
             stay.end()
             raise
-        stay.is_opening = True
+        stay.began = time.monotonic()
         return stay
 
     def begin(self, stay: Stay, opened: Any, berth: Berth) -> None:

@@ -23,7 +23,7 @@ from sqlalchemy.util import await_only, greenlet_spawn
 
 from .cancellation import settle
 from .cap import Stay, stay_of
-from .errors import ConnectTimeout, PoolExhausted
+from .errors import ConnectTimeout, PoolDeadlock, PoolExhausted
 from .ledger import REQUEST, Entry, current_owner, has_ended
 from .lending import Lender
 from .slots import GROW_AFTER, RECOVER_AFTER, Reservation, Slots
@@ -356,6 +356,8 @@ class LoopPool(AsyncAdaptedQueuePool):
         """
         try:
             turn = self._first.take(current_owner()) or shelf.wait_for(self._first)
+        except PoolDeadlock:
+            raise
         except PoolExhausted as error:
             first = "".join(f", for {holder}" for holder in error.holders)
             raise ConnectTimeout(
