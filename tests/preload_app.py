@@ -93,4 +93,3 @@ def main(method: str, count: int) -> None:
         print(json.dumps(pool.map(job, range(count), chunksize=1)))
         pool.close()
         pool.join()
-

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -372,3 +373,30 @@ def test_columns_that_may_not_be_added_are_named_in_the_log(
         with Database(postgres_url) as database, database.connect() as connection:
             connection.execute(text(f"DROP OWNED BY clerk_{owner.database}"))
             connection.execute(text(f"DROP ROLE clerk_{owner.database}"))
+
+
+def test_a_new_users_path_is_what_the_page_says(tmp_path: Path) -> None:
+    told = (HERE.parent / "docs" / "celery.md").read_text()
+    (tmp_path / "app.py").write_text(re.findall(r"```python\n(.*?)```", told, re.DOTALL)[0])
+    order = re.findall(r"```{code-block} python\n:caption: order.py\n(.*?)```", told, re.DOTALL)[0]
+    (tmp_path / "order.py").write_text(order)
+    start, *calls = re.findall(r"```sh\n(.*?)```", told, re.DOTALL)[0].splitlines()
+    env = {name: value for name, value in os.environ.items() if not name.endswith("_URL")}
+    command = [sys.executable, "-m", *start.split(), "--concurrency", "2"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=env | {"C_FORCE_ROOT": "1"}, stderr=subprocess.DEVNULL
+    ) as running:
+        try:
+            for call in calls * 2:  # and once more the next day
+                assert call == "python order.py"
+                said = subprocess.run(
+                    [sys.executable, "order.py"],
+                    cwd=tmp_path,
+                    env=env,
+                    capture_output=True,
+                    text=True,
+                    timeout=90,
+                )
+                assert (said.stdout, said.stderr) == ("valve delivered\n", "")
+        finally:
+            running.terminate()

@@ -70,7 +70,9 @@ def assert_nothing_is_shared(answers: list[Answer], *, forked: bool) -> set[int]
         assert (pid != imported_by) is forked
         for backend in backends:
             served[backend].add(pid)
-            assert not forked or backend not in parents, "a child spoke over its parent's connection"
+            assert not forked or backend not in parents, (
+                "a child spoke over its parent's connection"
+            )
     assert {backend: pids for backend, pids in served.items() if len(pids) > 1} == {}
     return {pid for pid, *_ in answers}
 

@@ -409,7 +409,11 @@ def test_it_works_while_threads_invalidate(manager: SessionManager, postgres_url
 @pytest.mark.parametrize("forked", [False, True])
 @pytest.mark.parametrize(
     "uri",
-    [f"me:{SECRET}@host/db", f"oracle://me:{SECRET}@host/db", f"postgresql://me:{SECRET}@host:x/db"],
+    [
+        f"me:{SECRET}@host/db",
+        f"oracle://me:{SECRET}@host/db",
+        f"postgresql://me:{SECRET}@host:x/db",
+    ],
 )
 def test_what_is_no_url_is_told_without_its_secrets(
     manager: SessionManager, uri: str, forked: bool
@@ -475,7 +479,9 @@ def test_arguments_reach_the_engine(manager: SessionManager, postgres_url: str) 
     assert (settings.pool_size, settings.pool_timeout, settings.pool_recycle) == (3, 7, 11)
     assert settings.pool_pre_ping is True
     with engine.connect() as connection:
-        seen = "SELECT current_setting('application_name'), current_setting('transaction_isolation')"
+        seen = (
+            "SELECT current_setting('application_name'), current_setting('transaction_isolation')"
+        )
         assert tuple(connection.execute(text(seen)).one()) == ("theirs", "serializable")
 
 
@@ -680,6 +686,7 @@ async def test_the_asynchronous_side_shares_all_of_it(
             assert len((await db.scalars(text("SELECT task_id FROM celery_taskmeta"))).all()) == 1
         with pytest.raises(SyncInAsync, match="await manager.close"):
             manager.close()
+
         async def one(url: str) -> Any:
             async with manager.database(url).session() as db:
                 return await db.scalar(text("SELECT 1"))
@@ -755,9 +762,7 @@ def meets_many(url: str, count: int, step: int) -> dict[str, Any]:
     ("count", "step"),
     [(400, 100), pytest.param(10_000, 1_000, marks=[pytest.mark.soak, pytest.mark.timeout(1200)])],
 )
-def test_ten_thousand_urls(
-    pg18: PostgresServer, postgres_url: str, count: int, step: int
-) -> None:
+def test_ten_thousand_urls(pg18: PostgresServer, postgres_url: str, count: int, step: int) -> None:
     with Watch(pg18, postgres_url.rpartition("/")[2]) as watch:
         seen = run(meets_many, postgres_url, count, step, deadline=1000)
     print(f"{count} URLs: {seen}, most backends {watch.most}")
