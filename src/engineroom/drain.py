@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
@@ -28,12 +28,7 @@ POOL_LIMIT = 5.0  # seconds for the end of one pool, before `close()` goes on wi
 
 def close(room: EngineRoom, timeout: float | None) -> None:
     """Drain and close, from a thread."""
-    running = asyncio._get_running_loop()
-    if running is not None and any(loop is running for _, _, loop, _ in room.lenders()):
-        raise SyncInAsync(
-            "close() of the synchronous side was called inside the event loop whose connections it "
-            "would close, and would wait for itself. Close the manager: await manager.close()."
-        )
+    refuse_in_loop(room)
     if not start(room):
         return
     deadline = deadline_of(room, timeout)
@@ -143,19 +138,47 @@ def start(room: EngineRoom) -> bool:
     """
     if room.sandbox is not None or not room.life.allows("close"):
         return False
+    refuse_inside(room)
+    room.life.enter(State.CLOSING)
+    return True
+
+
+def refuse_in_loop(room: EngineRoom) -> None:
+    """Refuse to wait, in a thread, for the event loop that this thread runs.
+
+    Raises:
+        SyncInAsync: it has connections of the room.
+    """
+    running = asyncio._get_running_loop()
+    if running is not None and any(loop is running for _, _, loop, _ in room.lenders()):
+        raise SyncInAsync(
+            "close() of the synchronous side was called inside the event loop whose connections it "
+            "would close, and would wait for itself. Close the manager: await manager.close()."
+        )
+
+
+def refuse_inside(room: EngineRoom) -> None:
+    """Refuse to close where the end of a scope would be waited for inside of it.
+
+    Raises:
+        CloseInsideScope: the caller is inside a scope.
+    """
     for entry in room.ledger:
         if entry.belongs_here():
             raise CloseInsideScope(
                 f"close() was called inside the {entry.kind} opened at {entry.where}, and would "
                 "wait for it to end. Close after it."
             )
-    room.life.enter(State.CLOSING)
-    return True
 
 
 def deadline_of(room: EngineRoom, timeout: float | None) -> float:
     """Return when running scopes must have ended."""
     return time.monotonic() + (room.settings.close_timeout if timeout is None else timeout)
+
+
+def latest(rooms: Iterable[EngineRoom], timeout: float | None) -> float:
+    """Return when the running scopes of several rooms must have ended."""
+    return max((deadline_of(room, timeout) for room in rooms), default=time.monotonic())
 
 
 def retire_overdue(room: EngineRoom) -> None:

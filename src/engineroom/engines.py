@@ -103,6 +103,7 @@ class EngineRoom:
     metadata: MetaData
     new_session: Callable[[Engine], Guarded]
     new_async_session: Callable[[AsyncEngine], AsyncSession]
+    thread_pool: type[ThreadPool] = ThreadPool
 
     def __init__(self, name: str, cap: Cap | None = None) -> None:
         """Make it.
@@ -231,7 +232,7 @@ class EngineRoom:
             shelves = type("LoopPool", (LoopPool,), {"shelf_class": lender})
             poolclass: Any = shelves if apart is None else lender
         else:
-            lender = poolclass = type("ThreadPool", (ThreadPool,), knows)
+            lender = poolclass = type("ThreadPool", (self.thread_pool,), knows)
         engine = create(
             side,
             url,
@@ -402,8 +403,10 @@ class EngineRoom:
     def run_apart(
         self, side: Side, role: Role, statement: str, *, seconds: float | None = None
     ) -> None:
-        """Run a statement on a connection of its own, which no other caller is lent."""
-        self.work_apart(side, role, lambda c: c.exec_driver_sql(statement), seconds=seconds)
+        """Run a statement on a connection of its own, as `work_apart` takes one."""
+        self.work_apart(
+            side, role, lambda connection: connection.exec_driver_sql(statement), seconds=seconds
+        )
 
     def work_apart(
         self,
@@ -472,18 +475,20 @@ def _after_fork_in_child() -> None:
 
 def dump_on(number: signal.Signals) -> None:
     """Have a signal print the report of every manager, to the standard error stream."""
-
-    def dump(number: int, frame: object) -> None:
-        # What this raised would strike the application in any of its lines. The stream may be
-        # closed, or None, or without a reader, or in the middle of another write.
-        with suppress(Exception):
-            for room in list(ROOMS):
-                sys.stderr.write(f"{room.report()}\n")
-
+    if signal.getsignal(number) is _dump:
+        return
     if threading.current_thread() is threading.main_thread():
-        signal.signal(number, dump)
+        signal.signal(number, _dump)
     else:
         logger.warning("DB_DUMP_SIGNAL has no effect: init() was not called in the main thread")
+
+
+def _dump(number: int, frame: object) -> None:
+    # What this raised would strike the application in any of its lines. The stream may be closed,
+    # or None, or without a reader, or in the middle of another write.
+    with suppress(Exception):
+        for room in list(ROOMS):
+            sys.stderr.write(f"{room.report()}\n")
 
 
 if hasattr(os, "register_at_fork"):

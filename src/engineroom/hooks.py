@@ -47,7 +47,7 @@ def on_commit(session: AsyncSession | Session, callback: Callback) -> None:
         SessionClosed: the session has ended.
         UsageError: it is no session of engineroom, or the callback cannot be called.
     """
-    _register(session, "commit", callback)
+    register(session, "commit", callback)
 
 
 def on_rollback(session: AsyncSession | Session, callback: Callback) -> None:
@@ -64,7 +64,7 @@ def on_rollback(session: AsyncSession | Session, callback: Callback) -> None:
         SessionClosed: the session has ended.
         UsageError: it is no session of engineroom, or the callback cannot be called.
     """
-    _register(session, "rollback", callback)
+    register(session, "rollback", callback)
 
 
 def rollback_only(session: AsyncSession | Session) -> None:
@@ -276,9 +276,10 @@ async def _finish(hook: Hook, result: Awaitable[object]) -> None:
         logger.exception("%s failed", hook.name)
 
 
-def _register(
+def register(
     session: AsyncSession | Session, kind: Literal["commit", "rollback"], callback: Callback
 ) -> None:
+    """Register a callback for whoever called the function that this is called in."""
     guarded = _guarded(session)
     where = _line(3)
     if not callable(callback):

@@ -15,7 +15,12 @@ from math import inf
 from socket import SHUT_RDWR, socket
 from typing import Any, ClassVar, cast
 
-from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry, PoolProxiedConnection
+from sqlalchemy.pool import (
+    AsyncAdaptedQueuePool,
+    ConnectionPoolEntry,
+    NullPool,
+    PoolProxiedConnection,
+)
 from sqlalchemy.util import await_only, greenlet_spawn
 
 from .cancellation import settle
@@ -201,6 +206,14 @@ class ThreadPool(Lender):
     def plan_look(self, now: float, seconds: float) -> float:
         """Leave it to the first checkout after that: a pool has no thread."""
         return now + seconds
+
+
+class PassingPool(ThreadPool, NullPool):  # type: ignore[misc]  # theirs differ; ours is called
+    """Lends like the others, and keeps nothing: what comes back is closed."""
+
+    def __init__(self, *args: Any, **kw: Any) -> None:
+        super().__init__(*args, **kw)
+        self.ended: bool = True
 
 
 class Shelf(AsyncAdaptedQueuePool, Lender):

@@ -1,0 +1,546 @@
+"""SessionManager: many databases by URL, in one process that may fork at any moment."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from difflib import get_close_matches
+from types import TracebackType
+from typing import Any, Self, TypeVar, cast
+
+from sqlalchemy import MetaData
+from sqlalchemy.engine import URL, Engine
+from sqlalchemy.exc import DatabaseError
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.util import await_only, greenlet_spawn
+
+from . import drain, schema
+from .backends import Role, Side
+from .cap import Cap
+from .database import Database
+from .engines import EngineRoom
+from .errors import InvalidOption, ManagerClosed, UnknownOption
+from .ledger import applications_line
+from .manager import DatabaseSessionManager
+from .models import Base
+from .pool import PassingPool, Shelf, ThreadPool
+from .scopes import mind_the_loop
+from .sessions import guarded
+from .settings import Options
+from .urls import masked
+
+V = TypeVar("V")
+
+MAX_ENGINES = 256
+RETRIES = 10  # of `prepare_models`, where somebody without our lock creates the same tables
+CURE = "Take `await async_session_factory(…)`, or move it to a thread: await asyncio.to_thread(…)"
+LONGEST_PAUSE = 1.0  # seconds between two of them; the first is a hundredth of it
+
+# What of `create_engine`'s arguments is a setting here. The others go to `create_engine`.
+SETTINGS = {"pool_size", "max_overflow", "pool_timeout", "pool_recycle", "pool_pre_ping", "echo"}
+
+
+class Masked(dict[str | URL, V]):
+    """A dictionary by URL, whose text shows no secret of them."""
+
+    def __repr__(self) -> str:
+        shown = (f"{masked(url)!r}: {type(value).__name__}" for url, value in self.items())
+        return f"{{{', '.join(shown)}}}"
+
+
+class Tenant(EngineRoom):
+    """What a manager keeps for one URL: the engines of both sides, made when they are needed."""
+
+    def __init__(
+        self, url: str | URL, arguments: dict[str, Any], cap: Cap | None, metadata: MetaData
+    ) -> None:
+        super().__init__(f"SessionManager's {masked(url)}", cap)
+        self.url: str | URL = url
+        self.arguments: dict[str, Any] = arguments
+        self.used: float = time.monotonic()
+        self.callback: Callable[[Engine], object] | None = None
+        self.has_warned: bool = False
+        self._making = threading.RLock()
+        options: Any = {name: arguments[name] for name in SETTINGS & arguments.keys()}
+        options["engine_options"] = {
+            name: value for name, value in arguments.items() if name not in SETTINGS
+        }
+        options["metadata"] = metadata
+        self.open(url, None, cast(Options, options))
+
+    def engine(self, side: Side, role: Role = Role.PRIMARY) -> Engine:
+        """Return the engine of a side and role; threads that come at once get the same."""
+        with self._making:
+            return super().engine(side, role)
+
+    def _make_engine(self, side: Side, role: Role, *, apart: float | None = None) -> Engine:
+        try:
+            engine = super()._make_engine(side, role, apart=apart)
+        except TypeError as error:
+            raise self._unknown(error) or error from None
+        if apart is None and self.callback is not None:
+            try:
+                self.callback(engine)
+            except BaseException:
+                if isinstance(engine.pool, ThreadPool):
+                    engine.pool.end()
+                    for connection in engine.pool.lent():  # which the traceback may hold
+                        connection.invalidate()
+                raise
+        return engine
+
+    def _unknown(self, error: TypeError) -> UnknownOption | None:
+        """Name what `create_engine` does not take; None if that was not what it complained of."""
+        unknown = [name for name in self._engine_options if f"'{name}'" in str(error)]
+        if not unknown:
+            return None
+        near = [match for name in unknown for match in get_close_matches(name, SETTINGS, 1)]
+        hint = f"Did you mean {' and '.join(near)}?" if near else "Leave them out."
+        return UnknownOption(
+            f"create_engine() takes no {' and no '.join(unknown)} for {masked(self.settings.url)}. "
+            f"{hint}"
+        )
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody uses it: no scope is open, and no connection is lent."""
+        lent = any(lender.slots.held for _, _, _, lender in self.lenders())
+        return not lent and not self.ledger
+
+    def let_go(self) -> None:
+        """Close what is idle, and what is in use when it comes back; who holds it may go on."""
+        for _, _, loop, lender in list(self.lenders()):
+            if not isinstance(lender, Shelf):
+                lender.end()
+            elif loop is not None and loop.is_running():
+                asyncio.run_coroutine_threadsafe(lender.keeper.aclose(), loop)
+            elif loop is not None:
+                lender.reap(loop)
+
+    def disown(self) -> None:
+        """Start afresh in a forked child."""
+        self._making = threading.RLock()
+        super().disown()
+
+
+class Factory(sessionmaker[Session]):
+    """A `sessionmaker` whose sessions are known to what closes them: the manager, or a fork."""
+
+    def __init__(self, room: EngineRoom | None, engine: Engine) -> None:
+        super().__init__(bind=engine, class_=guarded(Session))
+        self.room: EngineRoom | None = room
+
+    def __call__(self, **local_kw: Any) -> Session:
+        """Return a new session, which the caller commits and closes."""
+        session = super().__call__(**local_kw)
+        if self.room is not None:
+            self.room.loose.add(session)
+            if asyncio._get_running_loop() is not None:
+                mind_the_loop(self.room, "session_factory", *applications_line(), CURE)
+        return session
+
+
+class SessionManager:
+    """Many databases by URL: for workers, tenants and result backends.
+
+    It has the verbs of the class of this name in Celery, and may take its place. Until the process
+    forks, each call gets an engine of its own, which keeps no connection; in a forked child, or
+    where `forked = True` is set, there is one engine with a pool for each URL.
+
+    >>> from sqlalchemy import text
+    >>> with SessionManager() as manager:
+    ...     session = manager.session_factory("sqlite://")
+    ...     session.scalar(text("SELECT 40 + 2"))
+    ...     session.close()
+    42
+    """
+
+    forked: bool
+    """Whether engines are kept: set in a forked child by itself, and anywhere by hand."""
+    engine_callback: Callable[[Engine], object] | None
+    """Called with every new engine, before its tables are made."""
+    metadata: MetaData
+    """Whose tables `prepare_models` creates."""
+
+    def __init__(
+        self,
+        engine_callback: Callable[[Engine], object] | None = None,
+        metadata: MetaData = Base.metadata,
+        *,
+        max_engines: int = MAX_ENGINES,
+        max_connections: int | None = None,
+    ) -> None:
+        """Make a manager that knows no database yet.
+
+        Args:
+            engine_callback: Called with every new engine, before its tables are made. It attaches
+                events; what it raises goes to the caller, and the engine is not kept.
+            metadata: Whose tables `prepare_models` creates.
+            max_engines: How many URLs are kept. Beyond, the one that was used longest ago, and that
+                nobody uses now, gives way: its connections are closed.
+            max_connections: How many connections there may be over all URLs, in each process.
+
+        Raises:
+            InvalidOption: a limit is below 1.
+        """
+        for name, limit in (("max_engines", max_engines), ("max_connections", max_connections)):
+            if limit is not None and limit < 1:
+                raise InvalidOption(f"{name}={limit} cannot be used: it has to be 1 or more.")
+        self.forked = False
+        self.engine_callback = engine_callback
+        self.metadata = metadata
+        self.max_engines: int = max_engines
+        self._engines: Masked[Engine] = Masked()
+        self._sessions: Masked[Factory] = Masked()
+        self._tenants: Masked[Tenant] = Masked()  # which of both sides' engines are kept
+        self._rooms: weakref.WeakSet[Tenant] = weakref.WeakSet()  # and all that are alive
+        self._owners: weakref.WeakKeyDictionary[Engine, weakref.ref[Tenant]] = (
+            weakref.WeakKeyDictionary()
+        )
+        # What is prepared, oldest first, and under which URL it was asked for.
+        self._prepared: dict[tuple[URL, MetaData], str | URL] = {}
+        self._has_prepared = False
+        self._is_closed = False
+        self._lock = threading.RLock()
+        self._cap = (
+            None
+            if max_connections is None
+            else Cap(max_connections, "the max_connections of a SessionManager")
+        )
+        MANAGERS.add(self)
+
+    # -- the contract --------------------------------------------------------------------------
+
+    @property
+    def prepared(self) -> bool:
+        """Whether tables were prepared, anywhere; which these were is remembered for each URL."""
+        return self._has_prepared
+
+    def get_engine(self, dburi: str | URL, **kwargs: Any) -> Engine:
+        """Return the engine of a URL.
+
+        In a forked process it is kept: there is one for each URL, as it is written, and other
+        `kwargs` do not make another. Elsewhere each call makes one, which keeps no connection.
+
+        Args:
+            kwargs: `create_engine`'s. Those of a pool say nothing where there is none.
+
+        Raises:
+            ConfigurationError: the URL or one of `kwargs` cannot work.
+            ManagerClosed: after `close()`.
+        """
+        if not self.forked:
+            return self._make_passing(dburi, kwargs)
+        engine = self._engines.get(dburi)
+        if engine is not None:
+            if (tenant := self._tenants.get(dburi)) is not None:
+                self._use(tenant, kwargs)
+            return engine
+        return self._keep(dburi, kwargs, Side.SYNC)
+
+    def create_session(
+        self, dburi: str | URL, short_lived_sessions: bool = False, **kwargs: Any
+    ) -> tuple[Engine, sessionmaker[Session]]:
+        """Return the engine of a URL, and what makes sessions on it.
+
+        Args:
+            short_lived_sessions: Make it for this call alone.
+            kwargs: As `get_engine` takes them.
+        """
+        engine = self.get_engine(dburi, **kwargs)
+        if short_lived_sessions or not self.forked:
+            return engine, Factory(self._owner(engine), engine)
+        factory = self._sessions.get(dburi)
+        if factory is None:
+            factory = self._sessions.setdefault(dburi, Factory(self._owner(engine), engine))
+        return engine, factory
+
+    def session_factory(self, dburi: str | URL, **kwargs: Any) -> Session:
+        """Return a new session on a URL whose tables exist; the caller commits and closes it.
+
+        Args:
+            kwargs: As `create_session` takes them.
+
+        Raises:
+            SchemaLocked: another one who creates tables there was not ready in time.
+        """
+        engine, make_session = self.create_session(dburi, **kwargs)
+        self.prepare_models(engine)
+        return make_session()
+
+    def prepare_models(self, engine: Engine) -> None:
+        """Create the tables that are not there yet, once for each URL.
+
+        Raises:
+            SchemaLocked: another one who does so was not ready in time.
+        """
+        key = (engine.url, self.metadata)
+        if key in self._prepared:
+            return
+        for pause in pauses():
+            try:
+                self._prepare(engine)
+                break
+            except DatabaseError:  # somebody without our lock creates the same
+                if pause is None:
+                    raise
+            if engine.dialect.is_async:
+                await_only(asyncio.sleep(pause))
+            else:
+                time.sleep(pause)
+        owner = self._owner(engine)
+        with self._lock:
+            self._has_prepared = True
+            if not self._is_closed:
+                self._prepared[key] = engine.url if owner is None else owner.url
+                while len(self._prepared) > self.max_engines:
+                    del self._prepared[next(iter(self._prepared))]
+
+    def _prepare(self, engine: Engine) -> None:
+        """Create what is missing."""
+        owner = self._owner(engine)
+        timeout = schema.TIMEOUT if owner is None else owner.settings.schema_timeout
+        schema.create_all(engine, self.metadata, timeout)
+
+    def invalidate(self, dburi: str | URL) -> None:
+        """Forget a URL, and close its connections: those in use as soon as they come back."""
+        with self._lock:
+            tenant, engine = self._forget(dburi)
+        if tenant is not None:
+            tenant.let_go()
+        if engine is not None and self._owner(engine) is None:  # it was put there by others
+            engine.dispose()
+
+    # -- and beyond ----------------------------------------------------------------------------
+
+    def database(self, dburi: str | URL, **kwargs: Any) -> DatabaseSessionManager:
+        """Return the database of a URL, with all verbs of both sides: ask for it at each use.
+
+        Its engines are kept, forked or not, and count among `max_engines`.
+
+        Args:
+            kwargs: As `get_engine` takes them.
+
+        Raises:
+            ConfigurationError: the URL or one of `kwargs` cannot work.
+            ManagerClosed: after `close()`.
+        """
+        tenant = self._tenant(dburi, kwargs)
+        manager = DatabaseSessionManager.__new__(DatabaseSessionManager)
+        manager.sync = Database.__new__(Database)
+        manager._room = manager.sync._room = tenant
+        return manager
+
+    async def async_session_factory(self, dburi: str | URL, **kwargs: Any) -> AsyncSession:
+        """Return a new session on a URL whose tables exist; the caller commits and closes it.
+
+        Args:
+            kwargs: As `get_engine` takes them.
+
+        Raises:
+            SchemaLocked: another one who creates tables there was not ready in time.
+        """
+        tenant = self._tenant(dburi, kwargs)
+        bind: AsyncEngine = tenant.bind(Side.ASYNC, Role.PRIMARY)
+        self._owners[bind.sync_engine] = weakref.ref(tenant)
+        await greenlet_spawn(self.prepare_models, bind.sync_engine)
+        session = tenant.new_async_session(bind)
+        tenant.loose.add(session.sync_session)
+        return session
+
+    def close(self, timeout: float | None = None) -> None:
+        """Take no new work, let what runs end, and leave no connection behind; as `Database.close`.
+
+        Args:
+            timeout: Seconds for running scopes to end; the setting `close_timeout` without it.
+
+        Raises:
+            CloseInsideScope: it was called inside a scope that it would wait for.
+        """
+        tenants = self._start_closing(drain.refuse_in_loop)
+        deadline = drain.latest(tenants, timeout)
+        for tenant in tenants:
+            drain.close(tenant, max(0.0, deadline - time.monotonic()))
+
+    async def aclose(self, timeout: float | None = None) -> None:
+        """Take no new work, let what runs end, and leave no connection behind; on an event loop.
+
+        Args:
+            timeout: Seconds for running scopes to end; the setting `close_timeout` without it.
+
+        Raises:
+            CloseInsideScope: it was called inside a scope that it would wait for.
+        """
+        tenants = self._start_closing()
+        deadline = drain.latest(tenants, timeout)
+        left = max(0.0, deadline - time.monotonic())
+        await asyncio.gather(*(drain.aclose(tenant, left) for tenant in tenants))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close."""
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close."""
+        await self.aclose()
+
+    # -- what is kept --------------------------------------------------------------------------
+
+    def _keep(self, url: str | URL, arguments: dict[str, Any], side: Side) -> Engine:
+        """Make the engine of a URL, and keep it."""
+        tenant = self._tenant(url, arguments)
+        try:
+            engine = tenant.engine(side)
+        except BaseException:
+            with self._lock:
+                if not tenant._engines:  # the callback, or `create_engine`, refused the first
+                    self._forget(url)
+            raise
+        with self._lock:
+            self._owners[engine] = weakref.ref(tenant)
+            if self._tenants.get(url) is tenant:  # or it was invalidated meanwhile
+                engine = self._engines.setdefault(url, engine)
+        return engine
+
+    def _tenant(self, url: str | URL, arguments: dict[str, Any]) -> Tenant:
+        """Return what is kept for a URL; beyond `max_engines` others give way."""
+        tenant = self._tenants.get(url)
+        if tenant is None or not tenant.life.is_usable:  # (its own door was closed)
+            with self._lock:
+                tenant = self._tenants.get(url)
+                if tenant is None or not tenant.life.is_usable:
+                    tenant, evicted = self._new_tenant(url, arguments), self._evict()
+                    self._forget(url)
+                    self._tenants[url] = tenant
+                    for other in evicted:
+                        other.let_go()
+        self._use(tenant, arguments)
+        return tenant
+
+    def _new_tenant(self, url: str | URL, arguments: dict[str, Any]) -> Tenant:
+        if self._is_closed:
+            raise ManagerClosed("The SessionManager is closed. Make another one: SessionManager().")
+        tenant = Tenant(url, arguments, self._cap, self.metadata)
+        tenant.callback = self.engine_callback
+        self._rooms.add(tenant)
+        return tenant
+
+    def _make_passing(self, url: str | URL, arguments: dict[str, Any]) -> Engine:
+        """Make an engine that keeps no connection, and is kept by nobody but the caller."""
+        ours = {
+            name: value
+            for name, value in arguments.items()
+            if not name.startswith("pool") and name not in {"max_overflow", "echo_pool"}
+        }
+        with self._lock:
+            tenant = self._new_tenant(url, ours)
+        tenant.thread_pool = PassingPool
+        engine = tenant.engine(Side.SYNC)
+        self._owners[engine] = weakref.ref(tenant)
+        return engine
+
+    def _use(self, tenant: Tenant, arguments: dict[str, Any]) -> None:
+        """Note that it is used; say once that other arguments make no other engine."""
+        tenant.used = time.monotonic()
+        if arguments and arguments != tenant.arguments and not tenant.has_warned:
+            tenant.has_warned = True
+            code, line = applications_line()
+            given = sorted({*arguments, *tenant.arguments})
+            other = [
+                name
+                for name in given
+                if name not in arguments
+                or name not in tenant.arguments
+                or arguments[name] != tenant.arguments[name]
+            ]
+            warnings.warn_explicit(
+                f"The engine of {masked(tenant.url)} was made with other arguments "
+                f"({', '.join(other)}), and is used as it is. Ask with the same ones everywhere, "
+                "or call invalidate() before.",
+                RuntimeWarning,
+                code.co_filename,
+                line,
+            )
+
+    def _owner(self, engine: Engine) -> Tenant | None:
+        """Return what an engine belongs to; None if it is not one of ours."""
+        reference = self._owners.get(engine)
+        return None if reference is None else reference()
+
+    def _evict(self) -> list[Tenant]:
+        """Forget those used longest ago that nobody uses, until there is room for one more."""
+        evicted = []
+        excess = len(self._tenants) - self.max_engines + 1
+        if excess > 0:
+            idle = [(tenant.used, url) for url, tenant in self._tenants.items() if tenant.is_idle]
+            for _, url in sorted(idle, key=lambda pair: pair[0])[:excess]:
+                tenant, _ = self._forget(url)
+                evicted += [tenant] if tenant is not None else []
+        return evicted
+
+    def _forget(self, url: str | URL) -> tuple[Tenant | None, Engine | None]:
+        self._sessions.pop(url, None)
+        for key in [key for key, asked in self._prepared.items() if asked == url]:
+            del self._prepared[key]
+        return self._tenants.pop(url, None), self._engines.pop(url, None)
+
+    def _start_closing(
+        self, refuse: Callable[[EngineRoom], None] = lambda room: None
+    ) -> list[Tenant]:
+        """Refuse new work, and forget everything."""
+        with self._lock:
+            tenants = [tenant for tenant in self._rooms if tenant.life.is_usable]
+            for tenant in tenants:
+                refuse(tenant)
+                drain.refuse_inside(tenant)
+            self._is_closed = True
+            for kept in (self._engines, self._sessions, self._tenants, self._prepared):
+                kept.clear()
+        return tenants
+
+    def _after_fork(self) -> None:
+        """Begin afresh in a forked child; its engines, which parted from the parent's, stay."""
+        self._lock = threading.RLock()
+        self.forked = True
+
+
+MANAGERS: weakref.WeakSet[SessionManager] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for manager in list(MANAGERS):
+        manager._after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def pauses() -> Iterator[float | None]:
+    """Yield how long to wait before each repetition, in seconds; None once there is none left."""
+    for retry in range(RETRIES):
+        yield random.uniform(0, min(LONGEST_PAUSE, LONGEST_PAUSE / 100 * 2**retry))  # noqa: S311
+    yield None
