@@ -147,21 +147,22 @@ async def test_rows_that_a_savepoints_rollback_takes_along_are_an_error(
     manager: DatabaseSessionManager,
 ) -> None:
     async with manager, sandbox(manager):
-        async with manager.session() as db:
-            released = await db.begin_nested()
-            await insert(db, 1)
-            await add(manager, 2)
-            await released.commit()
-            nested = await db.begin_nested()  # 2 stands below this one
-            await insert(db, 3)
-            await nested.rollback()
-            assert await db.scalar(COUNT) == 2
-            nested = await db.begin_nested()
-            await insert(db, 4)
-            await add(manager, 5)
-            with pytest.raises(SandboxConflict) as caught:
+        with pytest.raises(SandboxConflict):  # at its end, too
+            async with manager.session() as db:
+                released = await db.begin_nested()
+                await insert(db, 1)
+                await add(manager, 2)
+                await released.commit()
+                nested = await db.begin_nested()  # 2 stands below this one
+                await insert(db, 3)
                 await nested.rollback()
-            assert_both_lines(str(caught.value))
+                assert await db.scalar(COUNT) == 2
+                nested = await db.begin_nested()
+                await insert(db, 4)
+                await add(manager, 5)
+                with pytest.raises(SandboxConflict) as caught:
+                    await nested.rollback()
+                assert_both_lines(str(caught.value))
 
 
 async def test_a_failure_is_logged_by_another_session_before_its_rollback(

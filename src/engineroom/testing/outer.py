@@ -301,6 +301,8 @@ class OuterTransaction:
                 result = await self._put_on_wire(part, call)
                 if point:
                     self._count_losses(part, part.note_point(verb, point.group(2)))
+                    if self.conflict is not None:
+                        raise self.conflict
             self._refuse_escaped()
             return result
         except BaseException as error:
