@@ -43,7 +43,6 @@ from engineroom.errors import (
 from engineroom.fastapi import lifespan, session_dependency
 from engineroom.testing import PostgresServer, outer, sandbox
 
-
 pytestmark = pytest.mark.anyio
 
 

@@ -250,7 +250,9 @@ async def test_a_constraint_that_a_function_made(
     twice = text("INSERT INTO late VALUES (1), (1)")
     async with manager:
         async with manager.session() as db:
-            await db.execute(text("ALTER TABLE sandboxed_link DROP CONSTRAINT sandboxed_link_other_fkey"))
+            await db.execute(
+                text("ALTER TABLE sandboxed_link DROP CONSTRAINT sandboxed_link_other_fkey")
+            )
             await db.execute(text(LATE.format(initially=initially)))
         async with sandbox(manager):
             await add(manager, 1)

@@ -18,6 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -131,7 +132,7 @@ class FileTemplate(Template):
                 self._url = self._url.set(database=str(self._folder / "template.db"))
                 self._prepare(self._url.render_as_string(hide_password=False))
                 self._worker = ThreadPoolExecutor(1, "engineroom-clones")
-                self._next = self._worker.submit(self._copy)
+                self._next = self._worker.submit(self._copy, self._folder)
             else:
                 self._check_file(self._url.database)
         except BaseException:
@@ -143,20 +144,20 @@ class FileTemplate(Template):
         """Copy the file; what was prepared for it was copied ahead."""
         if self._folder is None:
             raise TemplateUnusable(NOT_ENTERED)
+        copy = partial(self._copy, self._folder)
         if self._worker is None or self._next is None or os.getpid() != self._owner:
-            path = self._copy()
+            path = copy()
         else:
-            made, self._next = self._next, self._worker.submit(self._copy)
+            made, self._next = self._next, self._worker.submit(copy)
             path = made.result()
         url = self._url.set(database=str(path)).render_as_string(hide_password=False)
         self._clones[url] = path
         return url
 
-    def _copy(self) -> Path:
-        assert self._folder is not None
+    def _copy(self, folder: Path) -> Path:
         import sqlite3
 
-        path = self._folder / f"{uuid.uuid4().hex[:12]}.db"
+        path = folder / f"{uuid.uuid4().hex[:12]}.db"
         is_uri = self._url.query.get("uri") == "true"
         source = sqlite3.connect(str(self._url.database), uri=is_uri)
         target = sqlite3.connect(path)

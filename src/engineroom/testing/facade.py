@@ -17,7 +17,9 @@ from ..cancellation import settle
 from ..engines import EngineRoom
 from ..errors import NotInSandbox
 from . import background
-from .outer import CURE, OuterTransaction, Part
+from .outer import OuterTransaction
+from .parts import Part
+from .texts import CURE
 
 T = TypeVar("T")
 
@@ -82,7 +84,7 @@ class Facade:
 
     def cursor(self, *args: Any, **kw: Any) -> FacadeCursor:
         """Return a cursor; it sends nothing yet."""
-        return FacadeCursor(self, self.outer.adapted, args, kw)
+        return FacadeCursor(self, self.outer.connection.adapted, args, kw)
 
     def commit(self) -> None:
         """Commit, as far as the outer transaction lets anything be."""
@@ -171,13 +173,18 @@ class Facade:
         return self.part.stands_alone
 
     @property
+    def real_driver(self) -> Any:
+        """The driver's own connection, for those who know when its turn is."""
+        return self.outer.connection.driver
+
+    @property
     def driver_connection(self) -> RawDriver:
         """What stands for the driver's own connection, which everyone here shares."""
         return RawDriver(self)
 
     async def copy(self, verb: str, *args: Any, **kw: Any) -> Any:
         """Run a COPY of asyncpg's, when it is this one's turn."""
-        call = partial(getattr(self.outer.driver, verb), *args, **kw)
+        call = partial(getattr(self.real_driver, verb), *args, **kw)
         running = self.outer.run(self.part, lambda: await_only(call()), "COPY")
         return await self._await(background.submit(running))
 
@@ -186,7 +193,7 @@ class Facade:
         refuse_raw()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.outer.adapted, name)
+        return getattr(self.outer.connection.adapted, name)
 
 
 class FacadeCursor:
@@ -208,12 +215,12 @@ class FacadeCursor:
         """Execute a statement."""
         call = partial(self._real.execute, operation, *parameters)
         given = parameters[0] if parameters else None
-        return self._connection.run(call, text_of(operation, self._connection.outer.driver), given)
+        return self._connection.run(call, text_of(operation, self._connection.real_driver), given)
 
     def executemany(self, operation: Any, parameters: Any) -> Any:
         """Execute a statement for each set of parameters."""
         call = partial(self._real.executemany, operation, parameters)
-        return self._connection.run(call, text_of(operation, self._connection.outer.driver))
+        return self._connection.run(call, text_of(operation, self._connection.real_driver))
 
     def fetchone(self) -> Any:
         """Fetch a row."""
@@ -291,9 +298,13 @@ class RawDriver:
         self._connection = connection
 
     def __getattr__(self, name: str) -> Any:
-        if name in COPY and self._connection.is_async and hasattr(self._connection.outer.driver, name):
+        if (
+            name in COPY
+            and self._connection.is_async
+            and hasattr(self._connection.real_driver, name)
+        ):
             return partial(self._connection.copy, name)
-        refuse_raw()
+        return refuse_raw()
 
 
 def refuse_raw() -> NoReturn:

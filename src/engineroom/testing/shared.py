@@ -54,7 +54,7 @@ class Shared:
         """Have an engine's connections be facades of the one."""
         if engine not in self._before:
             self._before[engine] = (engine.pool, engine.dialect)
-            self._replace(engine, twin(self._outer.dialect, engine))
+            self._replace(engine, twin(self._outer.connection.dialect, engine))
             engine.pool = Stage(engine, self._room, role, self._outer)
 
     def restore(self) -> None:
