@@ -133,7 +133,9 @@ async def test_each_scope_has_a_fate_of_its_own(manager: DatabaseSessionManager)
         assert await count(manager) == 3
 
 
-async def test_a_session_inside_another_one(manager: DatabaseSessionManager) -> None:
+async def test_a_session_inside_another_one(
+    manager: DatabaseSessionManager, caplog: pytest.LogCaptureFixture
+) -> None:
     """What the inner one commits stays, though the outer one, which only reads, rolls back."""
     async with manager, sandbox(manager):
         with pytest.raises(KeyError):
@@ -150,6 +152,7 @@ async def test_a_session_inside_another_one(manager: DatabaseSessionManager) -> 
             await outer_session.flush()
             await add(manager, 7)  # a writer inside a writer that waits for it
             assert await outer_session.scalar(COUNT) == 7
+    assert not [record for record in caplog.records if record.name == "engineroom.sandbox"]
 
 
 async def test_writers_that_alternate_are_told_at_once(manager: DatabaseSessionManager) -> None:
