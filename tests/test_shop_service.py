@@ -1,6 +1,6 @@
 """The shop as a service on a real socket: it never oversells, and shows who holds what.
 
-What it sells is tested by its own suite, in `examples/shop/tests`, with the pytest plugin.
+What it sells is tested by its own suite, in `tests/shop`, with the pytest plugin.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The shop's own suite, which uses the pytest plugin and nothing else: on a server, and on a file."""
+"""The shop's own suite, which uses the pytest plugin and nothing else: on a server and a file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from engineroom.testing import PostgresServer
 
 CHECKOUT = Path(__file__).parent.parent
-SUITE = "examples/shop/tests"
+SUITE = "tests/shop"
 
 
 @pytest.mark.parametrize("kind", ["postgresql", "sqlite"])
@@ -25,8 +25,10 @@ def test_the_shops_own_suite(kind: str, pg18: PostgresServer) -> None:
         *("-W", "ignore:The anyio.abc.BlockingPortal alias:DeprecationWarning"),
     )
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *warnings]
-        + ["-c", f"{SUITE}/pytest.ini", SUITE],
+        [
+            *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *warnings),
+            *("-c", f"{SUITE}/pytest.ini", SUITE),
+        ],
         cwd=CHECKOUT,
         env=os.environ | {"DATABASE_URL": url},
         capture_output=True,

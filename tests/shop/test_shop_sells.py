@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,8 +11,17 @@ from fastapi.testclient import TestClient
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from engineroom import DatabaseSessionManager
 from engineroom.testing import assert_round_trips
 from examples.shop.app import Entry, Order, Product, faults, shelves
+from examples.shop.service import app
+
+
+@pytest.fixture
+def shop(db_sandbox: DatabaseSessionManager) -> Iterator[TestClient]:
+    """A client of the shop, which opens with full shelves."""
+    with TestClient(app) as client:
+        yield client
 
 
 def lamp(shop: TestClient) -> dict[str, int]:
@@ -83,7 +93,7 @@ def test_a_delivery_fills_the_shelf(shop: TestClient, db_session: Session) -> No
 
 def test_it_opens_again_with_what_was_sold(shop: TestClient) -> None:
     assert shop.post("/orders", json={"product_id": lamp(shop)["id"]}).status_code == 201
-    with TestClient(shop.app) as another:
+    with TestClient(app) as another:
         assert lamp(another)["stock"] == 4
 
 
