@@ -12,6 +12,8 @@ import pytest
 
 from engineroom.testing import PostgresServer, WireProxy, postgres
 
+collect_ignore = ["shop"]  # a suite of its own, which test_shop_suite.py runs
+
 DEADLINE = 20.0  # seconds; for what takes milliseconds on a machine that is not busy
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from engineroom.testing import PostgresServer
+from engineroom.testing.plugin import find_manager
 
 pytest_plugins = "pytester"
 
@@ -111,30 +112,17 @@ NOTE = """
 # -- where the database is -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("driver", [None, "psycopg", "asyncpg"])
-def test_on_a_server_of_the_environment(driver: str | None, run: Run, pg18: PostgresServer) -> None:
-    run(url=pg18.url(driver=driver), test_it=SYNC_TEST).assert_outcomes(passed=6)
-    assert databases(pg18) == []
-
-
-def test_on_a_sqlite_file(run: Run, tmp_path: Path) -> None:
-    file = tmp_path / "app.db"
-    run(url=f"sqlite:///{file}", test_it=SYNC_TEST).assert_outcomes(passed=6)
-    assert not file.exists()
-
-
-@pytest.mark.parametrize("version", ["16", "18"])
-def test_on_a_throwaway_server(version: str, run: Run) -> None:
+def test_on_a_throwaway_server(run: Run) -> None:
     look = """
         from sqlalchemy import text
 
         def test_version(db_session):
             print("version", db_session.scalar(text("SHOW server_version_num")))
     """
-    version_line = f"engineroom_postgres = {version}"
+    version_line = "engineroom_postgres = 16"
     done = run("-s", more=version_line, test_it=SYNC_TEST, test_look=look, test_where=NOTE)
     done.assert_outcomes(passed=8)
-    done.stdout.fnmatch_lines([f"*version {version}*"])
+    done.stdout.fnmatch_lines(["*version 16*"])
     assert not Path(Path("folder.txt").read_text()).exists()
 
 
@@ -185,16 +173,18 @@ CASES = """
         async def test_two(self):
             await self.test_one()
 """
-MODES = {
-    "anyio": (["-p", "no:asyncio"], "pytestmark = pytest.mark.anyio"),
-    "strict": (["--asyncio-mode=strict"], "pytestmark = pytest.mark.asyncio"),
-    **{
-        f"auto-{scope}": (
-            ["--asyncio-mode=auto", "-o", f"asyncio_default_test_loop_scope={scope}"],
-            "",
-        )
-        for scope in ("function", "class", "module", "session")
-    },
+SCOPES = ("function", "class", "module", "session")
+MODES = {  # the options, and what marks the tests of each file
+    "anyio": (["-p", "no:asyncio"], ["pytestmark = pytest.mark.anyio"]),
+    "auto": (["--asyncio-mode=auto"], [""]),
+    "strict": (  # one loop after another, and beside another
+        ["--asyncio-mode=strict"],
+        [f"pytestmark = pytest.mark.asyncio(loop_scope={scope!r})" for scope in SCOPES],
+    ),
+    "auto-session": (
+        ["--asyncio-mode=auto", "-o", "asyncio_default_test_loop_scope=session"],
+        [""],
+    ),
 }
 BACKEND = """
     import pytest
@@ -208,20 +198,23 @@ BACKEND = """
 @pytest.mark.parametrize(
     ("kind", "mode"),
     [
-        *(("asyncpg", mode) for mode in MODES),
-        *(("psycopg", mode) for mode in ("anyio", "auto-session")),
-        *(("sqlite", mode) for mode in ("anyio", "auto-session")),
+        (None, "anyio"),
+        *(("asyncpg", mode) for mode in ("auto", "strict", "auto-session")),
+        *((kind, mode) for kind in ("psycopg", "sqlite") for mode in ("anyio", "strict")),
     ],
 )
-def test_the_session_fits_any_loop(
-    kind: str, mode: str, run: Run, pg18: PostgresServer, tmp_path: Path
+def test_the_sessions_fit_any_loop_on_any_database(
+    kind: str | None, mode: str, run: Run, pg18: PostgresServer, tmp_path: Path
 ) -> None:
+    """Those of synchronous tests, too, in the same run; of the URL's own nothing is touched."""
     options, marks = MODES[mode]
-    url = f"sqlite:///{tmp_path / 'app.db'}" if kind == "sqlite" else pg18.url(driver=kind)
-    test = ASYNC_TEST.replace("MARKS", marks)
-    done = run(*options, url=url, conftest=BACKEND, test_it=test, test_cases=CASES)
-    done.assert_outcomes(passed=6)
+    file = tmp_path / "app.db"
+    url = f"sqlite:///{file}" if kind == "sqlite" else pg18.url(driver=kind)
+    files = {f"test_{i}": ASYNC_TEST.replace("MARKS", mark) for i, mark in enumerate(marks)}
+    done = run(*options, url=url, conftest=BACKEND, test_sync=SYNC_TEST, test_cases=CASES, **files)
+    done.assert_outcomes(passed=6 + 2 + 4 * len(marks))
     assert databases(pg18) == []
+    assert not file.exists()
 
 
 # -- what a test left open -----------------------------------------------------------------------
@@ -494,17 +487,22 @@ def test_a_database_finds_a_url_when_it_is_imported(run: Run) -> None:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("app", "*Write package.module:name*"),
-        ("apps:session_manager", "*there is no module apps. Correct the name*"),
-        ("app:manager", "*module 'app' has no attribute 'manager'*"),
-        ("app:Item", "*is of type DeclarativeAttributeIntercept*Name a*"),
+        ("json", "Write package.module:name"),
+        ("apps:session_manager", "there is no module apps. Correct the name"),
+        ("json:manager", "module 'json' has no attribute 'manager'"),
+        ("json:JSONDecoder", "is of type type. Name a"),
     ],
 )
-def test_a_manager_that_is_none_is_an_error(name: str, says: str, run: Run) -> None:
-    ini = INI.replace("app:session_manager", name)
+def test_a_manager_that_is_none_is_an_error(name: str, says: str) -> None:
+    with pytest.raises(pytest.UsageError, match=says):
+        find_manager(name)
+
+
+def test_the_run_says_so(run: Run) -> None:
+    ini = INI.replace("app:session_manager", "app:Item")
     done = run(url="sqlite://", ini=ini, test_it="def test_it(db_session): pass")
     done.assert_outcomes(errors=1)
-    done.stdout.fnmatch_lines([says])
+    done.stdout.fnmatch_lines(["*is of type DeclarativeAttributeIntercept*Name a*"])
 
 
 # -- the how-to ----------------------------------------------------------------------------------
@@ -537,9 +535,10 @@ def test_the_how_to_works_and_changes_few_lines(
 UNUSED = """
     import sys
 
-    def test_it():
+    def test_it(pytestconfig):
         there = {name.partition(".")[0] for name in sys.modules}
         print("imported", there & {"sqlalchemy", "engineroom", "pydantic", "psycopg"})
+        print("fixtures", pytestconfig.pluginmanager.has_plugin("engineroom-fixtures"))
 """
 
 
@@ -547,9 +546,7 @@ UNUSED = """
 def test_unused_it_imports_nothing_and_can_be_left_out(options: list[str], run: Run) -> None:
     done = run("-s", "--strict-config", *options, ini="[pytest]", test_it=UNUSED)
     done.assert_outcomes(passed=1)
-    done.stdout.fnmatch_lines(["*imported set()*"])
-    fixtures = run("--fixtures", *options, ini="[pytest]", test_it=UNUSED)
-    assert "db_session" not in fixtures.stdout.str()
+    done.stdout.fnmatch_lines(["*imported set()*", "*fixtures False*"])
 
 
 def test_a_conftest_may_name_the_plugin_as_well(run: Run, server_url: str) -> None:
@@ -580,13 +577,13 @@ MANY = """
 
 
 @pytest.mark.timeout(300)  # it starts nine processes, on whatever machine this is
-@pytest.mark.parametrize("where", ["throwaway", "environment"])
+@pytest.mark.parametrize(("where", "workers"), [("throwaway", 8), ("environment", 3)])
 def test_of_a_killed_worker_nothing_is_left(
-    where: str, run: Run, pg18: PostgresServer, eventually: Callable[..., None]
+    where: str, workers: int, run: Run, pg18: PostgresServer, eventually: Callable[..., None]
 ) -> None:
     count = 40
     done = run(
-        *("-p", "xdist", "-n", "8"),
+        *("-p", "xdist", "-n", str(workers)),
         url=pg18.url() if where == "environment" else "",
         test_many=MANY.replace("COUNT", str(count)),
         test_where=NOTE,
@@ -608,9 +605,7 @@ def test_no_server_is_started_where_nobody_asks(run: Run) -> None:
         sharing.start_server = refuse
     """
     test = "import pytest\n@pytest.mark.parametrize('n', range(4))\ndef test_it(n): pass"
-    done = run("-p", "xdist", "-n", "2", conftest=conftest, test_it=test)
-    done.assert_outcomes(passed=4)
     asks = "def test_it(db_session): pass"
-    done = run("-p", "xdist", "-n", "2", conftest=conftest, test_it=asks)
-    done.assert_outcomes(errors=1)
+    done = run("-p", "xdist", "-n", "2", conftest=conftest, test_it=test, test_that_asks=asks)
+    done.assert_outcomes(passed=4, errors=1)
     done.stdout.fnmatch_lines(["*RuntimeError: it was started*"])

@@ -1,4 +1,7 @@
-"""The shop as a service: it never oversells, and shows who holds what."""
+"""The shop as a service on a real socket: it never oversells, and shows who holds what.
+
+What it sells is tested by its own suite, in `tests/shop`, with the pytest plugin.
+"""
 
 from __future__ import annotations
 
@@ -59,52 +62,6 @@ def audit(url: str) -> str:
 
 
 # -- buying ----------------------------------------------------------------------------------------
-
-
-def test_what_is_bought_is_ordered_and_off_the_shelf(
-    shop: httpx.Client, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.INFO, "examples.shop.service"):
-        answer = shop.post("/orders", json={"product_id": LAMP, "quantity": 2})
-
-        assert answer.status_code == 201
-        assert answer.json() == {"id": 1, "product_id": LAMP, "quantity": 2, "total": 17_998}
-        assert left(shop) == 3
-        assert shop.get("/orders").json() == [answer.json()]
-        assert told_by_shop(caplog) == ["Order 1 is paid: pack 2 of 4"]
-
-
-def test_what_is_sold_out_is_rolled_back(
-    shop: httpx.Client, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.INFO, "examples.shop.service"):
-        answer = shop.post("/orders", json={"product_id": LAMP, "quantity": 6})
-
-        assert answer.status_code == 409
-        assert answer.json() == {"detail": "Lamp: there are not so many left"}
-        assert (left(shop), shop.get("/orders").json()) == (5, [])
-        assert told_by_shop(caplog) == [], "nothing was packed"
-
-
-@pytest.mark.parametrize(
-    ("wanted", "status"),
-    [
-        ({"product_id": 5}, 404),
-        ({"product_id": LAMP, "quantity": 0}, 422),
-        ({"product_id": LAMP, "quantity": -1}, 422),
-        ({"product_id": 2**70}, 422),
-    ],
-)
-def test_what_cannot_be_bought(shop: httpx.Client, wanted: dict[str, int], status: int) -> None:
-    for path in "/orders", "/deliveries":
-        assert shop.post(path, json=wanted).status_code == status
-    assert left(shop) == 5
-
-
-def test_a_delivery_fills_the_shelf(shop: httpx.Client, url: str) -> None:
-    assert shop.post("/deliveries", json={"product_id": LAMP, "quantity": 7}).status_code == 204
-    assert left(shop) == 12
-    assert PROOF in audit(url)
 
 
 def test_fifty_buyers_at_once_never_oversell(shop: httpx.Client, url: str) -> None:
@@ -172,29 +129,3 @@ def test_stats_name_the_route_and_the_line(shop: httpx.Client) -> None:
     (readers,) = [pool for pool in pools if pool["role"] == "reader"]
     assert (readers["size"], readers["lent"], readers["waiting"]) == (3, 1, 0)
     assert holders(shop) == []
-
-
-def test_openapi_knows_nothing_of_sessions(shop: httpx.Client) -> None:
-    schema = shop.get("/docs/openapi.json").json()
-    parameters = {
-        f"{verb} {path}": [parameter["name"] for parameter in route.get("parameters", [])]
-        for path, verbs in schema["paths"].items()
-        for verb, route in verbs.items()
-    }
-    assert parameters == {
-        "get /stock": [],
-        "get /orders": [],
-        "post /orders": [],
-        "post /deliveries": [],
-        "get /stats": [],
-        "post /hold": ["seconds"],
-    }
-    bodies = schema["components"]["schemas"]
-    assert set(bodies["Purchase"]["properties"]) == {"product_id", "quantity", "pays_after"}
-
-
-def test_the_page_needs_nothing_from_elsewhere(shop: httpx.Client) -> None:
-    page = shop.get("/")
-    assert page.headers["content-type"].startswith("text/html")
-    assert "//" not in page.text.replace("// ", ""), "no address of another host"
-    assert shop.get("/ready").json()["database"] == "ok"

@@ -117,6 +117,7 @@ class EngineRoom:
         self.loose: weakref.WeakSet[Session] = weakref.WeakSet()  # sessions that no scope ends
         self._engines: dict[tuple[Side, Role], Engine] = {}
         self.binds: dict[tuple[Side, Role, bool, str | None], Any] = {}
+        self.derived: weakref.WeakSet[Engine] = weakref.WeakSet()  # by `execution_options()`
         self._arguments: tuple[str | URL | None, Options] = (None, {})  # of the last `open`
         self.sandbox: Any = None  # what a test has put around the engines: testing.sandbox
         ROOMS.add(self)
@@ -244,6 +245,7 @@ class EngineRoom:
             **options,
         )
         lender.engine = engine
+        self._note_derived(engine)
         note_statements(engine.dialect)
         note_closings(engine.dialect)
         if side is Side.SYNC and "connect_timeout" not in {**url.query, **arguments}:
@@ -252,6 +254,21 @@ class EngineRoom:
         if side is Side.ASYNC:
             event.listen(engine, "handle_error", self._break_off_cancelled)
         return engine
+
+    def _note_derived(self, engine: Any) -> None:
+        """Remember the engines that are made of this one with options: a sandbox takes them in.
+
+        Around its verb, for SQLAlchemy's event of that would make every statement slower.
+        """
+        derive, derived = engine.execution_options, self.derived
+
+        def execution_options(**options: Any) -> Any:
+            made = derive(**options)
+            derived.add(made)
+            self._note_derived(made)
+            return made
+
+        engine.execution_options = execution_options
 
     def _limit_connect(self, engine: Engine) -> None:
         """Tell a synchronous driver how long it may connect: nobody can stop it from outside.

@@ -100,12 +100,13 @@ class SQLite:
             connection.isolation_level = None  # or the driver begins, where and when it likes
             cursor = connection.cursor()
             self._use_wal(connection, cursor, engine)
-            cursor.execute("PRAGMA foreign_keys=ON")
-            if self._in_memory:
-                cursor.execute("PRAGMA synchronous=OFF")  # nobody reads it after the process
-            if role is Role.READER:
-                cursor.execute("PRAGMA query_only=ON")
             cursor.close()
+            pragmas = ["PRAGMA foreign_keys=ON"]
+            if self._in_memory:
+                pragmas.append("PRAGMA synchronous=OFF")  # nobody reads it after the process
+            if role is Role.READER:
+                pragmas.append("PRAGMA query_only=ON")
+            _run_script(connection, "; ".join(pragmas))  # in one turn of aiosqlite's thread
 
         if engine.dialect.is_async:
             event.listen(engine, "connect", _steady, insert=True)

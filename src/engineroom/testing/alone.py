@@ -88,7 +88,10 @@ class Alone:
         def connect_there(*_: Any, **given: Any) -> Any:
             connection = connect(*path, **given | name)
             if dialect.name == "sqlite":
-                connection.cursor().execute(CARELESS)
+                if hasattr(connection, "run_async"):  # in one turn of aiosqlite's thread
+                    connection.run_async(lambda driver: driver.executescript(CARELESS))
+                else:
+                    connection.executescript(CARELESS)
             return connection
 
         dialect.connect = connect_there

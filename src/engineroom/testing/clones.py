@@ -18,6 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -120,6 +121,9 @@ class FileTemplate(Template):
         self._directory = directory
         self._folder: Path | None = None
         self._clones: dict[str, Path] = {}
+        self._owner = os.getpid()
+        self._worker: ThreadPoolExecutor | None = None  # where nobody writes to the template
+        self._next: Future[Path] | None = None
 
     def __enter__(self) -> Self:
         self._folder = Path(tempfile.mkdtemp(prefix="engineroom-", dir=self._directory))
@@ -127,6 +131,8 @@ class FileTemplate(Template):
             if self._prepare is not None:
                 self._url = self._url.set(database=str(self._folder / "template.db"))
                 self._prepare(self._url.render_as_string(hide_password=False))
+                self._worker = ThreadPoolExecutor(1, "engineroom-clones")
+                self._next = self._worker.submit(self._copy, self._folder)
             else:
                 self._check_file(self._url.database)
         except BaseException:
@@ -135,12 +141,23 @@ class FileTemplate(Template):
         return self
 
     def clone(self) -> str:
-        """Copy the file."""
+        """Copy the file; what was prepared for it was copied ahead."""
         if self._folder is None:
             raise TemplateUnusable(NOT_ENTERED)
+        copy = partial(self._copy, self._folder)
+        if self._worker is None or self._next is None or os.getpid() != self._owner:
+            path = copy()
+        else:
+            made, self._next = self._next, self._worker.submit(copy)
+            path = made.result()
+        url = self._url.set(database=str(path)).render_as_string(hide_password=False)
+        self._clones[url] = path
+        return url
+
+    def _copy(self, folder: Path) -> Path:
         import sqlite3
 
-        path = self._folder / f"{uuid.uuid4().hex[:12]}.db"
+        path = folder / f"{uuid.uuid4().hex[:12]}.db"
         is_uri = self._url.query.get("uri") == "true"
         source = sqlite3.connect(str(self._url.database), uri=is_uri)
         target = sqlite3.connect(path)
@@ -150,9 +167,7 @@ class FileTemplate(Template):
         finally:
             source.close()
             target.close()
-        url = self._url.set(database=str(path)).render_as_string(hide_password=False)
-        self._clones[url] = path
-        return url
+        return path
 
     def discard(self, url: str) -> None:
         """Remove the file, and what SQLite keeps beside it."""
@@ -177,6 +192,9 @@ class FileTemplate(Template):
 
     def close(self) -> None:
         """Remove the folder."""
+        if self._worker is not None and os.getpid() == self._owner:
+            self._worker.shutdown()
+        self._worker = None
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None

@@ -17,12 +17,21 @@ from ..cancellation import settle
 from ..engines import EngineRoom
 from ..errors import NotInSandbox
 from . import background
-from .outer import CURE, OuterTransaction, Part
+from .outer import OuterTransaction
+from .parts import Part
+from .texts import CURE
 
 T = TypeVar("T")
 
 # What cursors of the drivers do beside SQLAlchemy, and so beside the turns.
 BEYOND = {"copy", "copy_expert", "copy_from", "copy_to", "callproc", "stream", "scroll"}
+# What asyncpg's connection has for COPY, which can take its turn.
+COPY = {
+    "copy_records_to_table",
+    "copy_to_table",
+    "copy_from_table",
+    "copy_from_query",
+}
 
 
 class Stage(NullPool):
@@ -75,7 +84,7 @@ class Facade:
 
     def cursor(self, *args: Any, **kw: Any) -> FacadeCursor:
         """Return a cursor; it sends nothing yet."""
-        return FacadeCursor(self, self.outer.adapted, args, kw)
+        return FacadeCursor(self, self.outer.connection.adapted, args, kw)
 
     def commit(self) -> None:
         """Commit, as far as the outer transaction lets anything be."""
@@ -164,16 +173,27 @@ class Facade:
         return self.part.stands_alone
 
     @property
+    def real_driver(self) -> Any:
+        """The driver's own connection, for those who know when its turn is."""
+        return self.outer.connection.driver
+
+    @property
     def driver_connection(self) -> RawDriver:
         """What stands for the driver's own connection, which everyone here shares."""
-        return RawDriver()
+        return RawDriver(self)
+
+    async def copy(self, verb: str, *args: Any, **kw: Any) -> Any:
+        """Run a COPY of asyncpg's, when it is this one's turn."""
+        call = partial(getattr(self.real_driver, verb), *args, **kw)
+        running = self.outer.run(self.part, lambda: await_only(call()), "COPY")
+        return await self._await(background.submit(running))
 
     def run_async(self, work: object) -> NoReturn:
         """Refuse to work on the driver's own connection."""
         refuse_raw()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.outer.adapted, name)
+        return getattr(self.outer.connection.adapted, name)
 
 
 class FacadeCursor:
@@ -195,12 +215,12 @@ class FacadeCursor:
         """Execute a statement."""
         call = partial(self._real.execute, operation, *parameters)
         given = parameters[0] if parameters else None
-        return self._connection.run(call, text_of(operation), given)
+        return self._connection.run(call, text_of(operation, self._connection.real_driver), given)
 
     def executemany(self, operation: Any, parameters: Any) -> Any:
         """Execute a statement for each set of parameters."""
         call = partial(self._real.executemany, operation, parameters)
-        return self._connection.run(call, text_of(operation))
+        return self._connection.run(call, text_of(operation, self._connection.real_driver))
 
     def fetchone(self) -> Any:
         """Fetch a row."""
@@ -246,8 +266,10 @@ class FacadeCursor:
         setattr(self._real, name, value)
 
 
-def text_of(operation: Any) -> str:
+def text_of(operation: Any, connection: Any) -> str:
     """Return a statement as text: the drivers take bytes, too, and objects of their own."""
+    if hasattr(operation, "as_string"):  # psycopg.sql
+        operation = operation.as_string(connection)
     return operation.decode() if isinstance(operation, bytes) else str(operation)
 
 
@@ -272,8 +294,17 @@ class RawDriver:
 
     pgconn = None  # (the question whether psycopg's has begun anything)
 
-    def __getattr__(self, name: str) -> NoReturn:
-        refuse_raw()
+    def __init__(self, connection: Facade) -> None:
+        self._connection = connection
+
+    def __getattr__(self, name: str) -> Any:
+        if (
+            name in COPY
+            and self._connection.is_async
+            and hasattr(self._connection.real_driver, name)
+        ):
+            return partial(self._connection.copy, name)
+        return refuse_raw()
 
 
 def refuse_raw() -> NoReturn:

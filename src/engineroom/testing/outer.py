@@ -10,27 +10,38 @@ savepoint does, and only the top of it may be used. Whoever else comes goes on t
 - the top has been idle for a while (`GRACE`): its owner may well be waiting for this one.
 
 Otherwise it waits until the top has ended. When that takes too long, an error names the top.
+
+What was committed on top of something that has written goes along when that rolls back, as it never
+would outside: from then on every statement in the sandbox is an error that names both.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from contextlib import suppress
-from contextvars import ContextVar
+from functools import partial
 from typing import Any, TypeVar, cast
 
 from sqlalchemy.engine import Engine
-from sqlalchemy.pool import PoolProxiedConnection
-from sqlalchemy.util import await_only, greenlet_spawn
+from sqlalchemy.util import greenlet_spawn
 
 from ..backends.postgresql import sqlstate
-from ..engines import EngineRoom
-from ..errors import NotInSandbox, SandboxConflict, SandboxEnded
-from ..ledger import current_owner, line_of
+from ..errors import NotInSandbox, SandboxConflict, SandboxEnded, SandboxError
+from .commits import FAILED, Commits
+from .connection import HeldConnection, joined
+from .parts import Part
+from .texts import (
+    CHANGES_SCHEMA,
+    CURE,
+    code_of,
+    local_settings,
+    own_savepoint,
+    refuse_by_state,
+    refuse_escape,
+)
 
 logger: logging.Logger = logging.getLogger("engineroom.sandbox")
 
@@ -40,72 +51,6 @@ GRACE = 0.5  # seconds that the top may be idle before another one goes above it
 LIMIT = 10.0  # seconds to wait for one's turn
 CANCEL_EVERY = 0.02  # seconds
 
-CURE = 'Give this test a database of its own: sandbox(manager, isolation="database").'
-
-# What ends the outer transaction, or cannot run in one.
-ESCAPES = re.compile(
-    r"(?:^|;)\s*(?:COMMIT|END|ABORT|BEGIN|START\s+TRANSACTION|PREPARE\s+TRANSACTION"
-    r"|ROLLBACK(?!\s+(?:WORK\s+|TRANSACTION\s+)?TO\b))\b",
-    re.IGNORECASE,
-)
-FAILED = "25P02"  # the SQLSTATE of a transaction in which a statement has failed
-REFUSED = {  # by SQLSTATE
-    "25001": "it cannot run inside a transaction block",
-    "2D000": "it ends a transaction",
-}
-# The name of a setting that lasts until the end of the transaction, which here is the sandbox's.
-SET_LOCAL = re.compile(r"\bSET\s+LOCAL\s+(?!SESSION\b)([\w.\"]+)", re.IGNORECASE)
-SET_CONFIG = re.compile(r"\bset_config\s*\(\s*(?:'([\w.]+)')?", re.IGNORECASE)
-SETTING = re.compile(r"[a-z_]\w*(?:\.\w+)*", re.IGNORECASE)
-DDL = re.compile(r"(?:^|;)\s*(?:CREATE|ALTER|DROP)\b", re.IGNORECASE)
-QUOTED = re.compile(
-    r"--[^\n]*|/\*|\bE'(?:[^'\\]|\\.|'')*'|'(?:[^']|'')*'"
-    r"|\"(?:[^\"]|\"\")*\"|\$(?P<tag>\w*)\$.*?\$(?P=tag)\$",
-    re.DOTALL | re.IGNORECASE,
-)
-COMMENT = re.compile(r"/\*|\*/")
-
-LINEAGE: ContextVar[tuple[Part, ...]] = ContextVar("engineroom_sandbox", default=())
-
-
-class Part:
-    """One transaction of those that the outer one serves, and the next ones after its end."""
-
-    def __init__(self, room: EngineRoom, *, stands_alone: bool, reads: bool) -> None:
-        """Remember who asks, and in what they stand.
-
-        Args:
-            stands_alone: Each statement is a transaction (AUTOCOMMIT).
-            reads: The server refuses writes.
-        """
-        self.stands_alone: bool = stands_alone
-        self.reads: bool = reads
-        self.owner: Any = current_owner()
-        self.savepoint: str = ""  # while it stands on the stack
-        self.error: BaseException | None = None  # its last; what it gets when it was rolled back
-        self.is_lost: bool = False  # rolled back in its absence
-        self.is_stopped: bool = False  # its caller was cancelled
-        self.idle_since: float = time.monotonic()
-        self.settings: dict[str, str] = {}  # what SET LOCAL has changed, as it was before
-        self.kept: dict[str, str] = {}  # the same as it is, while it is off the stack
-        self.cursors: list[Any] = []  # those that stream; the server closes them at a COMMIT
-        self.inside: list[str] = []  # who has committed on top of what it has written
-        self.is_closed: bool = False
-        self._room = room
-        self.lineage: tuple[Part, ...] = tuple(p for p in LINEAGE.get() if not p.is_closed)
-        LINEAGE.set((*self.lineage, self))
-
-    def is_kin(self, other: Part) -> bool:
-        """Whether one of both was begun inside the other."""
-        return other in self.lineage or self in other.lineage
-
-    def __str__(self) -> str:
-        for entry in self._room.ledger:
-            held = entry.held()
-            if held is not None and getattr(held.dbapi_connection, "part", None) is self:
-                return str(entry)
-        return f"a connection taken at {line_of(self.owner)}"
-
 
 class OuterTransaction:
     """One connection in one transaction, and the stack of those that run inside it.
@@ -114,43 +59,22 @@ class OuterTransaction:
     """
 
     def __init__(self, engine: Engine) -> None:
-        self.dialect: Any = engine.dialect
-        self._pool = engine.pool
+        self.connection: HeldConnection = HeldConnection(engine)
+        self._commits = Commits(self.connection)
         self.is_over: bool = False
+        self.conflict: SandboxError | None = None  # why nothing in it is true any more
         self._stack: list[Part] = []
         self.runs: Part | None = None  # whose statement is on the wire
         self._task: asyncio.Task[Any] | None = None  # in which it is
         self._waits: dict[Part, asyncio.Task[Any]] = {}  # for their turn
         self._lock = asyncio.Lock()
         self._ended = asyncio.Event()  # a part has; replaced by the next one each time
-        # The constraints that can wait for COMMIT, and whether they do by themselves; None: not
-        # looked up.
-        self._deferrable: dict[str, bool] | None = None
-        self._changes_schema: bool = False
-        self._own: Any = None  # asyncpg's transaction: before 0.32 it streams in no other
-        self._unlocks: bool = False  # advisory locks of the session may be left
-        self.fairy: PoolProxiedConnection
 
     # -- its own life -------------------------------------------------------------------------
 
     async def begin(self) -> None:
         """Take a connection from the manager's own pool, and begin."""
-        await greenlet_spawn(self._begin)
-
-    def _begin(self) -> None:
-        self.fairy = self._pool.connect()
-        try:
-            # The driver begins nothing by itself.
-            self.dialect.set_isolation_level(self.adapted, "AUTOCOMMIT")
-            driver = self.dialect.get_driver_connection(self.adapted)
-            if hasattr(driver, "get_server_pid"):
-                self._own = driver.transaction()
-                await_only(self._own.start())
-            begin = "" if self._own else "BEGIN; "
-            self._control(f"{begin}SET LOCAL idle_in_transaction_session_timeout = 0")
-        except BaseException:
-            self.fairy.invalidate()
-            raise
+        await greenlet_spawn(self._commits.begin)
 
     async def end(self) -> None:
         """Roll everything back; give the connection back as it came."""
@@ -159,54 +83,7 @@ class OuterTransaction:
             await self.stop(self.runs)  # a thread that nobody waits for, say
         async with self._lock:
             self._lose(self._stack, SandboxEnded("The sandbox of this session has ended."))
-            await greenlet_spawn(self._end)
-
-    def _end(self) -> None:
-        try:
-            if self._own is not None:
-                await_only(self._own.rollback())
-            else:
-                self._control("ROLLBACK")
-            if self._unlocks:
-                self._control("SELECT pg_advisory_unlock_all()")
-            self.dialect.reset_isolation_level(self.adapted)
-        except Exception as error:  # noqa: BLE001  # a test may have killed it
-            logger.info("The sandbox's connection was lost: %r", error)
-            self.fairy.invalidate()
-        else:
-            self.fairy.close()
-
-    @property
-    def adapted(self) -> Any:
-        """The DBAPI connection."""
-        return self.fairy.dbapi_connection
-
-    def _control(self, statements: str) -> None:
-        """Run statements of our own in one message, for which the driver has to be asked."""
-        driver = self.dialect.get_driver_connection(self.adapted)
-        try:
-            if self.dialect.is_async:
-                await_only(driver.execute(statements))
-            elif hasattr(driver, "execute"):
-                driver.execute(statements)
-            else:  # psycopg2
-                self._send(statements)
-        except Exception as error:
-            if sqlstate(error) == FAILED:
-                raise
-            raise SandboxEnded(
-                "The sandbox lost its connection, and with it whatever was done inside. See the "
-                "cause: a test may have killed it, or the server."
-            ) from error
-
-    def _send(self, statement: str) -> list[Any]:
-        """Run a statement of our own; its errors are the application's."""
-        cursor = self.adapted.cursor()
-        try:
-            cursor.execute(statement)
-            return list(cursor.fetchall()) if cursor.description else []
-        finally:
-            cursor.close()
+            await greenlet_spawn(self.connection.end)
 
     # -- what parts ask for -------------------------------------------------------------------
 
@@ -216,45 +93,60 @@ class OuterTransaction:
         """Run a statement of a part, when it is its turn."""
         text = code_of(statement)
         refuse_escape(text)
+        verb, point = own_savepoint(statement)
         await self._take_turn(part)
         try:
             if part.stands_alone:
-                return await self._run_alone(part, call)
-            await self._save(part)
-            await self._remember_settings(part, text, statement, parameters)
-            return await self._put_on_wire(part, call)
+                result = await self._run_alone(part, call)
+            else:
+                if part.has_failed and verb != "ROLLBACK" and part.error is not None:
+                    raise part.error
+                await self._save(part)
+                await self._remember(part, local_settings(text, statement, parameters))
+                result = await self._put_on_wire(part, call)
+                if point:
+                    self._count_losses(part, part.note_point(verb, point))
+                    if self.conflict is not None:
+                        raise self.conflict
+            self._refuse_escaped()
+            return result
         except BaseException as error:
             part.error = error
             refuse_by_state(error)
             raise
         finally:
             part.idle_since = time.monotonic()
-            if DDL.search(text):
-                self._changes_schema, self._deferrable = True, None
-            self._unlocks = self._unlocks or "advisory" in text.lower()
+            if CHANGES_SCHEMA.search(text):
+                self.connection.changes_schema = True
+                self._commits.doubt()
+            if "advisory" in text.lower():
+                self.connection.takes_locks = True
             self._lock.release()
 
     async def _run_alone(self, part: Part, call: Callable[[], T]) -> T:
         await self._save(part)
         try:
             result = await self._put_on_wire(part, call)
-            await self._put_on_wire(part, self._check_deferred)
+            await self._commit(part)
         except BaseException:
             await greenlet_spawn(self._roll_back, part)
             raise
-        await greenlet_spawn(self._release, part)
         return result
 
     async def commit(self, part: Part) -> None:
         """Release the savepoint of a part; what a COMMIT checks is checked before."""
         part.kept.clear()
+        if part.is_lost and part.error is not None and not isinstance(part.error, SandboxError):
+            part.forget()  # it had failed: the server takes such a COMMIT for a ROLLBACK
         if not part.savepoint and not part.is_lost:
+            part.forget()
             return
         await self._take_turn(part)
         try:
-            if part.savepoint:
-                await self._put_on_wire(part, self._check_deferred)
-                await greenlet_spawn(self._release, part)
+            if part.has_failed:
+                await greenlet_spawn(self._roll_back, part)
+            elif part.savepoint:
+                await self._commit(part)
         except BaseException as error:
             if sqlstate(error) != FAILED:
                 part.error = error
@@ -263,13 +155,18 @@ class OuterTransaction:
         finally:
             self._lock.release()
 
+    async def _commit(self, part: Part) -> None:
+        if self._commits.may_take_long:
+            await self._put_on_wire(part, partial(self._commits.check, part))
+        await greenlet_spawn(self._release, part)
+
     async def _put_on_wire(self, part: Part, call: Callable[[], T]) -> T:
         """Run what may take long, and can be stopped."""
         if part.is_stopped:
             raise asyncio.CancelledError
         self.runs, self._task = part, asyncio.current_task()
         try:
-            if self.dialect.is_async:
+            if self.connection.dialect.is_async:
                 return await greenlet_spawn(call)
             return await asyncio.to_thread(call)  # others share the loop
         finally:
@@ -281,7 +178,7 @@ class OuterTransaction:
         Nothing else is ever cancelled here: psycopg's connection would be closed by that.
         """
         part.is_stopped = True
-        driver = self.dialect.get_driver_connection(self.adapted)
+        driver = self.connection.driver
         if part in self._waits:
             self._waits[part].cancel()
         elif self.runs is part and not hasattr(driver, "cancel") and self._task is not None:
@@ -300,11 +197,12 @@ class OuterTransaction:
     async def roll_back(self, part: Part) -> None:
         """Roll back what a part has done. That never waits for a turn."""
         async with self._lock:
+            before = self.conflict
             if part.savepoint and not self.is_over:
                 await greenlet_spawn(self._roll_back, part)
-            part.is_lost, part.is_stopped, part.error = False, False, None
-            part.kept.clear()
-            part.settings.clear()
+            part.forget()
+            if self.conflict is not before and self.conflict is not None:
+                raise self.conflict
 
     # -- turns --------------------------------------------------------------------------------
 
@@ -355,13 +253,11 @@ class OuterTransaction:
 
     async def _stands_in_the_way(self, part: Part) -> float:
         """Return how many seconds another part is to be waited for; 0: it is this one's turn."""
-        if self.is_over:
-            raise SandboxEnded("The sandbox of this session has ended. Open sessions inside it.")
-        if part.is_lost:
-            raise part.error or SandboxEnded("What this session did was rolled back.")
+        self._refuse_what_is_over(part)
         if not self._stack or self._stack[-1] is part:
             return 0.0
-        await greenlet_spawn(self._take_off_what_is_clean, part)
+        await greenlet_spawn(self._take_off_what_is_clean)
+        self._refuse_what_is_over(part)
         if not self._stack or self._stack[-1] is part:
             return 0.0
         top = self._stack[-1]
@@ -380,83 +276,157 @@ class OuterTransaction:
             return GRACE - idle
         logger.warning(
             "%s goes on inside the transaction of %s, which has been idle for %.1f s in the "
-            "sandbox: if that one rolls back, the rows of both are gone.",
+            "sandbox: if that one rolls back, the rows of both are gone, and the sandbox is over.",
             part,
             top,
             idle,
         )
         return 0.0
 
-    def _take_off_what_is_clean(self, part: Part) -> None:
-        """Release the savepoints, from the top, of those who have written nothing."""
+    def _refuse_what_is_over(self, part: Part) -> None:
+        if self.is_over:
+            raise SandboxEnded("The sandbox of this session has ended. Open sessions inside it.")
+        if self.conflict is not None:
+            raise self.conflict
+        if part.is_lost:
+            raise part.error or SandboxEnded("What this session did was rolled back.")
+
+    def _take_off_what_is_clean(self) -> None:
+        """Release the savepoints, from the top, in which nothing was written."""
         try:
-            # Each that has written, and each that it stands in, holds a lock on its own number.
-            ((locks,),) = self._send(
-                "SELECT count(*) FROM pg_locks WHERE locktype = 'transactionid' "
-                "AND pid = pg_backend_pid() AND mode = 'ExclusiveLock'"
-            )
-        except Exception:  # noqa: BLE001  # the top has failed
-            top = self._stack[-1]
-            if part.is_kin(top):
-                self._roll_back(top)  # its owner can do no more than that
-                top.is_lost = True
+            written = self._count_written()
+        except Exception as error:
+            if sqlstate(error) != FAILED:
+                raise
+            self._undo_failed(self._stack[-1])
+            self._take_off_what_is_clean()
             return
-        written = max(0, locks - 1)
-        if self._stack[written:]:
-            taken_off = self._stack[written:]
-            settings: dict[str, str] = {}
-            for clean in reversed(taken_off):  # the first to change one knows how it was
-                settings |= clean.settings
-                clean.kept = self._read(clean.settings)
-            self._control(back(f"RELEASE SAVEPOINT {taken_off[0].savepoint}", settings))
-            for clean in taken_off:
-                clean.savepoint = ""
-            del self._stack[written:]
+        levels = [(part, point) for part in self._stack for point in range(-1, part.standing)]
+        if not levels[written:]:
+            return
+        lowest, point = levels[written]
+        first = self._stack.index(lowest) + (point >= 0)
+        taken_off = self._stack[first:]
+        settings: dict[str, str] = {}
+        for clean in reversed(taken_off):  # the first to change one knows how it was
+            settings |= clean.settings
+            clean.kept = self._commits.settings(clean.settings)
+        releases = [part.savepoint for part in taken_off[:1]]
+        if point >= 0:
+            releases += reversed(lowest.points[point : lowest.standing])
+            lowest.standing = point
+        self.connection.control(
+            joined((f"RELEASE SAVEPOINT {name}" for name in releases), settings)
+        )
+        for clean in taken_off:
+            clean.savepoint, clean.standing = "", 0
+        del self._stack[first:]
+
+    def _count_written(self) -> int:
+        """Count the savepoints, from the bottom, in which something was written."""
+        # Each has a lock on a number of its own then, and so has each that it stands in.
+        ((locks,),) = self.connection.send(
+            "SELECT count(*) FROM pg_locks WHERE locktype = 'transactionid' "
+            "AND pid = pg_backend_pid() AND mode = 'ExclusiveLock'"
+        )
+        return max(0, int(locks) - 1)
+
+    def _undo_failed(self, top: Part) -> None:
+        """Roll back what has failed, for somebody else: its owner can do no more than that."""
+        if top.standing:
+            name = top.points[top.standing - 1]
+            self.connection.control(f"ROLLBACK TO SAVEPOINT {name}; RELEASE SAVEPOINT {name}")
+            top.standing -= 1
+            top.has_failed = True
+            self._count_losses(top, top.standing)
+        else:
+            self._roll_back(top)
+            top.is_lost = True
 
     # -- savepoints ---------------------------------------------------------------------------
 
     async def _save(self, part: Part) -> None:
-        if not part.savepoint:
+        if not part.savepoint or part.standing < len(part.points):
             await greenlet_spawn(self._set_savepoint, part)
 
     def _set_savepoint(self, part: Part) -> None:
-        name = f"engineroom_{len(self._stack)}"
-        begin = f"SAVEPOINT {name}" + ("; SET TRANSACTION READ ONLY" if part.reads else "")
-        self._control(back(begin, part.kept))
+        statements = []
+        if not part.savepoint:
+            name = f"engineroom_{len(self._stack)}"
+            statements.append(f"SAVEPOINT {name}")
+            if part.reads:
+                statements.append("SET TRANSACTION READ ONLY")
+            if self._stack:  # what those below have set is not for it, nor what they violate
+                if not part.reads:
+                    self._commits.excuse(part)
+                below: dict[str, str] = {}
+                for other in reversed(self._stack):
+                    below |= other.settings
+                part.kept = below | part.kept
+                part.settings = self._commits.settings(below) | part.settings
+        points = [f"SAVEPOINT {point}" for point in part.points[part.standing :]]
+        self.connection.control(joined(statements, part.kept, points))
         part.kept.clear()
-        part.savepoint = name
-        self._stack.append(part)
+        part.standing = len(part.points)
+        if not part.savepoint:
+            part.savepoint = name
+            self._stack.append(part)
 
     def _release(self, part: Part) -> None:
         self._close_cursors(part)
-        self._control(back(f"RELEASE SAVEPOINT {part.savepoint}", part.settings))
+        below = self._stack[: self._stack.index(part)]
+        levels = sum(1 + other.standing for other in below)
+        wrote = bool(below and not part.reads and self._count_written() > levels)
+        self._commits.release(part)
         self._pop(part)
-        if self._stack:
-            self._stack[-1].inside += [str(part), *part.inside]
-        part.inside.clear()
-        part.settings.clear()
+        if wrote:
+            top = below[-1]
+            inside = [str(part), *(who for _, who in part.inside)]
+            top.inside += [(top.standing, who) for who in inside]
+        part.forget()
 
     def _roll_back(self, part: Part) -> None:
         above = self._stack[self._stack.index(part) + 1 :]
         if above:
             error = SandboxConflict(f"{part} was rolled back, and this session inside it. {CURE}")
             self._lose(above, error)
-        if part.inside:
-            logger.warning(
-                "%s is rolled back, and with it what was committed inside it, in a sandbox: by %s. "
-                "%s",
-                part,
-                "; ".join(part.inside),
-                CURE,
-            )
-            part.inside.clear()
         self._close_cursors(part)
         name = part.savepoint
-        self._control(f"ROLLBACK TO SAVEPOINT {name}; RELEASE SAVEPOINT {name}")
+        self.connection.control(f"ROLLBACK TO SAVEPOINT {name}; RELEASE SAVEPOINT {name}")
         part.settings.clear()
+        part.points.clear()
+        part.standing = 0
+        self._count_losses(part, -1)
         self._pop(part)
-        if self._changes_schema:
-            self._deferrable = None
+        if self.connection.changes_schema:
+            self._commits.doubt()
+
+    def _count_losses(self, part: Part, depth: int) -> None:
+        """See whether what a part has rolled back took along what others had committed."""
+        lost = [who for under, who in part.inside if under > depth]
+        if lost and self.conflict is None:
+            self.conflict = SandboxConflict(
+                f"{part} was rolled back in a sandbox, and with it what had been committed inside "
+                f"it: by {'; '.join(lost)}. In production that would have stayed; a sandbox is one "
+                f"transaction, and has lost it. {CURE}"
+            )
+        part.inside = [(under, who) for under, who in part.inside if under <= depth]
+
+    def _refuse_escaped(self) -> None:
+        """See that the outer transaction is still there: the driver knows without asking.
+
+        Raises:
+            NotInSandbox: the statement has ended it.
+        """
+        if not self.connection.is_in_transaction:
+            self.conflict = NotInSandbox(
+                "A statement has ended the transaction of the sandbox, which could not be seen "
+                "before it was sent. What was done inside is in the database for good, or gone. "
+                f"{CURE}"
+            )
+            self._lose(self._stack, self.conflict)
+            self._stack.clear()
+            raise self.conflict
 
     def _close_cursors(self, part: Part) -> None:
         for cursor in part.cursors:
@@ -475,99 +445,7 @@ class OuterTransaction:
         self._ended.set()
         self._ended = asyncio.Event()
 
-    # -- what a COMMIT would do ---------------------------------------------------------------
-
-    def _check_deferred(self) -> None:
-        """Check the constraints that wait for COMMIT, and have them wait again."""
-        if self._deferrable is None:
-            self._deferrable = self._find_deferrable()
-        if self._deferrable:
-            self._send("SET CONSTRAINTS ALL IMMEDIATE")
-            if waiting := sorted(name for name, waits in self._deferrable.items() if waits):
-                self._send(f"SET CONSTRAINTS {', '.join(waiting)} DEFERRED")
-
-    def _find_deferrable(self) -> dict[str, bool]:
-        """Look up which constraints and triggers can wait for COMMIT; and which do."""
-        found: dict[str, bool] = {}
-        for name, waits in self._send(
-            "SELECT quote_ident(n.nspname) || '.' || quote_ident(c.conname), c.condeferred "
-            "FROM pg_constraint c JOIN pg_namespace n ON n.oid = c.connamespace "
-            "WHERE c.condeferrable"  # a constraint trigger has a row here as well
-        ):
-            found[name] = waits or found.get(name, False)  # tables may share a name
-        return found
-
-    async def _remember_settings(
-        self, part: Part, text: str, statement: str, parameters: Any
-    ) -> None:
-        """Note how a setting is that a statement is about to change until COMMIT."""
-        names = {name.replace('"', "") for name in SET_LOCAL.findall(statement)}
-        if "set_config" in text.lower() and (found := SET_CONFIG.findall(statement)):
-            given = parameters.values() if isinstance(parameters, dict) else parameters or ()
-            names |= {*filter(None, found)}
-            names |= {g for g in given if isinstance(g, str) and SETTING.fullmatch(g)}
-        named = {"timezone" if name.upper() == "TIME" else name for name in names}
-        if new := named - part.settings.keys():
-            part.settings |= await greenlet_spawn(self._read, new)
-
-    def _read(self, names: Iterable[str]) -> dict[str, str]:
-        """Return the settings of these names, as far as there are such."""
-        settings = {}
-        for name in names:
-            ((value,),) = self._send(f"SELECT current_setting('{name}', true)")
-            if value is not None or "." in name:
-                settings[name] = value or ""
-        return settings
-
-
-def back(statement: str, settings: dict[str, str]) -> str:
-    """Add to a statement what gives settings their values."""
-    statements = [statement]
-    for name, value in settings.items():
-        literal = value.replace("'", "''")
-        statements.append(f"SELECT set_config('{name}', '{literal}', true)")
-    return "; ".join(statements)
-
-
-def code_of(statement: str) -> str:
-    """Return a statement without what is in quotes and comments, which nest."""
-    code, start = [], 0
-    while found := QUOTED.search(statement, start):
-        code += [statement[start : found.start()], " "]
-        start = found.end()
-        depth = 1 if found.group() == "/*" else 0
-        while depth:
-            mark = COMMENT.search(statement, start)
-            if mark is None:
-                return "".join(code)
-            depth += 1 if mark.group() == "/*" else -1
-            start = mark.end()
-    return "".join([*code, statement[start:]])
-
-
-def refuse_escape(text: str) -> None:
-    """Refuse a statement that would end the outer transaction.
-
-    Raises:
-        NotInSandbox: it would.
-    """
-    if found := ESCAPES.search(text):
-        verb = " ".join(found.group().strip("; \n").split()).upper()
-        raise NotInSandbox(
-            f"{verb} was sent as text, inside a sandbox: it would end the transaction that is to "
-            f"be rolled back. Use the session's own commit() and rollback(). Or: {CURE}"
-        )
-
-
-def refuse_by_state(error: BaseException) -> None:
-    """Say what an error of the server has to do with the sandbox.
-
-    Raises:
-        NotInSandbox: one transaction cannot serve the statement.
-    """
-    state = sqlstate(error)
-    if state in REFUSED:
-        raise NotInSandbox(
-            f"The server refused a statement, for {REFUSED[state]}, and in a sandbox everything "
-            f"runs in one. {CURE}"
-        ) from error
+    async def _remember(self, part: Part, names: set[str]) -> None:
+        """Note how settings are that a statement is about to change until COMMIT."""
+        if new := names - part.settings.keys():
+            part.settings |= await greenlet_spawn(self._commits.settings, new)

@@ -155,10 +155,8 @@ class Sandbox:
         room.sandbox = self
         for (_, role), engine in list(room._engines.items()):
             self.take_in(engine, role)
-        room.binds.clear()  # SQLAlchemy's engines with options remember the dialect
 
     def _forget(self) -> None:
-        self._room.binds.clear()
         self._room.sandbox = None
 
     def _retire_open(self) -> list[str]:

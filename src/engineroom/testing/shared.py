@@ -54,14 +54,24 @@ class Shared:
         """Have an engine's connections be facades of the one."""
         if engine not in self._before:
             self._before[engine] = (engine.pool, engine.dialect)
-            engine.dialect = twin(self._outer.dialect, engine)
+            self._replace(engine, twin(self._outer.connection.dialect, engine))
             engine.pool = Stage(engine, self._room, role, self._outer)
 
     def restore(self) -> None:
         """Have the engines work as they did before."""
         for engine, (pool, dialect) in self._before.items():
-            engine.pool, engine.dialect = pool, dialect
+            self._replace(engine, dialect)
+            engine.pool = pool
         self._before.clear()
+
+    def _replace(self, engine: Engine, dialect: Any) -> None:
+        """Give an engine another dialect, and those that were made of it with options.
+
+        Those ask it for its pool, but each has a dialect of its own.
+        """
+        for one in [engine, *self._room.derived]:
+            if one.pool is engine.pool:
+                one.dialect = dialect
 
 
 # Kept from sandbox to sandbox: SQLAlchemy's compiled statements are remembered by dialect.
@@ -80,5 +90,5 @@ def twin(dialect: Any, engine: Engine) -> Any:
         for name in [name for name in vars(made) if name.startswith("do_") or name == "connect"]:
             delattr(made, name)
         made.is_async = engine.dialect.is_async
-        made.get_driver_connection = lambda connection: RawDriver()
+        made.get_driver_connection = RawDriver
     return twins[dialect]
