@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import multiprocessing
 import os
 import sqlite3
@@ -151,6 +152,7 @@ def test_a_commit_that_fails_leaves_no_transaction_open(url: str, verb: str) -> 
 
 def starter(url: str, together: Any, each: int) -> None:
     """Create the tables with the others, then count up, on both sides in turn."""
+    logging.getLogger("engineroom").setLevel(logging.ERROR)  # that one waits for the schema's lock
     together.wait()
     manager = opened(url)
     with manager.sync_session() as db:
