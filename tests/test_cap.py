@@ -655,8 +655,8 @@ def ways_to_end() -> dict[str, Callable[[Database], None]]:
         connection = database.engine.connect()
         connection.detach()
         driver = weakref.ref(connection.connection.dbapi_connection)
+        del connection
         with pytest.warns(ResourceWarning):
-            del connection
             gc.collect()
         assert driver() is None
 
@@ -705,8 +705,8 @@ def test_a_manager_that_is_dropped_gives_its_places_back(postgres_url: str) -> N
     dropped = Database(postgres_url)
     one_sync(dropped)
     assert cap_of_process().info().open == 1
+    del dropped
     with pytest.warns(ResourceWarning):
-        del dropped
         gc.collect()
     until(lambda: cap_of_process().info().open, lambda count: count == 0)
     keeper.close()
@@ -945,22 +945,26 @@ class AnyOrder(RuleBasedStateMachine):
 
     @invariant()
     def counts_what_is_open(self) -> None:
-        until(lambda: self.cap.info().open, lambda count: self.used <= count <= self.limit)
+        assert self.used <= self.cap.info().open <= self.limit
         idle = sum(pool.idle for manager in self.managers for pool in manager.stats().pools)
         assert self.cap.waiting == 0
-        until(lambda: self.cap.info().open - self.used, lambda count: count <= idle)
+        if self.cap.info().open - self.used > idle:
+            gc.collect()  # what came back to a pool that its engine has disposed of
+        assert self.cap.info().open - self.used <= idle
 
     def teardown(self) -> None:
         for connection in self.lent + self.detached:
             connection.close()
         for manager in self.managers:
             manager.close()
-        until(is_empty(self.cap), bool)
+        self.lent = self.detached = []
+        gc.collect()
+        assert self.cap.info().open == 0
         self.folder.cleanup()
 
 
 AnyOrder.TestCase.settings = hypothesis_settings(
-    max_examples=20, stateful_step_count=20, deadline=None
+    max_examples=8, stateful_step_count=15, deadline=None
 )
 TestAnyOrder = AnyOrder.TestCase
 
