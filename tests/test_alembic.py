@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 import sys
 import time
 from argparse import Namespace
@@ -229,6 +230,20 @@ def test_a_migration_that_breaks_a_reference_on_sqlite_is_rolled_back(
         upgrade(project(tmp_path, made), sqlite_url)
     with Database(sqlite_url) as database, database.connect() as connection:
         assert inspect(connection).get_table_names() == []
+
+
+def test_a_file_with_broken_references_starts_where_there_is_nothing_to_migrate(
+    sqlite_url: str, tmp_path: Path
+) -> None:
+    """They were there before, and to look for them takes long on a large file."""
+    made = """op.create_table("parent", sa.Column("id", sa.Integer, primary_key=True))
+    op.create_table("child", sa.Column("parent_id", sa.Integer, sa.ForeignKey("parent.id")))"""
+    ini = project(tmp_path, made)
+    upgrade(ini, sqlite_url)
+    with sqlite3.connect(str(make_url(sqlite_url).database)) as file:
+        file.execute("INSERT INTO child VALUES (1)")
+    file.close()
+    upgrade(ini, sqlite_url)
 
 
 # -- where the database is ----------------------------------------------------------------------
