@@ -11,9 +11,8 @@ import logging
 import threading
 import weakref
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from celery.backends.database import DatabaseBackend as CelerysDatabaseBackend
 from celery.backends.database.session import ResultModelBase
 from sqlalchemy import Column, inspect
 from sqlalchemy.engine import Connection, Engine
@@ -26,6 +25,15 @@ from . import schema
 from .backends import find_schema_lock
 from .hooks import Callback, register
 from .registry import SessionManager
+
+if TYPE_CHECKING:
+
+    class CelerysBackend:
+        """Celery's own, which has no types."""
+
+        app: Any
+else:
+    from celery.backends.database import DatabaseBackend as CelerysBackend
 
 logger: logging.Logger = logging.getLogger("engineroom")
 
@@ -115,7 +123,7 @@ _managers: weakref.WeakKeyDictionary[Any, dict[Any, ResultSessionManager]] = (
 _lock = threading.Lock()
 
 
-class DatabaseBackend(CelerysDatabaseBackend):  # type: ignore[misc]  # Celery has no types
+class DatabaseBackend(CelerysBackend):
     """Celery's database backend, with engineroom's engines.
 
     Celery makes one for each thread; they share one manager, and so their connections.
