@@ -251,10 +251,10 @@ async def test_a_deferred_constraint_fails_at_commit(manager: DatabaseSessionMan
         async with manager.session() as db:
             db.add(Link(id=1, other=99))
 
-    async def circle() -> None:
+    async def circle(key: int) -> None:
         async with manager.session() as db:
-            await db.execute(text("INSERT INTO sandboxed_link VALUES (1, 2)"))
-            await db.execute(text("INSERT INTO sandboxed_link VALUES (2, 1)"))
+            await db.execute(text(f"INSERT INTO sandboxed_link VALUES ({key}, {key + 1})"))
+            await db.execute(text(f"INSERT INTO sandboxed_link VALUES ({key + 1}, {key})"))
 
     async with manager:
         with pytest.raises(IntegrityError) as outside:
@@ -263,11 +263,12 @@ async def test_a_deferred_constraint_fails_at_commit(manager: DatabaseSessionMan
             with pytest.raises(IntegrityError) as inside:
                 await dangling()
             assert type(inside.value.orig) is type(outside.value.orig)
-            await circle()
+            await circle(1)
+            await circle(3)
             with pytest.raises(IntegrityError):
                 await dangling()
             async with manager.session() as db:
-                assert await db.scalar(select(func.count()).select_from(Link)) == 2
+                assert await db.scalar(select(func.count()).select_from(Link)) == 4
 
 
 async def test_what_was_set_for_a_transaction_ends_with_it(

@@ -132,6 +132,7 @@ async def test_a_savepoint_without_a_row_is_rolled_back_alone(
                 if write_before:
                     await insert(db, key)
                 nested = await db.begin_nested()
+                await db.scalar(COUNT)  # sent with the first statement inside
                 await add(manager, key + 1)
                 await insert(db, key + 2)
                 await nested.rollback()
@@ -266,6 +267,11 @@ async def test_a_constraint_that_a_function_made(
                         await db.execute(twice)
                         await db.commit()
                     raise AssertionError("it was not checked")
+        async with sandbox(manager):
+            with pytest.raises(IntegrityError):  # in the transaction that has made it
+                async with manager.session() as db:
+                    await db.execute(text("SELECT make_late()"))
+                    await db.execute(twice)
 
 
 # -- settings --------------------------------------------------------------------------------------
@@ -318,7 +324,7 @@ async def test_engines_with_options_from_before_are_inside(manager: DatabaseSess
         for _ in range(2):
             async with sandbox(manager):
                 with named.begin() as one:
-                    one.execute(text("INSERT INTO sandboxed_item VALUES (1, '')"))
+                    one.execute(text("INSERT INTO sandboxed_item VALUES (:key, '')"), {"key": 1})
                 async with anamed.begin() as connection:
                     await insert(connection, 2)
                 inside = manager.sync_engine.execution_options(name="three")
