@@ -41,6 +41,7 @@ from engineroom.errors import SchemaLocked, SchemaMismatch, SelfDeadlock
 from engineroom.testing import PostgresServer, sandbox
 
 TABLES = 2
+MEANWHILE = 0.2  # seconds, in which the others come
 GUARD = "idle_in_transaction_session_timeout"
 
 
@@ -78,6 +79,8 @@ def create(number: int, url: str) -> None:
     metadata = wanted(url)
     for table in metadata.tables.values():
         event.listen(table, "after_create", lambda *_, **__: say("created"))
+    orders = metadata.tables["orders"]
+    event.listen(orders, "before_create", lambda *_, **__: time.sleep(MEANWHILE))
     if number % 2:
         with Database(url, metadata=metadata) as database:
             database.create_all()

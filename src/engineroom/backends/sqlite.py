@@ -305,6 +305,7 @@ class SQLite:
 class FileLock:
     """The lock that each writer of a SQLite file holds, from BEGIN IMMEDIATE to its end."""
 
+    _changes: int
     longest_pause: float = PAUSES[-1]  # every writer asks for it: one who comes less often loses
 
     def options(self) -> dict[str, Any]:
@@ -337,6 +338,7 @@ class FileLock:
         """
         if whole_session:
             _run_apart(connection, "PRAGMA foreign_keys=OFF")
+            self._changes = _changes(connection)
 
     def try_take(self, connection: Connection, *, whole_session: bool) -> bool:
         """Begin as a writer, unless somebody has begun already; without waiting."""
@@ -363,8 +365,10 @@ class FileLock:
         return True
 
     def finish(self, connection: Connection) -> None:
-        """Commit, if no row refers to one that is not there."""
-        if broken := connection.exec_driver_sql("PRAGMA foreign_key_check").fetchall():
+        """Commit, if no row refers to one that is not there; that is a look at all of them."""
+        changed = _changes(connection) > self._changes  # each migration notes that it was run
+        check = "PRAGMA foreign_key_check"
+        if changed and (broken := connection.exec_driver_sql(check).fetchall()):
             tables = sorted({f"{table} → {parent}" for table, _, parent, _ in broken})
             raise BrokenReferences(
                 f"The migrations of {connection.engine.url.database} were rolled back: rows would "
@@ -386,6 +390,12 @@ class FileLock:
     def cure(self) -> str:
         """Say how the processes are found."""
         return "find and end its process (fuser names those that have the file open)"
+
+
+def _changes(connection: Connection) -> int:
+    """Return how many rows the connection has ever changed."""
+    driver: Any = connection.connection.driver_connection
+    return int(driver.total_changes)
 
 
 def _run_apart(connection: Connection, statement: str) -> None:
