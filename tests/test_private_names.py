@@ -106,6 +106,34 @@ def test_do_return_conn_is_the_queue_pools_own() -> None:
         assert list(inspect.signature(pool._do_return_conn).parameters) == ["self", "record"]
 
 
+def test_dec_overflow_counts_a_connection_that_was_taken_out() -> None:
+    """Relied on by `Lender.part_with`, so that what SQLAlchemy says of the pool stays true."""
+    for pool_class in (QueuePool, AsyncAdaptedQueuePool):
+        pool = pool_class(lambda: None, pool_size=5, max_overflow=-1)
+        pool._inc_overflow()
+        assert pool.checkedout() == 1
+        pool._dec_overflow()
+        assert pool.checkedout() == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*garbage collector:sqlalchemy.exc.SAWarning")
+@pytest.mark.parametrize("end", ["close", "invalidate", "detach", "dispose"])
+def test_the_dialect_closes_each_connection(engine: Engine, end: str) -> None:
+    """Relied on by `cap.note_closings`; public, but documented nowhere as the only way."""
+    closed: list[object] = []
+    dialect: Any = engine.dialect
+    dialect.do_close = lambda connection: closed.append(id(connection)) or connection.close()
+    connection = engine.raw_connection()
+    driver = id(connection.dbapi_connection)
+    if end == "detach":
+        connection.detach()
+    if end == "invalidate":
+        connection.invalidate()
+    connection.close()
+    engine.dispose()
+    assert closed == [driver]
+
+
 def test_info_outlives_invalidation_until_the_next_connection(engine: Engine) -> None:
     """The berth is kept there, and asked for its permit when an invalidated connection returns."""
     connection = engine.raw_connection()

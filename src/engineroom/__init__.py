@@ -1,5 +1,6 @@
 """engineroom: the database session manager for SQLAlchemy."""
 
+from .cap import CapInfo
 from .database import Database
 from .engines import PoolInfo, Stats
 from .errors import (
@@ -18,6 +19,7 @@ from .settings import DatabaseSettings
 
 __all__ = [
     "Base",
+    "CapInfo",
     "ConfigurationError",
     "Database",
     "DatabaseSessionManager",

@@ -20,8 +20,8 @@ from .slots import Permit, Slots, Ticket
 
 VARIABLE = "DB_MAX_CONNECTIONS"
 
-# For so many times what it took to open it, a connection first serves those who wait in its own pool,
-# for they need not connect. Then it is the turn of whoever waits longest.
+# For so many times what it took to open it, a connection first serves those who wait in its own
+# pool, for they need not connect. Then it is the turn of whoever waits longest.
 TURN = 10
 LONGEST_TURN = 1.0  # seconds
 STUCK_AFTER = 1.0  # seconds in which a connection that was asked to give way should be closed
