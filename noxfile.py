@@ -77,6 +77,7 @@ def floors() -> list[str]:
 SLOW = (
     "abandoned",
     "bench",
+    "celery",
     "clones",
     "close",
     "fork",
@@ -84,6 +85,7 @@ SLOW = (
     "loops",
     "memory",
     "plugin",
+    "preload",
     "proxy",
     "servers",
     "shop",

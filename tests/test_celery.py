@@ -182,6 +182,7 @@ async def test_no_job_misses_its_row(app: Celery, folder: Path, url: str) -> Non
         """A task whose results are kept: callbacks return nothing."""
 
         def delay(self, *args: Any, **kwargs: Any) -> None:
+            assert threading.current_thread() is not threading.main_thread()  # where the loop is
             jobs.append(find.delay(*args, **kwargs))
 
     async with DatabaseSessionManager().init(url) as manager:
@@ -263,7 +264,7 @@ def test_it_is_celerys_backend_with_our_engines(app: Celery, url: str) -> None:
     assert backend.url == url
     backend.store_result("one", {"fizz": "buzz"}, states.SUCCESS)
     assert backend.get_result("one") == {"fizz": "buzz"}
-    assert backend.task_result_exists("one") if hasattr(backend, "task_result_exists") else True
+    assert backend.task_result_exists("one")
     backend.save_group("group", app.GroupResult("group", [app.AsyncResult("one")]))
     assert [result.id for result in backend.restore_group("group").results] == ["one"]
     backend.delete_group("group")
@@ -286,8 +287,6 @@ def test_all_threads_of_an_application_share_its_engines(app: Celery, postgres_u
 
 
 def test_a_callback_of_the_configuration_meets_the_engine(folder: Path, sqlite_url: str) -> None:
-    if "engine_callback" not in CelerysBackend.__init__.__code__.co_varnames:
-        return  # Celery before 5.7 knows none
     met: list[Any] = []
     app = celery_jobs.make_app(folder, f"engineroom+{sqlite_url}")
     app.conf.database_engine_callback = met.append

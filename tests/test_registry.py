@@ -36,6 +36,7 @@ from engineroom.errors import (
     UnknownOption,
 )
 from engineroom.registry import SessionManager
+from engineroom.sessions import guarded
 from engineroom.testing import PostgresServer
 
 SECRET = "hunter2"
@@ -753,7 +754,9 @@ def meets_many(url: str, count: int, step: int) -> dict[str, Any]:
         cpu.append(round(time.process_time() - used, 3))
         gc.collect()
         size.append(resident())
-    kept = [len(manager._engines), len(manager._sessions), len(ROOMS), len(manager._owners)]
+    classes = guarded(Session).__subclasses__()  # each factory has its own, while it lives
+    kept = [len(manager._engines), len(manager._sessions), len(ROOMS), len(classes)]
+    kept.append(len(manager._owners))
     manager.close()
     return {"seconds": seconds, "cpu": cpu, "size": size, "kept": kept, "left": settled(url)}
 

@@ -137,7 +137,7 @@ class DatabaseBackend(CelerysBackend):
     @session_manager.setter
     def session_manager(self, theirs: Any) -> None:
         """Take ours where Celery gives itself one of its own."""
-        callback = getattr(theirs, "engine_callback", None)
+        callback = theirs.engine_callback
         with _lock:
             known = _managers.setdefault(self.app, {})
             if callback not in known:

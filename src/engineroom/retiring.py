@@ -6,7 +6,6 @@ So one that lives pays nothing for the question whether it does.
 from __future__ import annotations
 
 import inspect
-from functools import cache
 from typing import Any, NoReturn
 
 from .errors import SessionClosed
@@ -54,17 +53,22 @@ def retire(resource: Any, why: str) -> None:
         resource.__class__ = retired(living)
 
 
-@cache
 def retired(living: Any) -> Any:
-    """Return the class that a resource of this class becomes when it has ended."""
-    verbs = [
-        name
-        for name in dir(living)
-        if name not in HARMLESS
-        and not name.startswith("_")
-        and inspect.isfunction(inspect.getattr_static(living, name))
-    ]
-    return type(living.__name__, (living,), dict.fromkeys(verbs, refuse))
+    """Return the class that a resource of this class becomes when it has ended.
+
+    It is kept on that class, and goes with it: each `sessionmaker` makes one of its own.
+    """
+    known = vars(living).get("_retired")
+    if known is None:
+        verbs = [
+            name
+            for name in dir(living)
+            if name not in HARMLESS
+            and not name.startswith("_")
+            and inspect.isfunction(inspect.getattr_static(living, name))
+        ]
+        known = living._retired = type(living.__name__, (living,), dict.fromkeys(verbs, refuse))
+    return known
 
 
 def refuse(resource: Any, *args: Any, **kw: Any) -> NoReturn:
