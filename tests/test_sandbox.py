@@ -607,9 +607,10 @@ async def test_one_that_waits_for_its_turn_can_be_cancelled(
             began = time.monotonic()
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.2):
-                    await count(manager)
+                    await add(manager, 1)
             assert time.monotonic() - began < 3
             await sleeping
+        assert await count(manager) == 0, "nobody sends later what was given up"
 
 
 def test_a_fork_inside_leaves_every_manager_alone(driver_url: str) -> None:
