@@ -20,7 +20,7 @@ import pytest
 from alembic import command
 from alembic.config import Config
 from scenario import is_postgres, run
-from sqlalchemy import inspect, text
+from sqlalchemy import create_engine, event, inspect, text
 from sqlalchemy.engine import make_url
 from starting import (
     FIRST,
@@ -218,6 +218,39 @@ def test_a_batch_on_sqlite_keeps_the_rows_that_refer_to_its_table(
     upgrade(project(tmp_path, made, batch), sqlite_url)
     with Database(sqlite_url) as database, database.connect() as connection:
         assert connection.scalar(text("SELECT count(*) FROM child")) == 1
+
+
+@pytest.mark.parametrize("own_engine", [False, True])
+def test_a_batch_in_a_given_transaction_deletes_no_row_that_refers_to_its_table(
+    own_engine: bool, sqlite_url: str, tmp_path: Path
+) -> None:
+    """There SQLite enforces foreign keys: without rows it goes, with rows it is refused."""
+    made = """op.create_table("parent", sa.Column("id", sa.Integer, primary_key=True))
+    parent = sa.ForeignKey("parent.id", ondelete="CASCADE")
+    op.create_table("child", sa.Column("parent_id", sa.Integer, parent))"""
+    batch = """with op.batch_alter_table("parent", recreate="always") as table:
+        table.add_column(sa.Column("name", sa.String(20)))"""
+    given = config(project(tmp_path, made, batch))
+    rows = "INSERT INTO parent VALUES (1, 'a'); INSERT INTO child VALUES (1)"
+    with Database(sqlite_url) as database:
+        engine = create_engine(sqlite_url) if own_engine else database.engine
+        if own_engine:
+            event.listen(engine, "connect", lambda raw, _: raw.execute("PRAGMA foreign_keys=ON"))
+        with engine.begin() as given.attributes["connection"]:
+            command.upgrade(given, "heads")
+        again = config(project(tmp_path, made, batch, batch.replace("name", "title")))
+        with database.connect() as connection:
+            for statement in rows.split(";"):
+                connection.execute(text(statement))
+        with pytest.raises(BrokenReferences, match="rows of child refer to it"):
+            with engine.begin() as again.attributes["connection"]:
+                command.upgrade(again, "heads")
+        with database.engine.connect() as again.attributes["connection"]:
+            command.upgrade(again, "heads")
+        with database.connect() as connection:
+            assert connection.scalar(text("SELECT count(*) FROM child")) == 1
+            assert "title" in {each["name"] for each in inspect(connection).get_columns("parent")}
+        engine.dispose()
 
 
 def test_a_migration_that_breaks_a_reference_on_sqlite_is_rolled_back(

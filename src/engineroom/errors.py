@@ -329,7 +329,7 @@ class SchemaLocked(SchemaError):
 
 
 class BrokenReferences(SchemaError):
-    """After a migration of a SQLite file, rows would refer to rows that are not there."""
+    """In a migration of a SQLite file, rows would lose the rows that they refer to."""
 
     code = "broken-references"
 

@@ -152,7 +152,8 @@ def locked(connection: Connection, what: str, timeout: float = TIMEOUT) -> Gener
         yield
     elif connection.in_transaction():
         take(lock, connection, what, timeout)
-        yield
+        with lock.minding_drops(connection):
+            yield
     else:
         connection = connection.execution_options(**lock.options())
         try:

@@ -152,6 +152,9 @@ class SchemaLock(Protocol):
                 begun here, and otherwise none is left open.
         """
 
+    def minding_drops(self, connection: Connection) -> AbstractContextManager[None]:
+        """Refuse to drop what cannot be dropped in a transaction that somebody else has begun."""
+
     def finish(self, connection: Connection) -> None:
         """Commit what was done while the whole session had it, if it may be."""
 

@@ -211,8 +211,8 @@ class AdvisoryLock:
         return {"isolation_level": "READ COMMITTED"}
 
     def look_options(self) -> dict[str, Any]:
-        """Begin a transaction in which the server refuses writes."""
-        return {"postgresql_readonly": True}
+        """Begin a transaction in which the server refuses writes, on an AUTOCOMMIT engine too."""
+        return {"postgresql_readonly": True, "isolation_level": "READ COMMITTED"}
 
     def looking(self, connection: Connection) -> AbstractContextManager[None]:
         """The transaction is read-only."""
@@ -240,6 +240,10 @@ class AdvisoryLock:
         if whole_session:
             connection.commit()
         return bool(row[0])
+
+    def minding_drops(self, connection: Connection) -> AbstractContextManager[None]:
+        """The server itself refuses to drop what is referred to."""
+        return nullcontext()
 
     def finish(self, connection: Connection) -> None:
         """Alembic has committed what it did; what it only asked ends here."""

@@ -20,6 +20,7 @@ from typing import Any
 from sqlalchemy import event
 from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.pool import PoolProxiedConnection
+from sqlalchemy.schema import DropTable
 
 from ..cancellation import settle
 from ..errors import BrokenReferences, InvalidPath, InvalidURL, SelfDeadlock
@@ -34,6 +35,10 @@ WAITS_HERE = "engineroom_waits_here"  # for the lock: SQLite itself does not
 BEGINS_LATER = "engineroom_begins_later"
 
 BEGIN_WRITE = "BEGIN IMMEDIATE"
+REFERRING = """
+SELECT t.name, f."from" FROM sqlite_master AS t JOIN pragma_foreign_key_list(t.name) AS f
+WHERE t.type = 'table' AND lower(f."table") = lower(?) AND lower(t.name) <> lower(?)
+"""
 
 SQLITE_BUSY, SQLITE_READONLY = 5, 8  # of SQLite's result codes
 # Seconds between two tries for a lock, the last for all that follow. SQLite's own begin like this,
@@ -403,6 +408,27 @@ class FileLock:
             cursor.close()
         return True
 
+    @contextmanager
+    def minding_drops(self, connection: Connection) -> Generator[None]:
+        """Refuse to drop a table that rows refer to: their foreign keys are enforced.
+
+        SQLite empties the table first, and ON DELETE CASCADE takes the rows of others along.
+        Inside of a transaction nobody can tell it not to.
+        """
+        if not connection.exec_driver_sql("PRAGMA foreign_keys").scalar_one():
+            yield
+            return
+
+        def mind(connection: Connection, clause: Any, *_: Any) -> None:
+            if isinstance(clause, DropTable):
+                _refuse_if_referred_to(connection, clause.element.name)
+
+        event.listen(connection, "before_execute", mind)
+        try:
+            yield
+        finally:
+            event.remove(connection, "before_execute", mind)
+
     def finish(self, connection: Connection) -> None:
         """Commit, if no row refers to one that is not there; that is a look at all of them."""
         changed = _changes(connection) > self._changes  # each migration notes that it was run
@@ -429,6 +455,25 @@ class FileLock:
     def cure(self) -> str:
         """Say how the processes are found."""
         return "find and end its process (fuser names those that have the file open)"
+
+
+def _refuse_if_referred_to(connection: Connection, table: str) -> None:
+    """Refuse to drop a table that rows of another one refer to.
+
+    Raises:
+        BrokenReferences: they do.
+    """
+    referring = connection.exec_driver_sql(REFERRING, (table, table)).all()
+    quote = connection.dialect.identifier_preparer.quote_identifier
+    for other, column in referring:
+        rows = f"SELECT 1 FROM {quote(other)} WHERE {quote(column)} IS NOT NULL LIMIT 1"  # noqa: S608
+        if connection.exec_driver_sql(rows).first():
+            raise BrokenReferences(
+                f"The table {table} of {connection.engine.url.database} was not dropped, alone or "
+                f"to be rebuilt: rows of {other} refer to it, and would be deleted or refused with "
+                "it. The migrations run in a transaction that had begun before, in which SQLite "
+                "enforces foreign keys. Give them a connection that is in none: engine.connect()."
+            )
 
 
 def _changes(connection: Connection) -> int:
