@@ -24,7 +24,7 @@ VARIABLE = "DB_MAX_CONNECTIONS"
 # pool, for they need not connect. Then it is the turn of whoever waits longest.
 TURN = 10
 LONGEST_TURN = 1.0  # seconds
-STUCK_AFTER = 1.0  # seconds in which a connection that was asked to give way should be closed
+STUCK_AFTER = 0.9  # seconds in which a connection that was asked to give way should be closed
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +55,12 @@ class Pool(Protocol):
     def put_back(self, stay: Stay) -> None:
         """Put back what was taken out."""
 
-    def give_way(self, stay: Stay) -> bool:
-        """Close an idle connection, where it belongs; False if it is lent or gone."""
+    def give_way(self, stay: Stay, again: bool) -> bool:
+        """Close an idle connection, where it belongs; False if it is lent or gone.
+
+        Args:
+            again: It was asked before, and nothing has come of it.
+        """
 
     def reap_ended(self) -> None:
         """Part with what belongs to an event loop that was closed."""
@@ -314,8 +318,8 @@ class Cap(Slots):
         for _, stay in sorted(idle, key=lambda pair: pair[0]):
             if missing <= 0:
                 break
-            stay.asked = time.monotonic()
-            if (pool := stay.pool) is not None and pool.give_way(stay):
+            again, stay.asked = stay.asked is not None, time.monotonic()
+            if (pool := stay.pool) is not None and pool.give_way(stay, again):
                 missing -= 1
             else:
                 stay.asked = None

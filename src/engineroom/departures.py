@@ -8,11 +8,11 @@ from __future__ import annotations
 import _thread
 import logging
 import os
-import queue
 import select
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -23,8 +23,7 @@ HUNG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR | se
 
 GONE_LIMIT = 1.0  # seconds that a server has to let go
 UNSEEN = 0.05  # seconds for a connection that failed on its way: its socket was never seen
-LOOK_EVERY = 2  # milliseconds
-LINGER = 0.1  # seconds without anything to watch, after which the thread ends
+LOOK_EVERY = 0.002  # seconds
 
 Departure = tuple[int | None, float, Callable[[], object]]  # a descriptor, a deadline, what is next
 
@@ -40,7 +39,7 @@ class Departures:
 
     def disown(self) -> None:
         """Start afresh, in a forked child as well: the thread is the parent's."""
-        self._arriving: queue.SimpleQueue[Departure] = queue.SimpleQueue()
+        self._arriving: deque[Departure] = deque()
         self._on_duty = threading.Lock()  # held by the thread, while there is one
 
     def see_off(self, descriptor: int | None, then: Callable[[], object]) -> None:
@@ -61,7 +60,7 @@ class Departures:
             self._watch((descriptor, time.monotonic() + GONE_LIMIT, then))
 
     def _watch(self, departure: Departure) -> None:
-        self._arriving.put(departure)
+        self._arriving.append(departure)
         if self._on_duty.acquire(blocking=False):
             try:
                 # `threading.Thread.start()` takes locks that the interrupted line may hold.
@@ -70,21 +69,20 @@ class Departures:
                 self._on_duty.release()
 
     def _run(self) -> None:
-        watched: list[Departure] = []
-        try:
-            while True:
-                with suppress(queue.Empty):
-                    while True:
-                        watched.append(self._arriving.get(not watched, LINGER))
-                if not watched:
-                    break
-                watched = [one for one in watched if not self._has_left(one)]
-                if watched:
-                    time.sleep(LOOK_EVERY / 1000)
-        finally:
-            self._on_duty.release()
-        if not self._arriving.empty() and self._on_duty.acquire(blocking=False):
-            self._run()  # it came between the last look and the release
+        """Watch until nothing is left; what comes between the last look and the release as well."""
+        is_on_duty = True
+        while is_on_duty:
+            try:
+                watched: list[Departure] = []
+                while watched or self._arriving:
+                    while self._arriving:
+                        watched.append(self._arriving.popleft())
+                    watched = [one for one in watched if not self._has_left(one)]
+                    if watched:
+                        time.sleep(LOOK_EVERY)
+            finally:
+                self._on_duty.release()
+            is_on_duty = bool(self._arriving) and self._on_duty.acquire(blocking=False)
 
     def _has_left(self, departure: Departure) -> bool:
         descriptor, deadline, then = departure

@@ -372,10 +372,21 @@ class EngineRoom:
         for session in list(self.loose):
             retire(session, why)
 
-    def end_apart(self, role: Role, connections: Sequence[PoolProxiedConnection]) -> None:
-        """End what runs on connections whose loop has ended, from another loop or a thread."""
+    def end_apart(
+        self,
+        role: Role,
+        connections: Sequence[PoolProxiedConnection],
+        *,
+        is_abandoned: bool = False,
+    ) -> None:
+        """End what runs on connections over another one, from any loop or thread.
+
+        Args:
+            is_abandoned: Their loop has ended: nothing of theirs can be awaited.
+        """
         side = Side.SYNC if asyncio._get_running_loop() is None else Side.ASYNC
-        self.backend.end(connections, partial(self.run_apart, side, role, seconds=END_LIMIT))
+        execute = partial(self.run_apart, side, role, seconds=END_LIMIT)
+        self.backend.end(connections, execute, is_abandoned=is_abandoned)
 
     def interrupt(self, entry: Entry) -> None:
         """Stop what a thread runs or waits for in a scope, from another thread."""

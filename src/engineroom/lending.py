@@ -284,7 +284,7 @@ class Lender(QueuePool):
         if self.ended and self.take_out(stay):
             self.part_with(stay)
 
-    def give_way(self, stay: Stay) -> bool:
+    def give_way(self, stay: Stay, again: bool = False) -> bool:
         """Close an idle connection, where it belongs; False if it is lent or gone."""
         if not self.take_out(stay):
             return False
@@ -612,7 +612,7 @@ class Lender(QueuePool):
         self.ended = True
         if overdue := self.lent():  # its tasks were never told
             try:
-                self.end_apart(overdue)
+                self.end_apart(overdue, is_abandoned=True)
             except Exception as error:  # noqa: BLE001  # the server ends them, if later
                 logger.info("What an ended loop left running could not be ended: %r", error)
         for driver in list(self._drivers):

@@ -233,12 +233,15 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
 
     # -- giving way to others ---------------------------------------------------------------------
 
-    def give_way(self, stay: Stay) -> bool:
-        """Close an idle connection in its loop; where that does not run, cut it."""
+    def give_way(self, stay: Stay, again: bool = False) -> bool:
+        """Close an idle connection in its loop; where that runs no more, cut it.
+
+        Between two of its runs, one of which ends it, a loop stands still for a moment.
+        """
         if asyncio._get_running_loop() is self.loop:
             return super().give_way(stay)
-        if self.loop.is_running():
-            with suppress(RuntimeError):  # it was closed just now
+        if self.loop.is_running() or not again:
+            with suppress(RuntimeError):  # it is closed
                 self.loop.call_soon_threadsafe(self._asked_to_give_way, stay)
                 return True
         if not self.take_out(stay):
@@ -254,9 +257,12 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
     def part_with(self, stay: Stay) -> None:
         """Close what was taken out, in a task: nobody waits for that."""
         self._dec_overflow()
-        parting = self.loop.create_task(settle(greenlet_spawn(stay.kept.close)))
+        parting = self.loop.create_task(self._close_apart(stay.kept))
         self._partings.add(parting)
         parting.add_done_callback(partial(self._parted, stay))
+
+    async def _close_apart(self, record: ConnectionPoolEntry) -> None:
+        await settle(greenlet_spawn(record.close))
 
     def _parted(self, stay: Stay, parting: asyncio.Task[None]) -> None:
         self._partings.discard(parting)

@@ -83,12 +83,17 @@ class Backend(Protocol):
         """Whether the connection keeps every other writer out, from what the client knows."""
 
     def end(
-        self, connections: Sequence[PoolProxiedConnection], execute: Callable[[str], None]
+        self,
+        connections: Sequence[PoolProxiedConnection],
+        execute: Callable[[str], None],
+        *,
+        is_abandoned: bool = False,
     ) -> None:
         """End, from outside, whatever these connections do, and roll it back.
 
         Args:
             execute: runs a statement on a new connection of its own.
+            is_abandoned: Their event loop has ended.
         """
 
     def interrupt(self, driver: Any) -> None:

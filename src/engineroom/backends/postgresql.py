@@ -128,7 +128,11 @@ class PostgreSQL:
         return False
 
     def end(
-        self, connections: Sequence[PoolProxiedConnection], execute: Callable[[str], None]
+        self,
+        connections: Sequence[PoolProxiedConnection],
+        execute: Callable[[str], None],
+        *,
+        is_abandoned: bool = False,
     ) -> None:
         """End the backends: every role may do that with its own."""
         drivers: list[Any] = [connection.driver_connection for connection in connections]
@@ -140,7 +144,8 @@ class PostgreSQL:
             for driver in drivers:
                 with suppress(Exception):
                     if hasattr(driver, "get_server_pid"):
-                        await_only(self.break_off(driver))
+                        if not is_abandoned:  # (asyncpg asks in its own loop only)
+                            await_only(self.break_off(driver))
                     else:
                         self.interrupt(driver)
                         _shut(int(driver.fileno()))  # it ends as soon as it reads from there
@@ -164,7 +169,8 @@ class PostgreSQL:
             return
         descriptor = self.descriptor(driver)
         if descriptor is not None and descriptor >= 0:
-            _shut(descriptor)
+            # Not for reading: whoever waits for the server to let go would see our own end.
+            _shut(descriptor, socket.SHUT_WR)
         if isinstance(loop, asyncio.BaseEventLoop):
             # asyncio closes its socket in a callback that this loop will never run: run it here.
             loop.call_soon = _run_unless_it_resumes_a_task  # type: ignore[method-assign,assignment]
@@ -405,9 +411,9 @@ def _run_unless_it_resumes_a_task(callback: Any, *args: Any, context: object = N
         callback(*args)
 
 
-def _shut(descriptor: int) -> None:
+def _shut(descriptor: int, how: int = socket.SHUT_RDWR) -> None:
     with socket.socket(fileno=os.dup(descriptor)) as duplicate:
-        duplicate.shutdown(socket.SHUT_RDWR)
+        duplicate.shutdown(how)
 
 
 def _backend_pid(driver: Any) -> int:

@@ -224,7 +224,11 @@ class SQLite:
         )
 
     def end(
-        self, connections: Sequence[PoolProxiedConnection], execute: Callable[[str], None]
+        self,
+        connections: Sequence[PoolProxiedConnection],
+        execute: Callable[[str], None],
+        *,
+        is_abandoned: bool = False,
     ) -> None:
         """Interrupt what runs and roll it back: the lock on the file must go."""
         for connection in connections:
