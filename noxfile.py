@@ -76,7 +76,9 @@ def floors() -> list[str]:
 # What the corners leave to `make test` and to the whole matrix, for the time it takes.
 SLOW = (
     "abandoned",
+    "alembic",
     "bench",
+    "cap",
     "celery",
     "clones",
     "close",
@@ -87,6 +89,8 @@ SLOW = (
     "plugin",
     "preload",
     "proxy",
+    "registry",
+    "schema",
     "servers",
     "shop",
     "shop_process",

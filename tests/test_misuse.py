@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 from scenario import in_threads
-from sqlalchemy import select, text
+from sqlalchemy import Column, Integer, MetaData, Table, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, Session, mapped_column
@@ -1000,7 +1000,9 @@ def test_a_second_sync_writer_inside_the_first(manager: Any, first: str, second:
                 with manager.sync.get_session() as loose:
                     loose.execute(text("SELECT 1"))
             elif second == "create_all":
-                manager.sync.create_all()
+                missing = MetaData()
+                Table("not_there_yet", missing, Column("id", Integer, primary_key=True))
+                manager.sync.create_all(missing)
             else:
                 with getattr(manager.sync, second)() as inner:
                     inner.execute(text("SELECT 1"))

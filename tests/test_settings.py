@@ -40,6 +40,7 @@ SAMPLES: dict[
 ] = {  # of each field: a value that is not the default, as text too
     "pool_size": (7, "7"),
     "max_overflow": (0, "0"),
+    "max_connections": (50, "50"),
     "pool_timeout": (90.0, "1.5min"),
     "pool_recycle": (-1, "-1"),
     "pool_pre_ping": (True, "true"),

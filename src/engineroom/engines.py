@@ -100,7 +100,7 @@ class EngineRoom:
 
     backend: Backend
     settings: DatabaseSettings
-    metadata: MetaData
+    metadata: MetaData = Base.metadata
     new_session: Callable[[Engine], Guarded]
     new_async_session: Callable[[AsyncEngine], AsyncSession]
     thread_pool: type[ThreadPool] = ThreadPool
