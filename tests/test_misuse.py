@@ -552,6 +552,18 @@ def test_use_of_the_sync_side_before_init(verb: str) -> None:
     assert_teaches(caught.value, errors.NotInitialized, "init(url)")
 
 
+def test_the_schema_is_checked_only_of_what_is_open(sqlite_url: str) -> None:
+    manager = DatabaseSessionManager()
+    kinds: list[type[Exception]] = [errors.NotInitialized, errors.ManagerClosed]
+    for kind in kinds:
+        with pytest.raises(kind, match=r"check\(\)"):
+            manager.sync.check(schema=True)
+        with pytest.raises(kind, match=r"check\(\)"):
+            asyncio.run(manager.check(schema=True))
+        manager.init(sqlite_url)
+        asyncio.run(manager.close())
+
+
 @pytest.mark.parametrize("verb", ASYNC_VERBS)
 def test_use_after_close(sqlite_url: str, verb: str) -> None:
     async def main() -> None:

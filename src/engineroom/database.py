@@ -116,7 +116,7 @@ class Database:
             SchemaMismatch: it does not.
             sqlalchemy.exc.SQLAlchemyError, OSError: whatever the driver says when it did not.
         """
-        probe = Probe(self._room.metadata, self._room.settings) if schema else ask
+        probe = Probe(self._room) if schema else ask
         started = time.perf_counter()
         if self._room.must_wait(Side.SYNC, Role.READER):
             self._room.work_apart(Side.SYNC, Role.READER, probe)

@@ -108,8 +108,7 @@ class DatabaseSessionManager:
         """
         probe = ask
         if schema:  # the migrations are read from files, once
-            room = self._room
-            probe = await asyncio.to_thread(Probe, room.metadata, room.settings)
+            probe = await asyncio.to_thread(Probe, self._room)
         started = time.perf_counter()
         if self._room.must_wait(Side.ASYNC, Role.READER):
             await greenlet_spawn(self._room.work_apart, Side.ASYNC, Role.READER, probe)

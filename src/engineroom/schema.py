@@ -19,6 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.util import await_only
 
 from .backends import SchemaLock, find_schema_lock
+from .engines import EngineRoom
 from .errors import InvalidOption, SchemaLocked, SchemaMismatch
 from .scopes import AsyncConnectScope, ConnectScope
 from .settings import DatabaseSettings
@@ -372,9 +373,11 @@ def ask(connection: Connection) -> None:
 class Probe:
     """What `check(schema=True)` asks the database."""
 
-    def __init__(self, metadata: MetaData, settings: DatabaseSettings) -> None:
-        self._metadata = metadata
-        self._revisions = revisions_of(settings)
+    def __init__(self, room: EngineRoom) -> None:
+        if not room.life.is_usable:  # no scope has asked yet, and there are no settings before
+            raise room.life.refusal("check()")
+        self._metadata = room.metadata
+        self._revisions = revisions_of(room.settings)
 
     def __call__(self, connection: Connection) -> None:
         """Ask whether it answers, and stands where the code needs it."""
