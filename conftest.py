@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from traceback import format_exception
 from typing import Any
 
 import pytest
 from sqlalchemy import MetaData
 from sqlalchemy.orm import registry
 from sybil import Sybil
+from sybil.integration.pytest import SybilItem
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
 from engineroom import Base
@@ -53,6 +55,18 @@ pytest_collect_file = Sybil(
     teardown=_leave_folder,
     path=str(ROOT),
 ).pytest()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
+    """Print a group of exceptions, on which sybil's own way to print ends the whole worker.
+
+    Pytest raises one where the garbage of earlier tests warns more than once.
+    """
+    error = None if call.excinfo is None else call.excinfo.value
+    if isinstance(item, SybilItem) and isinstance(error, BaseExceptionGroup):
+        printed = "".join(format_exception(error))
+        item.repr_failure = lambda *_, **__: printed  # type: ignore[method-assign]
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
