@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from traceback import format_exception
@@ -12,7 +13,7 @@ import pytest
 from sqlalchemy import MetaData
 from sqlalchemy.orm import registry
 from sybil import Sybil
-from sybil.integration.pytest import SybilItem
+from sybil.integration.pytest import SybilFile, SybilItem
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
 from engineroom import Base
@@ -23,6 +24,7 @@ ROOT = Path(__file__).parent
 EXPECTED_SKIPS: dict[str, str] = {}
 
 _unexpected: list[str] = []
+_collected: list[pytest.Item] = []
 
 
 def _own_folder(namespace: dict[str, Any]) -> None:
@@ -55,6 +57,32 @@ pytest_collect_file = Sybil(
     teardown=_leave_folder,
     path=str(ROOT),
 ).pytest()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Collect a document whole or not at all, as below."""
+    report = yield
+    leaves_out = collector.config.getoption("lf", default=False)
+    if leaves_out and isinstance(collector, SybilFile) and report.result:
+        collector.documents.clear()
+        report.result = list(collector.collect())
+    return report
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    _collected[:] = items
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Run a document whole or not at all (`--last-failed`, `-k`): an example needs those before."""
+    chosen = set(session.items)
+    documents = {item.path for item in session.items if isinstance(item, SybilItem)}
+    session.items[:] = [one for one in _collected if one in chosen or one.path in documents]
 
 
 @pytest.hookimpl(tryfirst=True)

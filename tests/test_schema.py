@@ -346,14 +346,18 @@ def test_asynchronous_engines_of_others_create_by_their_synchronous_core(
         dialect = "sqlite" if driver == "aiosqlite" else "postgresql"
         name = "sqlite_url" if driver == "aiosqlite" else "postgres_url"
         where = request.getfixturevalue(name).replace(dialect, f"{dialect}+{driver}")
+        alone = MetaData()  # to the one of `Item` other modules add their tables
+        Item.metadata.tables["item"].to_metadata(alone)
         engine = create_async_engine(where)
-        await greenlet_spawn(schema.create_all, engine.sync_engine, models())
-        async with engine.begin() as connection:
-            await connection.run_sync(schema.create_missing, Item.metadata)
-        async with engine.connect() as connection:
-            found = await connection.run_sync(lambda sync: inspect(sync).get_table_names())
+        try:
+            await greenlet_spawn(schema.create_all, engine.sync_engine, models())
+            async with engine.begin() as connection:
+                await connection.run_sync(schema.create_missing, alone)
+            async with engine.connect() as connection:
+                found = await connection.run_sync(lambda sync: inspect(sync).get_table_names())
+        finally:
+            await engine.dispose()
         assert sorted(found) == ["customer", "item", "orders"]
-        await engine.dispose()
 
     asyncio.run(main())
 
