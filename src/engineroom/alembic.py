@@ -194,7 +194,7 @@ def _on_connection(manager: Manager, work: Callable[..., None]) -> None:
 
 def _work_and_part(connection: Connection, work: Callable[[Connection], None]) -> None:
     """Work, and keep the connection from being lent again: who knows what a migration has set."""
-    lock = find_schema_lock(connection.dialect.name)
+    lock = find_schema_lock(connection)
     if lock is not None and _only_looks():
         connection = connection.execution_options(**lock.look_options())
     try:
@@ -236,10 +236,9 @@ def _migrate(
             connection, metadata, options | {"on_version_apply": [progress.note, *callbacks]}
         )
         migration = context.get_context()
-        if connection.dialect.name == "sqlite":
-            # All that SQLite's DDL does is transactional. A block outside of the transaction would
-            # let go of the lock, in the middle of a step that another starter then begins again.
-            migration.autocommit_block = _stay  # type: ignore[method-assign]
+        lock = find_schema_lock(connection)
+        if lock is not None and lock.autocommit_block is not None:
+            migration.autocommit_block = lock.autocommit_block  # type: ignore[method-assign]
         if not migration.purge:
             _refuse_unknown(connection, migration)
         with context.begin_transaction():
@@ -252,11 +251,6 @@ def _refuse_unknown(connection: Connection, migration: Any) -> None:
     if not was_in_transaction:
         connection.rollback()
     refuse_unknown(Revisions.of(context.script), heads)
-
-
-@contextmanager
-def _stay() -> Generator[None]:
-    yield
 
 
 def _configure(

@@ -105,7 +105,7 @@ def missing_columns(connection: Connection) -> list[Column[Any]]:
 
 def add_missing_columns(engine: Engine) -> None:
     """Add them, once, however many workers start at the same time."""
-    lock = find_schema_lock(engine.dialect.name)
+    lock = find_schema_lock(engine)
     if lock is None:
         return
     with engine.execution_options(**lock.options()).begin() as connection:

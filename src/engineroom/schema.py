@@ -41,7 +41,7 @@ class SchemaScope(ConnectScope):
     __slots__ = ()
 
     def _open(self, engine: Engine) -> Connection:
-        lock = find_schema_lock(engine.dialect.name)
+        lock = find_schema_lock(engine)
         return super()._open(engine.execution_options(**(lock.options() if lock else {})))
 
 
@@ -51,7 +51,7 @@ class AsyncSchemaScope(AsyncConnectScope):
     __slots__ = ()
 
     async def _open(self, engine: AsyncEngine) -> AsyncConnection:
-        lock = find_schema_lock(engine.dialect.name)
+        lock = find_schema_lock(engine.sync_engine)
         return await super()._open(engine.execution_options(**(lock.options() if lock else {})))
 
 
@@ -68,15 +68,16 @@ def create_all(engine: Engine, metadata: MetaData, timeout: float = TIMEOUT) -> 
     Raises:
         SchemaLocked: it was not.
     """
-    lock = find_schema_lock(engine.dialect.name)
+    lock = find_schema_lock(engine)
     if lock is None:
         metadata.create_all(engine)
         return
     with engine.execution_options(**lock.look_options()).connect() as connection:
         complete = is_complete(connection, metadata)
     if not complete:
-        with engine.execution_options(**lock.options()).begin() as connection:
+        with engine.execution_options(**lock.options()).connect() as connection:
             create_missing(connection, metadata, timeout)
+            connection.commit()
 
 
 def is_complete(connection: Connection, metadata: MetaData) -> bool:
@@ -88,7 +89,7 @@ def is_complete(connection: Connection, metadata: MetaData) -> bool:
     Args:
         connection: In a read-only transaction, which is over where the answer is no.
     """
-    lock = find_schema_lock(connection.dialect.name)
+    lock = find_schema_lock(connection)
     if lock is None or missing_tables(connection, metadata):
         return False
     try:
@@ -120,15 +121,15 @@ def create_missing(connection: Connection, metadata: MetaData, timeout: float = 
     """Create what is still missing once the lock is held; both last until the transaction ends.
 
     Args:
-        connection: In a transaction, which the caller commits.
+        connection: Nothing was done yet in its transaction, which the caller commits.
         timeout: Seconds for another one to be ready with the same.
 
     Raises:
         SchemaLocked: it was not.
     """
-    lock = find_schema_lock(connection.dialect.name)
+    lock = find_schema_lock(connection)
     if lock is not None:
-        take(lock, connection, "create_all()", timeout)
+        take(lock, connection, "create_all()", timeout, is_fresh=True)
     metadata.create_all(connection)
 
 
@@ -148,7 +149,7 @@ def locked(connection: Connection, what: str, timeout: float = TIMEOUT) -> Gener
     Raises:
         SchemaLocked: it was not.
     """
-    lock = find_schema_lock(connection.dialect.name)
+    lock = find_schema_lock(connection)
     if lock is None:
         yield
     elif connection.in_transaction():
@@ -158,7 +159,7 @@ def locked(connection: Connection, what: str, timeout: float = TIMEOUT) -> Gener
     else:
         connection = connection.execution_options(**lock.options())
         try:
-            take(lock, connection, what, timeout, whole_session=True)
+            take(lock, connection, what, timeout, whole_session=True, is_fresh=True)
             yield
             lock.finish(connection)
         except BaseException:
@@ -176,8 +177,12 @@ def take(
     timeout: float,
     *,
     whole_session: bool = False,
+    is_fresh: bool = False,
 ) -> None:
     """Wait for the lock and take it.
+
+    Args:
+        is_fresh: Nothing was done in the transaction yet: it need not stand while one waits.
 
     Raises:
         SchemaLocked: it did not come free in time.
@@ -207,6 +212,8 @@ def take(
             if told:
                 logger.info("%s goes on: it has the lock after %.1f s", what, waited)
             return
+        if is_fresh:
+            lock.rest(connection)
         _sleep(connection, min(pause, timeout - waited))
         pause = min(pause * 1.5, lock.longest_pause)
 

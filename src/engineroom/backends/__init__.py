@@ -124,6 +124,8 @@ class SchemaLock(Protocol):
 
     longest_pause: float
     """Seconds between two tries to take it."""
+    autocommit_block: Callable[[], AbstractContextManager[None]] | None
+    """What stands in for Alembic's own, which leaves the transaction; None where that may be."""
 
     def options(self) -> dict[str, Any]:
         """Return the execution options of a connection that is to take it."""
@@ -152,6 +154,9 @@ class SchemaLock(Protocol):
                 begun here, and otherwise none is left open.
         """
 
+    def rest(self, connection: Connection) -> None:
+        """Hold nothing until the next try, in a transaction in which nothing was done yet."""
+
     def minding_drops(self, connection: Connection) -> AbstractContextManager[None]:
         """Refuse to drop what cannot be dropped in a transaction that somebody else has begun."""
 
@@ -168,13 +173,14 @@ class SchemaLock(Protocol):
         """Say how to find or end who holds it."""
 
 
-def find_schema_lock(dialect: str) -> SchemaLock | None:
-    """Find the lock of a database by its dialect's name; None where engineroom knows none."""
-    if dialect == "postgresql":
+def find_schema_lock(place: Engine | Connection) -> SchemaLock | None:
+    """Find the lock of a database by what is connected to it; None where engineroom knows none."""
+    name = place.dialect.name
+    if name == "postgresql":
         from .postgresql import AdvisoryLock
 
         return AdvisoryLock()
-    if dialect == "sqlite":
+    if name == "sqlite":
         from .sqlite import FileLock
 
         return FileLock()

@@ -205,6 +205,8 @@ class AdvisoryLock:
     # tool can take it as well: it stands in docs/migrations.md.
     KEY: ClassVar[int] = int.from_bytes(b"engnroom", "big")
     longest_pause: float = 0.2
+    # While one migrates the lock is the session's: it outlasts a transaction.
+    autocommit_block: Callable[[], AbstractContextManager[None]] | None = None
 
     def options(self) -> dict[str, Any]:
         """See what others have committed while one waited, though the snapshot would be older."""
@@ -240,6 +242,9 @@ class AdvisoryLock:
         if whole_session:
             connection.commit()
         return bool(row[0])
+
+    def rest(self, connection: Connection) -> None:
+        """A transaction that waits holds nothing that others need."""
 
     def minding_drops(self, connection: Connection) -> AbstractContextManager[None]:
         """The server itself refuses to drop what is referred to."""

@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Coroutine, Generator, Iterable, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache, partial
 from itertools import chain, repeat
 from pathlib import Path
@@ -351,6 +351,9 @@ class FileLock:
 
     _changes: int
     longest_pause: float = PAUSES[-1]  # every writer asks for it: one who comes less often loses
+    # All that SQLite's DDL does is transactional. A block outside of the transaction would let go
+    # of the lock, in the middle of a step that another starter then begins again.
+    autocommit_block: Callable[[], AbstractContextManager[None]] | None = nullcontext
 
     def options(self) -> dict[str, Any]:
         """Have engineroom's own connections not begin by themselves, nor wait in their own way."""
@@ -407,6 +410,9 @@ class FileLock:
         finally:
             cursor.close()
         return True
+
+    def rest(self, connection: Connection) -> None:
+        """What has not begun as a writer holds nothing."""
 
     @contextmanager
     def minding_drops(self, connection: Connection) -> Generator[None]:
