@@ -7,7 +7,7 @@ ROOM := $(PYTHON) -B dev/bootstrap.py
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak browser bench docs lint types floors corners matrix clean
+.PHONY: help demo test servers soak browser bench docs lint types floors corners matrix clean
 
 help:
 	@echo "make …"
@@ -18,6 +18,9 @@ demo:  ## the shop: 2,000 orders on a SQLite file, or on DATABASE_URL; SERVE=1: 
 
 test:  ## all tests but the long ones, on SQLite and throwaway PostgreSQL 16 and 18 (ARGS="-k name")
 	@$(ROOM) demo tests -- python -m pytest --numprocesses 4 --dist loadfile $(ARGS)
+
+servers:  ## PgBouncer, PostgreSQL and MariaDB of Debian, for the tests that need them; as root
+	@$(ROOM) tests -- python dev/servers.py
 
 soak:  ## the long runs
 	@$(ROOM) tests -- python -m pytest -m soak $(ARGS)

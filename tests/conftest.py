@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from pgbouncer import PgBouncer
 
 from engineroom.testing import PostgresServer, WireProxy, postgres
 
@@ -54,6 +55,13 @@ def pg16() -> Iterator[PostgresServer]:
     """PostgreSQL 16, one for the run."""
     with postgres(16) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def pgbouncer(pg18: PostgresServer) -> Iterator[PgBouncer]:
+    """PgBouncer in transaction mode, with three connections to each database of PostgreSQL 18."""
+    with PgBouncer(pg18) as pooler:
+        yield pooler
 
 
 @pytest.fixture
