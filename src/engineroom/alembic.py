@@ -21,7 +21,7 @@ from sqlalchemy import MetaData
 from sqlalchemy.engine import URL, Connection
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from .backends import Role, Side, find_schema_lock
+from .backends import POOLER, Role, Side, find_schema_lock
 from .database import Database
 from .errors import DriverNotInstalled, InvalidOption, NoMigrations
 from .manager import DatabaseSessionManager
@@ -95,8 +95,11 @@ def run(
     if context.is_offline_mode():
         _write_sql(read_url(url) if url else _url_of(given), metadata, options)
     elif connection is not None:
-        timeout = read_settings().schema_timeout
-        work(getattr(connection, "sync_connection", connection), timeout=timeout)
+        settings = read_settings()
+        given_connection = getattr(connection, "sync_connection", connection)
+        if settings.pooler is not None:
+            given_connection.execution_options(**{POOLER: settings.pooler})
+        work(given_connection, timeout=settings.schema_timeout)
     elif url is None and given is not None:
         _on_connection(given, work)
     else:
@@ -238,7 +241,7 @@ def _migrate(
         migration = context.get_context()
         lock = find_schema_lock(connection)
         if lock is not None and lock.autocommit_block is not None:
-            migration.autocommit_block = lock.autocommit_block  # type: ignore[method-assign]
+            migration.autocommit_block = lock.autocommit_block  # type: ignore[method-assign,assignment]
         if not migration.purge:
             _refuse_unknown(connection, migration)
         with context.begin_transaction():

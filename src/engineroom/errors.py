@@ -28,6 +28,7 @@
     │   ├── AsyncCallback          a coroutine function where nobody can await it
     │   ├── SyncInAsync            a synchronous session inside a running event loop
     │   ├── SelfDeadlock           a SQLite writer that would wait for itself
+    │   ├── NotBehindPooler        what needs a session of the server's own
     │   └── SandboxError           misuse of a sandbox
     │       ├── NotInSandbox       what one transaction cannot serve
     │       ├── SandboxConflict    sessions that cannot be served in turn
@@ -218,6 +219,12 @@ class SelfDeadlock(UsageError):
     """A SQLite writer would wait for itself: inside another, or in the forked child of one."""
 
     code = "self-deadlock"
+
+
+class NotBehindPooler(UsageError):
+    """What needs a session of the server's own, where a pooler lends one for a transaction."""
+
+    code = "not-behind-pooler"
 
 
 class SandboxError(UsageError):

@@ -79,6 +79,8 @@ class DatabaseSettings(BaseSettings):
     """The age at which a connection is replaced; -1: never."""
     pool_pre_ping: bool = False
     """Ask the server at every checkout; otherwise only when the socket speaks or was idle."""
+    pooler: Literal["transaction", "session"] | None = None
+    """PostgreSQL: the `pool_mode` of the pooler before the server (PgBouncer), if there is one."""
     echo: bool = False
     """Log every statement with its parameters; `DEBUG=true` does so too."""
     debug: str = Field(default="", validation_alias=AliasChoices("DEBUG"))
@@ -107,6 +109,20 @@ class DatabaseSettings(BaseSettings):
     """Alembic's file, if there is one, for `check(schema=True)` and `lifespan(migrate=True)`."""
     dump_signal: str = ""
     """A signal ("SIGUSR1") that prints who holds and who waits, as `dump()` does."""
+
+    @field_validator("pooler", mode="before")
+    @classmethod
+    def _is_a_mode(cls, mode: object) -> object:
+        if mode == "statement":
+            raise ValueError(
+                "in statement mode a transaction has one statement, and a session needs more. Set "
+                "the pooler's pool_mode to transaction, and this as well"
+            )
+        if mode not in {None, "transaction", "session"}:
+            nearest = difflib.get_close_matches(str(mode), ["transaction", "session"], 1)
+            hint = f"did you mean {nearest[0]}?" if nearest else "it is transaction or session."
+            raise ValueError(f"{hint} Leave it out where no pooler stands before the server")
+        return mode
 
     @field_validator("dump_signal")
     @classmethod
@@ -186,6 +202,7 @@ class Options(TypedDict, total=False):
     pool_timeout: float | str | timedelta
     pool_recycle: int
     pool_pre_ping: bool
+    pooler: Literal["transaction", "session"] | None
     echo: bool
     expire_on_commit: bool
     autoflush: bool

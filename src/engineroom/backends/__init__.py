@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from ..settings import DatabaseSettings
 
 
+# The execution option that tells whose connection stands behind a pooler, and in which mode.
+POOLER = "engineroom_pooler"
+
+
 class Side(StrEnum):
     """Which of the twins an engine serves."""
 
@@ -176,6 +180,10 @@ class SchemaLock(Protocol):
 def find_schema_lock(place: Engine | Connection) -> SchemaLock | None:
     """Find the lock of a database by what is connected to it; None where engineroom knows none."""
     name = place.dialect.name
+    if name == "postgresql" and place.get_execution_options().get(POOLER) == "transaction":
+        from .pooled import TransactionLock
+
+        return TransactionLock()
     if name == "postgresql":
         from .postgresql import AdvisoryLock
 
@@ -194,6 +202,10 @@ def find_backend(url: URL, settings: DatabaseSettings) -> Backend:
         InvalidURL: no backend supports this database.
     """
     name = url.get_backend_name()
+    if name == "postgresql" and settings.pooler is not None:
+        from .pooled import SessionPooled, TransactionPooled
+
+        return (SessionPooled if settings.pooler == "session" else TransactionPooled)(url)
     if name == "postgresql":
         from .postgresql import PostgreSQL
 

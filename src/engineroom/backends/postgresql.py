@@ -19,7 +19,8 @@ from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.util import await_only
 
 from ..cancellation import settle
-from . import Role, Side, choose_driver, refuse_unknown_driver
+from . import Role, Side, choose_driver, refuse_unknown_driver, undeclared
+from .undeclared import sqlstate
 
 logger: logging.Logger = logging.getLogger("engineroom")
 
@@ -35,11 +36,6 @@ AT_REST = (IDLE, 4)  # and PQTRANS_UNKNOWN: it is closed
 
 CANCEL_EVERY = 0.02  # seconds
 BREAK_OFF_LIMIT = 1.0  # seconds for the server to take a cancel request
-
-
-def sqlstate(error: BaseException | None) -> str | None:
-    """Return the code that the server gave an error of a driver, or of SQLAlchemy's adapter."""
-    return getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
 
 
 class PostgreSQL:
@@ -80,7 +76,12 @@ class PostgreSQL:
     def attach(
         self, engine: Engine, role: Role, before_write: Callable[[Connection], None]
     ) -> None:
-        """PostgreSQL behaves as it is; psycopg is spared a rollback where nothing has begun."""
+        """PostgreSQL behaves as it is; a pooler before it would not."""
+        self.tune(engine)
+        undeclared.watch(engine, _backend_pid)
+
+    def tune(self, engine: Engine) -> None:
+        """Spare psycopg a rollback where nothing has begun."""
         dialect: Any = engine.dialect
         if dialect.driver == "psycopg":
             dialect.do_rollback = _rolling_back(dialect.do_rollback, dialect.is_async)
@@ -148,7 +149,7 @@ class PostgreSQL:
                             await_only(self.break_off(driver))
                     else:
                         self.interrupt(driver)
-                        _shut(int(driver.fileno()))  # it ends as soon as it reads from there
+                        shut(int(driver.fileno()))  # it ends as soon as it reads from there
 
     def interrupt(self, driver: Any) -> None:
         """Have the server cancel what runs; what has not arrived there yet is not."""
@@ -170,7 +171,7 @@ class PostgreSQL:
         descriptor = self.descriptor(driver)
         if descriptor is not None and descriptor >= 0:
             # Not for reading: whoever waits for the server to let go would see our own end.
-            _shut(descriptor, socket.SHUT_WR)
+            shut(descriptor, socket.SHUT_WR)
         if isinstance(loop, asyncio.BaseEventLoop):
             # asyncio closes its socket in a callback that this loop will never run: run it here.
             loop.call_soon = _run_unless_it_resumes_a_task  # type: ignore[method-assign,assignment]
@@ -420,7 +421,8 @@ def _run_unless_it_resumes_a_task(callback: Any, *args: Any, context: object = N
         callback(*args)
 
 
-def _shut(descriptor: int, how: int = socket.SHUT_RDWR) -> None:
+def shut(descriptor: int, how: int = socket.SHUT_RDWR) -> None:
+    """Shut a socket, whoever has it."""
     with socket.socket(fileno=os.dup(descriptor)) as duplicate:
         duplicate.shutdown(how)
 
