@@ -96,6 +96,21 @@ class PgBouncer:
         """Return its connections to a database."""
         return [row for row in self.console("SHOW SERVERS") if row["database"] == database]
 
+    def clients(self, url: str) -> list[dict[str, Any]]:
+        """Return who is connected to it for a database, given its name or URL."""
+        name = url.rpartition("/")[2]
+        return [row for row in self.console("SHOW CLIENTS") if row["database"] == name]
+
+    @property
+    def said(self) -> str:
+        """The end of its log."""
+        return (self._folder / "log").read_text()[-4000:]
+
+    @property
+    def is_up(self) -> bool:
+        """Whether it runs: 1.18 has ways to end by itself."""
+        return self._process.poll() is None
+
     def restart(self) -> None:
         """End it at once, with all connections, and start it on the same port."""
         self._end()

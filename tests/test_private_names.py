@@ -216,6 +216,22 @@ def test_asyncpgs_transport_leads_to_the_socket(postgres_url: str) -> None:
     asyncio.run(main())
 
 
+def test_asyncpgs_cancel_requests_can_be_waited_for(postgres_url: str) -> None:
+    """Relied on by `backends.pooled._asyncpg_cancelling`: PgBouncer 1.18 outlives its clients."""
+
+    async def main() -> None:
+        connection = await asyncpg.connect(postgres_url)
+        sleeping = asyncio.create_task(connection.execute("SELECT pg_sleep(60)"))
+        await asyncio.sleep(0.2)
+        await connection._cancel(asyncio.get_running_loop().create_future())
+        with pytest.raises(asyncpg.QueryCanceledError):
+            await sleeping
+        assert connection._cancellations == set()
+        await connection.close()
+
+    asyncio.run(main())
+
+
 def test_sqlalchemys_adapter_leads_to_asyncpgs_connection(postgres_url: str) -> None:
     """`driver_connection` and `run_async` are public, and so is what they are relied on for."""
 

@@ -13,11 +13,21 @@ from typing import Any
 
 import pytest
 from behaviour_tables import Item
+from pgbouncer import PgBouncer
 from sqlalchemy.util import await_only, greenlet_spawn
 
 from engineroom import Database, DatabaseSessionManager
 
 OpenDoor = Callable[..., Any]
+POOLED = {"test_connections.py", "test_readers.py", "test_sessions.py"}  # the others: `make soak`
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave most of what runs behind a pooler to the long runs."""
+    for item in items:
+        if "pooled" in item.nodeid.rpartition("[")[2] and item.path.name not in POOLED:
+            item.add_marker(pytest.mark.soak)
 
 
 class Waited:
@@ -54,6 +64,19 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     given = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
     asyncio.run(greenlet_spawn(pyfuncitem.obj, **given))
     return True
+
+
+@pytest.fixture(params=["sqlite", "postgresql", "pooled"])
+def url(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of a fresh database: on SQLite, on PostgreSQL, and behind PgBouncer there."""
+    if request.param == "pooled":
+        monkeypatch.setenv("DB_POOLER", "transaction")
+        pooler: PgBouncer = request.getfixturevalue("pgbouncer")
+        return pooler.url(request.getfixturevalue("database"))
+    value: str = request.getfixturevalue(
+        "sqlite_url" if request.param == "sqlite" else "postgres_url"
+    )
+    return value
 
 
 @pytest.fixture(params=["sync", "async"])

@@ -7,7 +7,8 @@ the server: whatever one has prepared, set or locked there belongs to whoever co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+import asyncio
+from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -17,7 +18,7 @@ from sqlalchemy.util import await_only
 
 from ..errors import InvalidOption, NotBehindPooler
 from . import POOLER, Role, Side
-from .postgresql import AdvisoryLock, PostgreSQL, shut
+from .postgresql import BREAK_OFF_LIMIT, AdvisoryLock, PostgreSQL, shut
 
 # What asyncpg and SQLAlchemy's adapter of it, or psycopg, keep prepared: nothing, and no name.
 UNPREPARED: dict[str, dict[str, Any]] = {
@@ -68,10 +69,27 @@ class SessionPooled(PostgreSQL):
             driver: Any = connection.driver_connection
             with suppress(Exception):
                 if not hasattr(driver, "get_server_pid"):
-                    self.interrupt(driver)
+                    self._cancel(driver, is_abandoned)
                     shut(int(driver.fileno()))
                 elif not is_abandoned:  # (asyncpg asks in its own loop only)
                     await_only(self.break_off(driver))
+
+    async def break_off(self, driver: Any) -> None:
+        """End asyncpg's connection, once the pooler has taken its cancel request to the server.
+
+        PgBouncer 1.18 ends, for all its clients, where who has sent one does not wait for that; and
+        asyncpg's own `close()` sends another, and does not.
+        """
+        if hasattr(driver, "get_server_pid") and not driver.is_closed():
+            await asyncio.wait(_asyncpg_cancelling(driver), timeout=BREAK_OFF_LIMIT)
+            driver.terminate()
+
+    def _cancel(self, driver: Any, is_abandoned: bool) -> None:
+        """Ask in a way that stops nobody else, where the driver has one."""
+        if is_abandoned or not hasattr(driver, "cancel_safe"):
+            self.interrupt(driver)
+        elif asked := driver.cancel_safe(timeout=BREAK_OFF_LIMIT):  # of a loop
+            await_only(asked)
 
 
 class TransactionPooled(SessionPooled):
@@ -145,6 +163,18 @@ class TransactionLock(AdvisoryLock):
 
     def release(self, connection: Connection) -> None:
         """It went with the transaction."""
+
+
+def _asyncpg_cancelling(driver: Any) -> Collection[asyncio.Task[None]]:
+    """Return the cancel requests that asyncpg has under way, or begin one.
+
+    Its `close()` cuts them off, and no public name leads to them. `tests/test_private_names.py`
+    fails when these go.
+    """
+    if requests := frozenset(driver._cancellations):
+        return requests
+    loop = asyncio.get_running_loop()
+    return [loop.create_task(driver._cancel(loop.create_future()))]
 
 
 def _alone(execute: Callable[..., None]) -> Callable[..., None]:
