@@ -220,6 +220,11 @@ def find_backend(url: URL, settings: DatabaseSettings) -> Backend:
     )
 
 
+def sqlstate(error: BaseException | None) -> str | None:
+    """Return the code that the server gave an error of a driver, or of SQLAlchemy's adapter."""
+    return getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
+
+
 def refuse_unknown_driver(url: URL, drivers: dict[Side, dict[str, str]]) -> None:
     """Refuse a URL that names a driver of neither side.
 

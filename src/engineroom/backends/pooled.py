@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Generator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 from sqlalchemy.engine import Connection, Engine
@@ -124,8 +124,26 @@ class TransactionPooled(SessionPooled):
         engine.update_execution_options(**{POOLER: "transaction"})
 
 
+@contextmanager
+def _no_block() -> Generator[None]:
+    """Refuse to leave a transaction, and with it the lock of the schema.
+
+    Raises:
+        NotBehindPooler: always.
+    """
+    raise NotBehindPooler(
+        "A migration has an autocommit_block(), which cannot be had behind a pooler in transaction "
+        "mode: the lock of the schema would go with the transaction, and another starter begin in "
+        "the middle. Run the migrations on the server itself: alembic -x url=… with its own "
+        "address, and DB_POOLER not set."
+    )
+    yield
+
+
 class TransactionLock(AdvisoryLock):
     """The schema's lock where no session is ours: one transaction has it, and does everything."""
+
+    autocommit_block: Callable[[], AbstractContextManager[None]] | None = staticmethod(_no_block)
 
     def set_guards(self, connection: Connection, *, whole_session: bool) -> None:
         """Wait with that for the lock: until then, a transaction does not last."""
@@ -140,22 +158,6 @@ class TransactionLock(AdvisoryLock):
     def rest(self, connection: Connection) -> None:
         """Give back the session of the server: the pooler has few, and others wait."""
         connection.rollback()
-
-    @staticmethod
-    @contextmanager
-    def autocommit_block() -> Generator[None]:
-        """Refuse to leave the transaction, and with it the lock.
-
-        Raises:
-            NotBehindPooler: always.
-        """
-        raise NotBehindPooler(
-            "A migration has an autocommit_block(), which cannot be had behind a pooler in "
-            "transaction mode: the lock of the schema would go with the transaction, and another "
-            "starter begin in the middle. Run the migrations on the server itself: alembic -x "
-            "url=… with its own address, and DB_POOLER not set."
-        )
-        yield
 
     def finish(self, connection: Connection) -> None:
         """Commit all of it, and the lock goes."""

@@ -19,8 +19,7 @@ from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.util import await_only
 
 from ..cancellation import settle
-from . import Role, Side, choose_driver, refuse_unknown_driver, undeclared
-from .undeclared import sqlstate
+from . import Role, Side, choose_driver, refuse_unknown_driver, sqlstate, undeclared
 
 logger: logging.Logger = logging.getLogger("engineroom")
 

@@ -9,12 +9,15 @@ from typing import Any
 from sqlalchemy import event
 from sqlalchemy.engine import Engine, ExceptionContext
 
+from . import sqlstate
+
 logger: logging.Logger = logging.getLogger("engineroom")
 
 LARGEST_PID = 2**22  # of a process, as Linux counts; elsewhere they are smaller. PgBouncer's are
 # made up, of 32 bits: one in a thousand passes for true.
 REFUSED = "08P01"  # protocol_violation, which is what PgBouncer says to all that it does not take
-# psycopg and psycopg2 know no SQLSTATE of a connection that was refused; a pooler is not translated.
+# psycopg and psycopg2 know no SQLSTATE of a connection that was refused. PgBouncer's words are the
+# same in every language.
 SAID = "unsupported startup parameter"
 ELSEWHERE = {"26000", "42P05"}  # a prepared statement is not there, or there already
 
@@ -22,11 +25,6 @@ DECLARE = (
     "Say so: pooler='transaction' (DB_POOLER=transaction), or 'session' where its pool_mode is "
     "session. See docs/pgbouncer.md."
 )
-
-
-def sqlstate(error: BaseException | None) -> str | None:
-    """Return the code that the server gave an error of a driver, or of SQLAlchemy's adapter."""
-    return getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
 
 
 def is_made_up(pid: int) -> bool:

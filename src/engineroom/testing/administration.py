@@ -18,8 +18,8 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.util import greenlet_spawn
 
-from engineroom.backends import Side
-from engineroom.backends.postgresql import PostgreSQL, sqlstate
+from engineroom.backends import Side, sqlstate
+from engineroom.backends.postgresql import PostgreSQL
 from engineroom.engines import create
 from engineroom.errors import DriverNotInstalled, TemplateUnusable
 
