@@ -107,19 +107,23 @@ class Starter:
         return self.process.returncode, out, err
 
 
-def together(count: int, function: Callable[..., Any], *arguments: Any) -> list[list[Any]]:
+def together(
+    count: int, function: Callable[..., Any], *arguments: Any, deadline: int = DEADLINE
+) -> list[list[Any]]:
     """Have so many processes begin at the same time, and return what `ended` says of each.
 
     They are forked from one that has imported everything: a machine with two processors would be
     busy with imports for a minute, and the processes would not be at it at the same time.
     """
-    call = (count, function.__module__, function.__name__, arguments)
-    ends: list[list[Any]] = run(fork_crowd, *call, deadline=DEADLINE)
+    call = (count, function.__module__, function.__name__, arguments, deadline)
+    ends: list[list[Any]] = run(fork_crowd, *call, deadline=deadline)
     assert len(ends) == count
     return ends
 
 
-def fork_crowd(count: int, module: str, name: str, arguments: list[Any]) -> list[list[Any]]:
+def fork_crowd(
+    count: int, module: str, name: str, arguments: list[Any], deadline: int
+) -> list[list[Any]]:
     """Fork, let them begin, and collect."""
     function = getattr(importlib.import_module(module), name)
     for driver in ("aiosqlite", "asyncpg", "psycopg"):
@@ -128,7 +132,8 @@ def fork_crowd(count: int, module: str, name: str, arguments: list[Any]) -> list
     with TemporaryDirectory() as folder:
         files = [(Path(folder, f"out{n}"), Path(folder, f"err{n}")) for n in range(count)]
         children = [
-            fork_one(begin, hold, *files[n], partial(function, n, *arguments)) for n in range(count)
+            fork_one(begin, hold, *files[n], partial(function, n, *arguments), deadline - 10)
+            for n in range(count)
         ]
         os.close(hold)  # all who read the other end go on
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
@@ -138,13 +143,15 @@ def fork_crowd(count: int, module: str, name: str, arguments: list[Any]) -> list
         ]
 
 
-def fork_one(begin: int, hold: int, out: Path, err: Path, work: Callable[[], object]) -> int:
+def fork_one(
+    begin: int, hold: int, out: Path, err: Path, work: Callable[[], object], limit: int
+) -> int:
     """Fork one, which waits until nobody holds the pipe any more."""
     if child := os.fork():
         return child
     code = 1
     try:
-        signal.alarm(DEADLINE - 10)
+        signal.alarm(limit)
         os.close(hold)
         for number, file in enumerate((out, err), 1):
             os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)

@@ -63,7 +63,7 @@ def reports(ends: list[list[Any]]) -> list[dict[str, Any]]:
 def stand_apart(pooled: Pooled, driver: str, queries: int) -> list[dict[str, Any]]:
     server, name = pooled.server, pooled.name
     lay_out(server, name, PROCESSES)
-    told = reports(together(PROCESSES, share, pooled.url(driver), queries))
+    told = reports(together(PROCESSES, share, pooled.url(driver), queries, deadline=550))
     assert [each["wrong"] for each in told] == [[]] * PROCESSES
     assert all(each["asked"] >= queries for each in told)
     rows = [
