@@ -6,20 +6,21 @@ import asyncio
 import logging
 import math
 import os
-import re
 import socket
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from functools import cache
-from traceback import clear_frames
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from typing import Any
 
 from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.util import await_only
 
-from ..cancellation import settle
-from . import Role, Side, choose_driver, refuse_unknown_driver
+from .. import Role, Side, choose_driver, refuse_unknown_driver
+from .schema_lock import AdvisoryLock, without_literals
+from .settling import BREAK_OFF_LIMIT, settling_connection
+from .sqlstates import sqlstate
+
+__all__ = ["DRIVERS", "AdvisoryLock", "PostgreSQL", "sqlstate", "without_literals"]
 
 logger: logging.Logger = logging.getLogger("engineroom")
 
@@ -32,14 +33,6 @@ READ_ONLY = "default_transaction_read_only"
 BAD = 1  # libpq's CONNECTION_BAD
 IDLE = 0  # libpq's PQTRANS_IDLE
 AT_REST = (IDLE, 4)  # and PQTRANS_UNKNOWN: it is closed
-
-CANCEL_EVERY = 0.02  # seconds
-BREAK_OFF_LIMIT = 1.0  # seconds for the server to take a cancel request
-
-
-def sqlstate(error: BaseException | None) -> str | None:
-    """Return the code that the server gave an error of a driver, or of SQLAlchemy's adapter."""
-    return getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
 
 
 class PostgreSQL:
@@ -60,7 +53,7 @@ class PostgreSQL:
         arguments: dict[str, Any] = dict(connect_args)
         driver = self.engine_url(side).get_driver_name()
         if side is Side.ASYNC and driver == "psycopg":
-            arguments.setdefault("async_creator_fn", _settling_connection().connect)
+            arguments.setdefault("async_creator_fn", settling_connection().connect)
         if role is Role.PRIMARY:
             return {"connect_args": arguments}
         if driver == "asyncpg":
@@ -157,7 +150,7 @@ class PostgreSQL:
     async def break_off(self, driver: Any) -> None:
         """Close asyncpg's connection, which waits for the cancel request that is on its way.
 
-        psycopg's is closed already: `_settling_connection` did that where it was interrupted.
+        psycopg's is closed already: `settling_connection` did that where it was interrupted.
         """
         if hasattr(driver, "get_server_pid"):
             await driver.close(timeout=BREAK_OFF_LIMIT)
@@ -198,169 +191,6 @@ class PostgreSQL:
         """There is nothing to remove."""
 
 
-class AdvisoryLock:
-    """An advisory lock: one for all that changes the schema of a database, whatever its tables."""
-
-    # A database has advisory locks of its own, so the key need not say which one it is. Any other
-    # tool can take it as well: it stands in docs/migrations.md.
-    KEY: ClassVar[int] = int.from_bytes(b"engnroom", "big")
-    longest_pause: float = 0.2
-
-    def options(self) -> dict[str, Any]:
-        """See what others have committed while one waited, though the snapshot would be older."""
-        return {"isolation_level": "READ COMMITTED"}
-
-    def look_options(self) -> dict[str, Any]:
-        """Begin a transaction in which the server refuses writes, on an AUTOCOMMIT engine too."""
-        return {"postgresql_readonly": True, "isolation_level": "READ COMMITTED"}
-
-    def looking(self, connection: Connection) -> AbstractContextManager[None]:
-        """The transaction is read-only."""
-        return nullcontext()
-
-    def is_refusal(self, error: BaseException | None) -> bool:
-        """Ask for "read_only_sql_transaction"."""
-        return sqlstate(error) == "25006"
-
-    def set_guards(self, connection: Connection, *, whole_session: bool) -> None:
-        """Put those at 0 that this server has.
-
-        A step that works elsewhere (in Python, on another connection) leaves this one idle, and a
-        server that ended it for that would let a second starter begin.
-        """
-        self._guards(connection, f"set_config(name, '0', {not whole_session})")
-
-    def try_take(self, connection: Connection, *, whole_session: bool) -> bool:
-        """Ask, and do not wait: a statement that waits has a snapshot.
-
-        CREATE INDEX CONCURRENTLY, of who holds the lock, would wait for that snapshot to end.
-        """
-        verb = "pg_try_advisory_lock" if whole_session else "pg_try_advisory_xact_lock"
-        row = connection.exec_driver_sql(f"SELECT {verb}({self.KEY})").one()
-        if whole_session:
-            connection.commit()
-        return bool(row[0])
-
-    def minding_drops(self, connection: Connection) -> AbstractContextManager[None]:
-        """The server itself refuses to drop what is referred to."""
-        return nullcontext()
-
-    def finish(self, connection: Connection) -> None:
-        """Alembic has committed what it did; what it only asked ends here."""
-        connection.rollback()
-
-    def release(self, connection: Connection) -> None:
-        """Unlock, and have the guards as the session began with them."""
-        connection.exec_driver_sql(f"SELECT pg_advisory_unlock({self.KEY})")
-        self._guards(connection, "set_config(name, reset_val, false)")
-        connection.commit()
-
-    def _guards(self, connection: Connection, expression: str) -> None:
-        connection.exec_driver_sql(
-            f"SELECT {expression} FROM pg_catalog.pg_settings WHERE name IN "  # noqa: S608
-            "('idle_in_transaction_session_timeout', 'idle_session_timeout', 'statement_timeout', "
-            "'transaction_timeout')"
-        )
-
-    def holder(self, connection: Connection) -> str:
-        """Ask the server; of another role's backends it tells but the half to most."""
-        connection.exec_driver_sql("SELECT pg_stat_clear_snapshot()")  # it may have answered before
-        row = connection.exec_driver_sql(WHO_HOLDS.format(key=self.KEY)).mappings().first()
-        if row is None:
-            return "whoever held it has just let go of it"
-        place = f"from {row['client']}" if row["client"] else "from a local socket"
-        begun = f", in a transaction since {row['begun']}" if row["begun"] else ""
-        doing = "is doing what only its own role and superusers may see"
-        if row["state"] == "active":
-            doing = f"has run for {row['seconds']} s: {without_literals(row['query'])}"
-        elif row["state"]:
-            doing = (
-                f"is {row['state']} for {row['seconds']} s, after {without_literals(row['query'])}"
-            )
-        return (
-            f"backend {row['pid']} (application_name {row['application']!r}, role {row['role']}, "
-            f"{place}, connected since {row['since']}{begun}), which {doing}"
-        )
-
-    def cure(self) -> str:
-        """Say how a backend is ended."""
-        return "end it (SELECT pg_terminate_backend(…) with that number)"
-
-
-WHO_HOLDS = """
-SELECT a.pid, a.application_name AS application, a.usename AS role, host(a.client_addr) AS client,
-    to_char(a.backend_start, 'YYYY-MM-DD HH24:MI:SS TZ') AS since,
-    to_char(a.xact_start, 'YYYY-MM-DD HH24:MI:SS TZ') AS begun,
-    a.state, a.query,
-    round(extract(epoch FROM clock_timestamp() - coalesce(
-        CASE WHEN a.state = 'active' THEN a.query_start END, a.state_change)))::bigint AS seconds
-FROM pg_catalog.pg_locks AS l JOIN pg_catalog.pg_stat_activity AS a ON a.pid = l.pid
-WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
-    AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database())
-    AND (l.classid::bigint << 32) + l.objid::bigint = {key}
-"""
-SHOWN = 200  # characters of a statement
-LITERAL = re.compile(r"'(?:[^']|'')*'?|(\$\w*\$).*?(?:\1|$)", re.DOTALL)
-
-
-def without_literals(statement: str) -> str:
-    """Return the beginning of a statement that the server shows, on one line, without values."""
-    text = " ".join(LITERAL.sub("'…'", statement).split())
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
-
-
-@cache
-def _settling_connection() -> Any:
-    """Make psycopg's connection a class that stops its statement however often it is cancelled.
-
-    psycopg asks the server to cancel when its task is; but a second cancellation interrupts that
-    request, and the statement runs on with its locks.
-    """
-    from psycopg import AsyncConnection, Error, waiting
-    from psycopg.pq import TransactionStatus
-
-    class SettlingConnection(AsyncConnection[Any]):
-        def __init__(self, *args: Any, **kw: Any) -> None:
-            super().__init__(*args, **kw)
-            self.server_cursor_factory = _settling_cursor()
-
-        @classmethod
-        async def connect(cls, *args: Any, **kw: Any) -> Any:
-            """Connect; a connection that is half made ends with the frames that hold it.
-
-            psycopg closes it nowhere: whoever keeps the error would keep the backend as well.
-            """
-            with _clearing_frames():
-                return await super().connect(*args, **kw)
-
-        async def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
-            try:
-                return await waiting.wait_async(gen, self.pgconn.socket, interval, timeout)
-            except asyncio.CancelledError:
-                await settle(self._break_off())
-                raise
-
-        async def _break_off(self) -> None:
-            """Ask until the server has answered: a request may overtake its own statement."""
-            try:
-                if self.pgconn.transaction_status == TransactionStatus.ACTIVE:
-                    async with asyncio.timeout(BREAK_OFF_LIMIT):
-                        await self.cancel_safe(timeout=BREAK_OFF_LIMIT)
-                        while self._is_at_work():
-                            await asyncio.sleep(CANCEL_EVERY)
-                            await self.cancel_safe(timeout=BREAK_OFF_LIMIT)
-            except (TimeoutError, Error) as error:
-                logger.info("A cancelled statement may run on: %r", error)
-            finally:
-                self.pgconn.finish()
-
-        def _is_at_work(self) -> bool:
-            self.pgconn.consume_input()
-            return bool(self.pgconn.is_busy())
-
-    return SettlingConnection
-
-
 def _rolling_back(rollback: Callable[[Any], None], is_async: bool) -> Callable[[Any], None]:
     """Wrap ROLLBACK, which SQLAlchemy repeats after each COMMIT.
 
@@ -376,28 +206,6 @@ def _rolling_back(rollback: Callable[[Any], None], is_async: bool) -> Callable[[
             rollback(connection)
 
     return roll_back_what_has_begun
-
-
-@cache
-def _settling_cursor() -> Any:
-    """Make psycopg's cursor a class that is closed though its closing is cancelled."""
-    from psycopg import AsyncServerCursor
-
-    class SettlingCursor(AsyncServerCursor[Any]):
-        async def close(self) -> None:
-            await settle(super().close())  # interrupted, psycopg would warn that it is open still
-
-    return SettlingCursor
-
-
-@contextmanager
-def _clearing_frames() -> Generator[None]:
-    """Let go of what the frames hold that an error has come through."""
-    try:
-        yield
-    except BaseException as error:
-        clear_frames(error.__traceback__)
-        raise
 
 
 def _asyncpg_transport(driver: Any) -> Any:
