@@ -1,0 +1,64 @@
+"""Keeps secrets out of sight: values without a readable text, frames without their variables."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from traceback import clear_frames
+from types import TracebackType
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Sealed(Generic[T]):
+    """A secret on its way: neither its text nor a traceback with locals shows it."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: T) -> None:
+        self._value = value
+
+    def reveal(self) -> T:
+        """Return the secret; use it at once, and keep it in no variable that outlives an error."""
+        return self._value
+
+    def __repr__(self) -> str:
+        return "***"
+
+
+class Unseen:
+    """Empties the frames that an error has come through: it keeps its lines, not their variables.
+
+    Drivers have the password there in plain text, and tools that print a traceback with locals
+    (rich, pytest, error trackers) would show it.
+    """
+
+    def __enter__(self) -> None:
+        self._handled = (
+            sys.exception()
+        )  # it is not ours, though what we raise has it as its context
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for each in chain(error, self._handled):
+            clear_frames(each.__traceback__)
+
+
+def chain(error: BaseException | None, end: BaseException | None = None) -> Iterator[BaseException]:
+    """Yield an error, and all that it came of or consists of, up to one that was there before."""
+    seen = {id(end)}
+    waiting = [error]
+    while waiting:
+        each = waiting.pop()
+        if each is None or id(each) in seen:
+            continue
+        seen.add(id(each))
+        yield each
+        waiting += [each.__cause__, each.__context__]
+        if isinstance(each, BaseExceptionGroup):
+            waiting += each.exceptions
