@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import make_url
 
+from engineroom import Database, DatabaseSessionManager
 from engineroom.backends import Side, find_backend
 from engineroom.errors import InvalidURL
 from engineroom.settings import DatabaseSettings
@@ -40,13 +41,13 @@ def test_a_url_gives_each_side_its_driver(url: str, asynchronous: str, synchrono
 
 
 def test_everything_else_of_a_url_is_kept() -> None:
-    url = "postgres://us%40er:p%40ss%2Fword@h:5433/d?application_name=x"
-    backend = find_backend(read_url(url), DatabaseSettings())
-    for side in Side:
-        made = backend.engine_url(side)
-        assert (made.username, made.password) == ("us@er", "p@ss/word")
-        assert (made.host, made.port, made.database) == ("h", 5433, "d")
-        assert made.query == {"application_name": "x"}
+    """It tells the database apart from others; the driver is told in its own words."""
+    url = "postgres://us%40er:p%40ss%2Fword@h:5433/d?application_name=x&sslpassword=no"
+    with Database(url) as door:
+        for made in (door.engine.url, DatabaseSessionManager().init(url).engine.url):
+            assert (made.username, made.password) == ("us@er", "p@ss/word")
+            assert (made.host, made.port, made.database) == ("h", 5433, "d")
+            assert made.query == {"application_name": "x"}
 
 
 def test_a_url_is_read_with_what_surrounds_it_when_pasted() -> None:

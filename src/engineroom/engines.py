@@ -27,6 +27,7 @@ from sqlalchemy.util import await_only, greenlet_spawn
 from .backends import Backend, Role, Side, find_backend
 from .cancellation import settle
 from .cap import CAPS, Cap, CapInfo, limit_process, note_closings, process_cap, release_process
+from .connecting import watch_connects
 from .departures import DEPARTURES
 from .errors import Holder, InvalidOption, SelfDeadlock
 from .forks import make_immortal, part_event_loops
@@ -248,8 +249,7 @@ class EngineRoom:
         self._note_derived(engine)
         note_statements(engine.dialect)
         note_closings(engine.dialect)
-        if side is Side.SYNC and "connect_timeout" not in {**url.query, **arguments}:
-            self._limit_connect(engine)
+        watch_connects(engine, side, self.backend)
         self.backend.attach(engine, role, self._refuse_self_deadlock)
         if side is Side.ASYNC:
             event.listen(engine, "handle_error", self._break_off_cancelled)
@@ -269,21 +269,6 @@ class EngineRoom:
             return made
 
         engine.execution_options = execution_options
-
-    def _limit_connect(self, engine: Engine) -> None:
-        """Tell a synchronous driver how long it may connect: nobody can stop it from outside.
-
-        Around the dialect's verb, for one `do_connect` event makes every statement slower.
-        """
-        dialect: Any = engine.dialect
-        connect = dialect.connect
-
-        def connect_in_time(*args: Any, **kw: Any) -> Any:
-            if isinstance(engine.pool, Lender):
-                self.backend.limit_connect(kw, engine.pool.seconds_left())
-            return connect(*args, **kw)
-
-        dialect.connect = connect_in_time
 
     def _break_off_cancelled(self, context: ExceptionContext) -> None:
         """End on the server what a cancelled call began there; its connection is lost anyway."""

@@ -7,7 +7,9 @@
     │   ├── ConfigurationError     a setting, an option or a URL (also a `ValueError`)
     │   │   ├── NoDatabaseURL      no URL was given anywhere
     │   │   ├── InvalidURL         the URL is none, or names a database that is not supported
+    │   │   ├── InvalidCertificate TLS's files cannot be read, or are none
     │   │   ├── DriverNotInstalled the URL's driver is not there
+    │   │   ├── UnsupportedByDriver the URL asks for what its driver cannot do
     │   │   ├── UnknownOption      an option that does not exist
     │   │   ├── InvalidOption      an option or a variable with a value it cannot have
     │   │   ├── InvalidPath        a SQLite file that cannot be opened or written
@@ -92,6 +94,18 @@ class InvalidURL(ConfigurationError):
     """The URL is none, or names a database that is not supported."""
 
     code = "invalid-url"
+
+
+class InvalidCertificate(ConfigurationError):
+    """A certificate or a key of TLS that is missing, cannot be read, or is none."""
+
+    code = "invalid-certificate"
+
+
+class UnsupportedByDriver(ConfigurationError):
+    """The URL asks for what its driver cannot do; to do less would be to lower the guard."""
+
+    code = "unsupported-by-driver"
 
 
 class DriverNotInstalled(ConfigurationError):

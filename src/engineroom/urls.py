@@ -98,9 +98,9 @@ def _read_parts(drivername: str, text: str) -> URL:
     host, port = hosts[0] or None, ports[0]
     if len(hosts) > 1 or not PLAIN_HOST.fullmatch(hosts[0]):
         host = port = None
-        parameters = {"host": ",".join(hosts)} | parameters
+        parameters.setdefault("host", ",".join(hosts))
         if any(ports):
-            parameters = {"port": ",".join(str(port or "") for port in ports)} | parameters
+            parameters.setdefault("port", ",".join(str(one or "") for one in ports))
     return URL.create(
         drivername,
         username=unquote(user) or None,

@@ -9,16 +9,22 @@ import os
 import socket
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from typing import Any
 
 from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.util import await_only
 
+from ...urls import masked
 from .. import Role, Side, choose_driver, refuse_unknown_driver
 from .schema_lock import AdvisoryLock, without_literals
 from .settling import BREAK_OFF_LIMIT, settling_connection
+from .sockets import asyncpg_transport, descriptor_of, is_closed, shut
+from .sources import resolve
 from .sqlstates import sqlstate
+from .tls import FILES, make_context
+from .translation import SECRETS, for_asyncpg, for_libpq, refuse_unable, unable
 
 __all__ = ["DRIVERS", "AdvisoryLock", "PostgreSQL", "sqlstate", "without_literals"]
 
@@ -30,7 +36,6 @@ DRIVERS = {
 }
 READ_ONLY = "default_transaction_read_only"
 
-BAD = 1  # libpq's CONNECTION_BAD
 IDLE = 0  # libpq's PQTRANS_IDLE
 AT_REST = (IDLE, 4)  # and PQTRANS_UNKNOWN: it is closed
 
@@ -40,31 +45,50 @@ class PostgreSQL:
 
     def __init__(self, url: URL) -> None:
         refuse_unknown_driver(url, DRIVERS)
-        self._url = url
+        self._parameters = resolve(url)
+        self._shown = masked(url)
+        if any(name in self._parameters for name in FILES):
+            make_context(self._parameters)  # says now what cannot be read, for all drivers
+        # Its parameters tell it apart from others; their secrets are with the password.
+        self._url = url.set(password=self._parameters.get("password", url.password))
+        self._url = self._url.difference_update_query(SECRETS)
 
     def engine_url(self, side: Side) -> URL:
-        """Return the URL with the driver of a side."""
-        return choose_driver(self._url, DRIVERS[side], "postgresql")
+        """Return the URL with the driver of a side, without what that is told beside it."""
+        drivers = DRIVERS[side]
+        if unable(self._parameters) and not self._url.drivername.endswith("+asyncpg"):
+            able = {name: module for name, module in drivers.items() if name != "asyncpg"}
+            drivers = able if any(map(find_spec, able.values())) else drivers
+        return choose_driver(self._url, drivers, "postgresql").set(query={})
 
     def engine_options(
         self, side: Side, role: Role, connect_args: dict[str, Any]
     ) -> dict[str, Any]:
         """Return the options of a role: a reader's statements stand alone, and write nothing."""
-        arguments: dict[str, Any] = dict(connect_args)
         driver = self.engine_url(side).get_driver_name()
+        if driver == "asyncpg":
+            refuse_unable(self._parameters, self._shown)
+            told = for_asyncpg(self._parameters, os.environ)
+        else:
+            told = for_libpq(self._parameters)
+        arguments = told | connect_args
         if side is Side.ASYNC and driver == "psycopg":
             arguments.setdefault("async_creator_fn", settling_connection().connect)
-        if role is Role.PRIMARY:
-            return {"connect_args": arguments}
+        if role is Role.READER and arguments.get("target_session_attrs") == "read-write":
+            # Its own sessions are read-only, so none would ever match.
+            arguments["target_session_attrs"] = "primary"
+        settings = {READ_ONLY: "on"} if role is Role.READER else {}
         if driver == "asyncpg":
-            given = arguments.get("server_settings", {})
-            arguments["server_settings"] = given | {READ_ONLY: "on"}
+            ours, theirs = told.get("server_settings", {}), connect_args.get("server_settings", {})
+            arguments["server_settings"] = ours | theirs | settings
         else:
-            texts = (self._url.query.get("options"), arguments.get("options"))
-            arguments["options"] = " ".join(
-                [*(str(text) for text in texts if text), f"-c {READ_ONLY}=on"]
-            )
-        return {"isolation_level": "AUTOCOMMIT", "connect_args": arguments}
+            texts = [told.get("options"), connect_args.get("options")]
+            texts += [f"-c {name}={value}" for name, value in settings.items()]
+            arguments["options"] = " ".join(text for text in texts if text)
+        options: dict[str, Any] = {"connect_args": {k: v for k, v in arguments.items() if v != {}}}
+        if role is Role.READER:
+            options["isolation_level"] = "AUTOCOMMIT"
+        return options
 
     def read_only_options(self) -> dict[str, Any]:
         """Return what makes SQLAlchemy's drivers say BEGIN READ ONLY."""
@@ -74,30 +98,23 @@ class PostgreSQL:
         self, engine: Engine, role: Role, before_write: Callable[[Connection], None]
     ) -> None:
         """PostgreSQL behaves as it is; psycopg is spared a rollback where nothing has begun."""
+        engine.url = self._url.set(drivername=engine.url.drivername)
         dialect: Any = engine.dialect
         if dialect.driver == "psycopg":
             dialect.do_rollback = _rolling_back(dialect.do_rollback, dialect.is_async)
 
     def limit_connect(self, arguments: dict[str, Any], seconds: float) -> None:
-        """Set libpq's parameter, in whole seconds; fewer than two it does not know."""
-        arguments["connect_timeout"] = max(2, math.ceil(seconds))
+        """Set libpq's parameter, unless it is given: whole seconds for each host, and at least two."""
+        hosts = str(arguments.get("host", "")).count(",") + 1
+        arguments.setdefault("connect_timeout", max(2, math.ceil(seconds / hosts)))
 
     def descriptor(self, driver: Any) -> int | None:
         """Return the file descriptor of the connection's socket; None once it is closed."""
-        if self.is_closed(driver):
-            return None
-        if hasattr(driver, "fileno"):  # psycopg, psycopg2
-            return int(driver.fileno())
-        transport = _asyncpg_transport(driver)
-        known = transport.get_extra_info("socket")
-        return None if known is None or transport.is_closing() else int(known.fileno())
+        return descriptor_of(driver)
 
     def is_closed(self, driver: Any) -> bool:
         """Ask the driver: none of them forgets its socket before it knows that it is closed."""
-        if hasattr(driver, "pgconn"):  # psycopg's own property is the same, and Python
-            return bool(driver.pgconn.status == BAD)
-        closed: bool | None = getattr(driver, "closed", None)
-        return bool(driver.is_closed() if closed is None else closed)
+        return is_closed(driver)
 
     def is_at_rest(self, driver: Any) -> bool:
         """Ask the driver, which knows what the server said last."""
@@ -141,7 +158,7 @@ class PostgreSQL:
                             await_only(self.break_off(driver))
                     else:
                         self.interrupt(driver)
-                        _shut(int(driver.fileno()))  # it ends as soon as it reads from there
+                        shut(int(driver.fileno()))  # it ends as soon as it reads from there
 
     def interrupt(self, driver: Any) -> None:
         """Have the server cancel what runs; what has not arrived there yet is not."""
@@ -163,7 +180,7 @@ class PostgreSQL:
         descriptor = self.descriptor(driver)
         if descriptor is not None and descriptor >= 0:
             # Not for reading: whoever waits for the server to let go would see our own end.
-            _shut(descriptor, socket.SHUT_WR)
+            shut(descriptor, socket.SHUT_WR)
         if isinstance(loop, asyncio.BaseEventLoop):
             # asyncio closes its socket in a callback that this loop will never run: run it here.
             loop.call_soon = _run_unless_it_resumes_a_task  # type: ignore[method-assign,assignment]
@@ -184,7 +201,7 @@ class PostgreSQL:
                 os.dup2(nothing, descriptor, inheritable=False)
                 if not hasattr(driver, "fileno"):
                     # The inherited loop, if it runs, would miss asyncpg's transport at its end.
-                    _asyncpg_transport(driver).abort()
+                    asyncpg_transport(driver).abort()
         os.close(nothing)
 
     def dispose(self) -> None:
@@ -208,24 +225,10 @@ def _rolling_back(rollback: Callable[[Any], None], is_async: bool) -> Callable[[
     return roll_back_what_has_begun
 
 
-def _asyncpg_transport(driver: Any) -> Any:
-    """Return asyncpg's transport, whose socket no public name leads to.
-
-    Without it there is no liveness without a round trip, and a forked child could not let go of
-    its parent's socket. `tests/test_private_names.py` fails when the name goes.
-    """
-    return driver._transport
-
-
 def _run_unless_it_resumes_a_task(callback: Any, *args: Any, context: object = None) -> None:
     """Stand in for the `call_soon` of a loop that has ended: no task of it may go on in another."""
     if not isinstance(getattr(callback, "__self__", None), asyncio.Future):
         callback(*args)
-
-
-def _shut(descriptor: int, how: int = socket.SHUT_RDWR) -> None:
-    with socket.socket(fileno=os.dup(descriptor)) as duplicate:
-        duplicate.shutdown(how)
 
 
 def _backend_pid(driver: Any) -> int:
