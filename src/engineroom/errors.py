@@ -7,7 +7,7 @@
     │   ├── ConfigurationError     a setting, an option or a URL (also a `ValueError`)
     │   │   ├── NoDatabaseURL      no URL was given anywhere
     │   │   ├── InvalidURL         the URL is none, or names a database that is not supported
-    │   │   ├── InvalidCertificate TLS's files cannot be read, or are none
+    │   │   ├── InvalidCertificate its file cannot be read, or is none
     │   │   ├── DriverNotInstalled the URL's driver is not there
     │   │   ├── UnsupportedByDriver the URL asks for what its driver cannot do
     │   │   ├── UnknownOption      an option that does not exist
