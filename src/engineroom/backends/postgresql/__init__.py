@@ -23,7 +23,7 @@ from .settling import BREAK_OFF_LIMIT, settling_connection
 from .sockets import asyncpg_transport, descriptor_of, is_closed, shut
 from .sources import resolve
 from .sqlstates import sqlstate
-from .tls import FILES, make_context
+from .tls import make_context, uses_files
 from .translation import SECRETS, for_asyncpg, for_libpq, refuse_unable, unable
 
 __all__ = ["DRIVERS", "AdvisoryLock", "PostgreSQL", "sqlstate", "without_literals"]
@@ -47,7 +47,7 @@ class PostgreSQL:
         refuse_unknown_driver(url, DRIVERS)
         self._parameters = resolve(url)
         self._shown = masked(url)
-        if any(name in self._parameters for name in FILES):
+        if uses_files(self._parameters):
             make_context(self._parameters)  # says now what cannot be read, for all drivers
         # Its parameters tell it apart from others; their secrets are with the password.
         self._url = url.set(password=self._parameters.get("password", url.password))
@@ -104,7 +104,7 @@ class PostgreSQL:
             dialect.do_rollback = _rolling_back(dialect.do_rollback, dialect.is_async)
 
     def limit_connect(self, arguments: dict[str, Any], seconds: float) -> None:
-        """Set libpq's parameter, unless it is given: whole seconds for each host, and at least two."""
+        """Set libpq's parameter, unless it is given: whole seconds for each host, from two on."""
         hosts = str(arguments.get("host", "")).count(",") + 1
         arguments.setdefault("connect_timeout", max(2, math.ceil(seconds / hosts)))
 

@@ -24,6 +24,12 @@ OWNERS_ONLY, ROOTS = 0o077, 0o027  # what a key's file must not let others do
 PROTOCOL = "postgresql"  # for ALPN
 
 
+def uses_files(parameters: Mapping[str, str]) -> bool:
+    """Whether a file is named, or needed: then it has to be there."""
+    mode = parameters.get("sslmode", "prefer")
+    return mode in VERIFIES or (mode != "disable" and any(name in parameters for name in FILES))
+
+
 def find_files(parameters: Mapping[str, str]) -> dict[str, str]:
     """Return the files of certificates and keys: those that are named, else libpq's if they exist.
 
