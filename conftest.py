@@ -33,6 +33,7 @@ def _own_folder(namespace: dict[str, Any]) -> None:
     folder = namespace["_folder"] = TemporaryDirectory()
     patch = namespace["_patch"] = pytest.MonkeyPatch()
     patch.chdir(folder.name)
+    patch.syspath_prepend(ROOT / "tests" / "fakes")  # clients of secret stores: docs/credentials.md
     for name in ("DATABASE_URL", "DB_URL"):
         patch.delenv(name, raising=False)
     metadata = MetaData(naming_convention=Base.metadata.naming_convention)

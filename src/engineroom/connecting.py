@@ -1,17 +1,25 @@
-"""One physical connect: in the time that is left, and without its secrets in a traceback."""
+"""One physical connect: as whom, in the time that is left, and without secrets in a traceback."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy.engine import Engine
+from sqlalchemy.util import await_only
 
 from .backends import Backend, Side
+from .credentials import Credentials
 from .lending import Lender
+from .pool import LoopPool
 from .secrecy import Sealed, Unseen
 
+LIMIT = 30.0  # seconds for credentials, where no pool counts them
+SPARE = 0.05  # seconds that they get less than the connect: so that theirs is the error
 
-def watch_connects(engine: Engine, side: Side, backend: Backend) -> None:
+
+def watch_connects(engine: Engine, side: Side, backend: Backend, credentials: Credentials) -> None:
     """Have an engine connect so: around the dialect's verb, below whoever listens to connects.
 
     For one `do_connect` event makes every statement slower.
@@ -19,14 +27,48 @@ def watch_connects(engine: Engine, side: Side, backend: Backend) -> None:
     dialect: Any = engine.dialect
     connect = dialect.connect
 
-    def connect_in_time(*args: Any, **arguments: Any) -> Any:
+    def connect_as(account: dict[str, Sealed[str]], *args: Any, **arguments: Any) -> Any:
         if side is Side.SYNC and isinstance(engine.pool, Lender):
             # Nobody can stop a synchronous driver from outside.
             backend.limit_connect(arguments, engine.pool.seconds_left())
-        with Unseen():
-            return connect(*args, **revealed(arguments))
+        return connect(*args, **revealed(arguments | account))
 
-    dialect.connect = connect_in_time
+    def ask(arguments: dict[str, Any]) -> dict[str, Sealed[str]]:
+        own = arguments.get("connect_timeout") or arguments.get("timeout") or LIMIT
+        seconds = max(min(seconds_left(engine), float(own)) - SPARE, SPARE)
+        if side is Side.SYNC:
+            return credentials.ask(seconds)
+        account: dict[str, Sealed[str]] = await_only(credentials.ask_on_loop(seconds))
+        return account
+
+    def connect_by_asking(*args: Any, **arguments: Any) -> Any:
+        """Connect; where the answers were refused and are others by now, once more."""
+        with Unseen():
+            account = ask(arguments)
+            try:
+                return connect_as(account, *args, **arguments)
+            except Exception as error:
+                if not backend.may_be_refused(error):
+                    raise
+                again = ask(arguments)
+                if revealed(again) == revealed(account):
+                    raise
+            return connect_as(again, *args, **arguments)
+
+    def connect_plainly(*args: Any, **arguments: Any) -> Any:
+        with Unseen():
+            return connect_as({}, *args, **arguments)
+
+    way: Callable[..., Any] = connect_by_asking if credentials else connect_plainly
+    dialect.connect = way
+
+
+def seconds_left(engine: Engine) -> float:
+    """Return how long whoever connects now may still take."""
+    pool: Any = engine.pool
+    if isinstance(pool, LoopPool):
+        pool = pool.shelves.get(asyncio.get_running_loop())
+    return pool.seconds_left() if isinstance(pool, Lender) else LIMIT
 
 
 def revealed(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -52,6 +52,7 @@ class Database:
         """
         self._room = EngineRoom(type(self).__name__)
         self._room.open(database_url, url, options)
+        self._room.credentials.refuse_coroutines()
 
     def init(
         self,

@@ -28,6 +28,7 @@ from .backends import Backend, Role, Side, find_backend
 from .cancellation import settle
 from .cap import CAPS, Cap, CapInfo, limit_process, note_closings, process_cap, release_process
 from .connecting import watch_connects
+from .credentials import Credentials
 from .departures import DEPARTURES
 from .errors import Holder, InvalidOption, SelfDeadlock
 from .forks import make_immortal, part_event_loops
@@ -100,6 +101,7 @@ class EngineRoom:
     """What both front doors of one database share: its state, its ledger and its engines."""
 
     backend: Backend
+    credentials: Credentials
     settings: DatabaseSettings
     metadata: MetaData = Base.metadata
     new_session: Callable[[Engine], Guarded]
@@ -146,6 +148,7 @@ class EngineRoom:
         self._arguments = (where, options)
         self.settings = read_settings(where, **options)
         self.backend = find_backend(self.settings.url, self.settings)
+        self.credentials = Credentials(self.settings.username, self.settings.password)
         self.metadata = options.get("metadata", Base.metadata)
         self._engine_options = options.get("engine_options", {})
         async_session_class = options.get("async_session_class", AsyncSession)
@@ -229,6 +232,8 @@ class EngineRoom:
             "ping_after": 0.0 if settings.pool_pre_ping else settings.pool_ping_after,
         }
         # What a pool must know and `recreate()` does not pass on stands on a class of its own.
+        if side is Side.SYNC:
+            self.credentials.refuse_coroutines()
         if side is Side.ASYNC:
             lender: type[Lender] = type("Shelf", (Shelf,), knows)
             shelves = type("LoopPool", (LoopPool,), {"shelf_class": lender})
@@ -249,7 +254,7 @@ class EngineRoom:
         self._note_derived(engine)
         note_statements(engine.dialect)
         note_closings(engine.dialect)
-        watch_connects(engine, side, self.backend)
+        watch_connects(engine, side, self.backend, self.credentials)
         self.backend.attach(engine, role, self._refuse_self_deadlock)
         if side is Side.ASYNC:
             event.listen(engine, "handle_error", self._break_off_cancelled)

@@ -38,6 +38,7 @@
     │   ├── ConnectTimeout         none was opened
     │   └── PoolExhausted          none came free
     │       └── PoolDeadlock       none ever would: every holder waits for another one
+    ├── CredentialsFailed          `username=` or `password=` gave none
     └── SchemaError                the tables of the database, and who makes them
         ├── SchemaLocked           another starter has not finished with them in time
         ├── BrokenReferences       rows would refer to nothing after a migration (SQLite)
@@ -328,6 +329,12 @@ class PoolDeadlock(PoolExhausted):
     """No connection would ever come free: every holder waits for another one."""
 
     code = "pool-deadlock"  # type: ignore[misc]
+
+
+class CredentialsFailed(EngineroomError):
+    """A function that was asked who connects raised, did not answer in time, or gave no text."""
+
+    code = "credentials-failed"
 
 
 class SchemaError(EngineroomError):

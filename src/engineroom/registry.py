@@ -44,7 +44,10 @@ CURE = "Take `await async_session_factory(…)`, or move it to a thread: await a
 LONGEST_PAUSE = 1.0  # seconds between two of them; the first is a hundredth of it
 
 # What of `create_engine`'s arguments is a setting here. The others go to `create_engine`.
-SETTINGS = {"pool_size", "max_overflow", "pool_timeout", "pool_recycle", "pool_pre_ping", "echo"}
+SETTINGS = {
+    *("pool_size", "max_overflow", "pool_timeout", "pool_recycle", "pool_pre_ping", "echo"),
+    *("username", "password"),
+}
 
 
 class Masked(dict[str | URL, V]):

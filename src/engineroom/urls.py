@@ -18,6 +18,9 @@ ALIASES = {"postgres": "postgresql"}
 # What a parameter of a URL is called whose value nobody may see.
 SECRET = re.compile("pass|secret|token", re.IGNORECASE)
 
+# The parts of an account, and which parameters may have them instead.
+ACCOUNT = {"username": ("user", "username"), "password": ("password",)}
+
 SCHEME = re.compile(r"([A-Za-z]\w*)(?:\+\w+)?://")
 PLACE = re.compile(r"(?:\[(?P<v6>[^\[\]]+)\]|(?P<name>[^:\[\]]*))(?::(?P<port>.*))?")
 LAST_PORT = 65535
@@ -68,6 +71,18 @@ def masked(url: str | URL) -> str:
     if "@" in f"{parsed.host}{parsed.database}":  # a password with an @ or a / that was not encoded
         return f"{parsed.drivername}://…"
     return text
+
+
+def has_account(url: URL, part: str) -> bool:
+    """Whether a URL has a user name or a password, among its parameters or before."""
+    return getattr(url, part) is not None or any(name in url.query for name in ACCOUNT[part])
+
+
+def replace_account(url: URL, part: str, value: str | None) -> URL:
+    """Return a URL with another user name or password; None: with none."""
+    parts = {name: getattr(url, name) for name in ("username", "password", "host", "port")}
+    query = url.difference_update_query(ACCOUNT[part]).query
+    return URL.create(url.drivername, **parts | {part: value}, database=url.database, query=query)
 
 
 def _hidden(url: object) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.pool import PoolProxiedConnection
 
-from ..errors import DriverNotInstalled, InvalidURL
+from ..errors import DriverNotInstalled, InvalidOption, InvalidURL
 from ..urls import masked
 
 if TYPE_CHECKING:
@@ -66,6 +66,9 @@ class Backend(Protocol):
 
     def limit_connect(self, arguments: dict[str, Any], seconds: float) -> None:
         """Add to the arguments of a synchronous driver how long it may take to connect."""
+
+    def may_be_refused(self, error: Exception) -> bool:
+        """Whether a connect failed by its user or password, as far as the driver tells."""
 
     def descriptor(self, driver: Any) -> int | None:
         """Return the file descriptor of a driver's connection; None where it has no socket."""
@@ -195,6 +198,10 @@ def find_backend(url: URL, settings: DatabaseSettings) -> Backend:
     if name == "sqlite":
         from .sqlite import SQLite
 
+        for name in settings.given & {"username", "password"}:
+            raise InvalidOption(
+                f"{name}= says nothing for SQLite: a file has no users. Leave it out."
+            )
         return SQLite(url, settings.busy_timeout)
     raise InvalidURL(
         f"{masked(url)}: engineroom does not support {name!r}. Supported are postgresql:// and "

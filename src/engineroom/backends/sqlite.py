@@ -239,6 +239,10 @@ class SQLite:
     def limit_connect(self, arguments: dict[str, Any], seconds: float) -> None:
         """Opening a file does not wait."""
 
+    def may_be_refused(self, error: Exception) -> bool:
+        """A file has no users."""
+        return False
+
     def descriptor(self, driver: Any) -> int | None:
         """A file has no socket."""
         return None

@@ -21,6 +21,7 @@ from sqlalchemy.util import greenlet_spawn
 from engineroom.backends import Role, Side
 from engineroom.backends.postgresql import PostgreSQL, sqlstate
 from engineroom.connecting import watch_connects
+from engineroom.credentials import Credentials
 from engineroom.engines import create
 from engineroom.errors import DriverNotInstalled, TemplateUnusable
 
@@ -61,7 +62,7 @@ class Administrator:
             where = backend.engine_url(side)
         options = backend.engine_options(side, Role.PRIMARY, {})
         engine = create(side, where, poolclass=NullPool, isolation_level="AUTOCOMMIT", **options)
-        watch_connects(engine, side, backend)
+        watch_connects(engine, side, backend, Credentials())
         self._url = url
         # An asynchronous driver gets a loop that is nobody else's.
         self._runner = asyncio.Runner() if side is Side.ASYNC else None

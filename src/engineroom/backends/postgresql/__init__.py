@@ -36,6 +36,8 @@ DRIVERS = {
 }
 READ_ONLY = "default_transaction_read_only"
 
+# invalid_password; invalid_authorization_specification (of PAM, through which Amazon's tokens go)
+REFUSED = ("28P01", "28000")
 IDLE = 0  # libpq's PQTRANS_IDLE
 AT_REST = (IDLE, 4)  # and PQTRANS_UNKNOWN: it is closed
 
@@ -107,6 +109,14 @@ class PostgreSQL:
         """Set libpq's parameter, unless it is given: whole seconds for each host, from two on."""
         hosts = str(arguments.get("host", "")).count(",") + 1
         arguments.setdefault("connect_timeout", max(2, math.ceil(seconds / hosts)))
+
+    def may_be_refused(self, error: Exception) -> bool:
+        """Ask the SQLSTATE; libpq keeps that of a connect to itself, and tells less, or nothing."""
+        if (state := sqlstate(error)) is not None:
+            return state in REFUSED
+        if (pgconn := getattr(error, "pgconn", None)) is not None:  # psycopg's
+            return bool(pgconn.used_password)
+        return type(error).__module__ == "psycopg2"
 
     def descriptor(self, driver: Any) -> int | None:
         """Return the file descriptor of the connection's socket; None once it is closed."""
