@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +36,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("anyio_backend", loops, ids=["asyncio", "uvloop"], scope="session")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Fail a test in whose output or log the password of a server is, whatever it tests."""
+    report = yield
+    for server in SERVERS:
+        for name, printed in report.sections:
+            if server.password in printed and report.passed:
+                report.outcome = "failed"
+                report.longrepr = f"The password of {server!r} is in its {name}."
+    return report
+
+
+SERVERS: list[PostgresServer] = []
+
+
 @pytest.fixture(scope="session")
 def anyio_backend() -> tuple[str, dict[str, Any]]:
     """Run `@pytest.mark.anyio` tests on asyncio; `@pytest.mark.both_loops` adds uvloop."""
@@ -46,6 +63,7 @@ def anyio_backend() -> tuple[str, dict[str, Any]]:
 def pg18() -> Iterator[PostgresServer]:
     """PostgreSQL 18, one for the run."""
     with postgres(18) as server:
+        SERVERS.append(server)
         yield server
 
 
@@ -53,6 +71,7 @@ def pg18() -> Iterator[PostgresServer]:
 def pg16() -> Iterator[PostgresServer]:
     """PostgreSQL 16, one for the run."""
     with postgres(16) as server:
+        SERVERS.append(server)
         yield server
 
 

@@ -16,6 +16,7 @@ from .backends import Role, Side
 from .engines import EngineRoom, Stats
 from .schema import Probe, SchemaScope, ask, create_missing, is_complete
 from .scopes import ConnectScope, LooseScope, SessionScope
+from .secrecy import unseen
 from .settings import Options
 
 
@@ -32,6 +33,7 @@ class Database:
 
     Base: ClassVar[type[DeclarativeBase]] = models.Base
 
+    @unseen
     def __init__(
         self,
         database_url: str | URL | None = None,
@@ -54,6 +56,7 @@ class Database:
         self._room.open(database_url, url, options)
         self._room.credentials.refuse_coroutines()
 
+    @unseen
     def init(
         self,
         database_url: str | URL | None = None,

@@ -48,6 +48,7 @@ from .lifecycle import Life, State
 from .models import Base
 from .pool import LoopPool, Shelf, ThreadPool
 from .retiring import retire
+from .secrecy import Sealed
 from .sessions import Guarded, guarded
 from .settings import DatabaseSettings, Options, read_settings
 from .slots import WAITING
@@ -121,7 +122,7 @@ class EngineRoom:
         self._engines: dict[tuple[Side, Role], Engine] = {}
         self.binds: dict[tuple[Side, Role, bool, str | None], Any] = {}
         self.derived: weakref.WeakSet[Engine] = weakref.WeakSet()  # by `execution_options()`
-        self._arguments: tuple[str | URL | None, Options] = (None, {})  # of the last `open`
+        self.given: Sealed[tuple[str | URL | None, Options]] = Sealed((None, {}))  # at `open`
         self.sandbox: Any = None  # what a test has put around the engines: testing.sandbox
         ROOMS.add(self)
 
@@ -144,8 +145,8 @@ class EngineRoom:
             raise InvalidOption("The URL was given twice, as database_url= and as url=. Give one.")
         where = url if database_url is None else database_url
         if where is None and not options and self.life.state is State.CLOSED:
-            where, options = self._arguments
-        self._arguments = (where, options)
+            where, options = self.given.reveal()
+        self.given = Sealed((where, options))
         self.settings = read_settings(where, **options)
         self.backend = find_backend(self.settings.url, self.settings)
         self.credentials = Credentials(self.settings.username, self.settings.password)

@@ -32,6 +32,7 @@ from .manager import DatabaseSessionManager
 from .models import Base
 from .pool import PassingPool, Shelf, ThreadPool
 from .scopes import mind_the_loop
+from .secrecy import unseen
 from .sessions import guarded
 from .settings import Options
 from .urls import masked
@@ -226,6 +227,7 @@ class SessionManager:
         """Whether tables were prepared, anywhere; which these were is remembered for each URL."""
         return self._has_prepared
 
+    @unseen
     def get_engine(self, dburi: str | URL, **kwargs: Any) -> Engine:
         """Return the engine of a URL.
 
@@ -248,6 +250,7 @@ class SessionManager:
             return engine
         return self._keep(dburi, kwargs, Side.SYNC)
 
+    @unseen
     def create_session(
         self, dburi: str | URL, short_lived_sessions: bool = False, **kwargs: Any
     ) -> tuple[Engine, sessionmaker[Session]]:
@@ -265,6 +268,7 @@ class SessionManager:
             factory = self._sessions.setdefault(dburi, Factory(self._owner(engine), engine))
         return engine, factory
 
+    @unseen
     def session_factory(self, dburi: str | URL, **kwargs: Any) -> Session:
         """Return a new session on a URL whose tables exist; the caller commits and closes it.
 
@@ -278,6 +282,7 @@ class SessionManager:
         self.prepare_models(engine)
         return make_session()
 
+    @unseen
     def prepare_models(self, engine: Engine) -> None:
         """Create the tables that are not there yet, once for each URL.
 
@@ -323,6 +328,7 @@ class SessionManager:
 
     # -- and beyond ----------------------------------------------------------------------------
 
+    @unseen
     def database(self, dburi: str | URL, **kwargs: Any) -> DatabaseSessionManager:
         """Return the database of a URL, with all verbs of both sides: ask for it at each use.
 
@@ -341,6 +347,7 @@ class SessionManager:
         manager._room = manager.sync._room = tenant
         return manager
 
+    @unseen
     async def async_session_factory(self, dburi: str | URL, **kwargs: Any) -> AsyncSession:
         """Return a new session on a URL whose tables exist; the caller commits and closes it.
 

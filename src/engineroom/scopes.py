@@ -47,6 +47,7 @@ from .ledger import (
 )
 from .lending import forfeit
 from .retiring import ENDED, retire
+from .secrecy import hide_values
 from .sessions import Guarded, in_use, recall, used_by_another_thread
 from .statements import permit_of
 
@@ -128,6 +129,8 @@ class Scope(Entry):
         """Whether it is to be rolled back; or was, where the error came from its own end."""
         if error is not None and self.hooks is not None:
             self.hooks.doubt(error)
+        if isinstance(error, Exception) and not self._room.settings.shows_statements:
+            hide_values(error)
         return error is not None or self.is_rollback_only or bool(self.obituary)
 
     def _take_hooks(self) -> Any:

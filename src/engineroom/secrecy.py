@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from traceback import clear_frames
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import wraps
+from inspect import iscoroutinefunction
+from traceback import clear_frames, walk_tb
 from types import TracebackType
-from typing import Generic, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar, cast
 
+P = ParamSpec("P")
+R = TypeVar("R")
 T = TypeVar("T")
 
 
@@ -47,6 +52,46 @@ class Unseen:
     ) -> None:
         for each in chain(error, self._handled):
             clear_frames(each.__traceback__)
+
+
+def unseen(verb: Callable[P, R]) -> Callable[P, R]:
+    """Empty, when a verb raises, its own frame as well: its arguments may be secret."""
+    if iscoroutinefunction(verb):
+
+        @wraps(verb)
+        async def call_async(*args: Any, **kw: Any) -> Any:
+            try:
+                with Unseen():
+                    return await verb(*args, **kw)
+            except BaseException:
+                del args, kw
+                raise
+
+        return cast(Callable[P, R], call_async)
+
+    @wraps(verb)
+    def call(*args: P.args, **kw: P.kwargs) -> R:
+        try:
+            with Unseen():
+                return verb(*args, **kw)
+        except BaseException:
+            del args, kw
+            raise
+
+    return call
+
+
+# In whose frames the values lie that are bound to a statement.
+BINDING = ("sqlalchemy", "asyncpg", "psycopg", "psycopg2", "aiosqlite", "engineroom")
+
+
+def hide_values(error: BaseException) -> None:
+    """Empty the frames through which an error's statement has gone, and leave the application's."""
+    for each in chain(error):
+        for frame, _ in walk_tb(each.__traceback__):
+            if frame.f_globals.get("__name__", "").partition(".")[0] in BINDING:
+                with suppress(RuntimeError):  # it is running
+                    frame.clear()
 
 
 def chain(error: BaseException | None, end: BaseException | None = None) -> Iterator[BaseException]:

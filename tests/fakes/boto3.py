@@ -1,4 +1,5 @@
 """As much of Amazon's client as docs/credentials.md uses, with its signature."""
+# ruff: noqa: N803
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ class RDS:
         DBHostname: str,
         Port: int,
         DBUsername: str,
-        Region: str | None = None,  # noqa: N803
+        Region: str | None = None,
     ) -> str:
         CALLS.append((DBHostname, Port, DBUsername))
         return SECRET

@@ -16,6 +16,7 @@ from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.util import await_only
 
+from ...secrecy import Sealed
 from ...urls import masked
 from .. import Role, Side, choose_driver, refuse_unknown_driver
 from .schema_lock import AdvisoryLock, without_literals
@@ -47,13 +48,18 @@ class PostgreSQL:
 
     def __init__(self, url: URL) -> None:
         refuse_unknown_driver(url, DRIVERS)
-        self._parameters = resolve(url)
+        parameters = resolve(url)
+        if uses_files(parameters):
+            make_context(parameters)  # says now what cannot be read, for all drivers
+        self._sealed = Sealed(parameters)
         self._shown = masked(url)
-        if uses_files(self._parameters):
-            make_context(self._parameters)  # says now what cannot be read, for all drivers
         # Its parameters tell it apart from others; their secrets are with the password.
-        self._url = url.set(password=self._parameters.get("password", url.password))
+        self._url = url.set(password=parameters.get("password", url.password))
         self._url = self._url.difference_update_query(SECRETS)
+
+    @property
+    def _parameters(self) -> dict[str, str]:
+        return self._sealed.reveal()
 
     def engine_url(self, side: Side) -> URL:
         """Return the URL with the driver of a side, without what that is told beside it."""

@@ -12,7 +12,7 @@ from .parameters import CACHES, DEFAULT_PORT, read_integer
 from .reaching import Reach
 from .tls import FILES, make_context
 
-SECRETS = ("password", "sslpassword")
+SECRETS = ("password", "sslpassword", "oauth_client_secret", "scram_client_key", "scram_server_key")
 PLAIN = ("allow", "prefer")  # of sslmode: without TLS, too
 VERSIONS = ("ssl_min_protocol_version", "ssl_max_protocol_version")
 # What asyncpg takes by the same name.
@@ -91,7 +91,7 @@ def for_asyncpg(parameters: Mapping[str, str], environment: Mapping[str, str]) -
     """
     arguments: dict[str, Any] = {name: parameters[name] for name in ALIKE if name in parameters}
     arguments |= {name: int(parameters[name]) for name in CACHES if name in parameters}
-    arguments["async_creator_fn"] = Reach(parameters).connect
+    arguments["async_creator_fn"] = Reach(_without_secrets(parameters)).connect
     arguments |= _places(parameters)
     if "dbname" in parameters:
         arguments["database"] = parameters["dbname"]
@@ -101,6 +101,10 @@ def for_asyncpg(parameters: Mapping[str, str], environment: Mapping[str, str]) -
     if timeout > 0:
         arguments["timeout"] = max(timeout, LEAST_TIMEOUT)
     return arguments | _tls(parameters) | _settings(parameters, environment)
+
+
+def _without_secrets(parameters: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in parameters.items() if name not in SECRETS}
 
 
 def _places(parameters: Mapping[str, str]) -> dict[str, Any]:
