@@ -127,11 +127,13 @@ class Scope(Entry):
 
     def _must_fail(self, error: BaseException | None) -> bool:
         """Whether it is to be rolled back; or was, where the error came from its own end."""
-        if error is not None and self.hooks is not None:
+        if error is None:
+            return self.is_rollback_only or bool(self.obituary)
+        if self.hooks is not None:
             self.hooks.doubt(error)
         if isinstance(error, Exception) and not self._room.settings.shows_statements:
             hide_values(error)
-        return error is not None or self.is_rollback_only or bool(self.obituary)
+        return True
 
     def _take_hooks(self) -> Any:
         """Take what is called after its end: entered again, it begins afresh."""

@@ -40,9 +40,8 @@ class Unseen:
     """
 
     def __enter__(self) -> None:
-        self._handled = (
-            sys.exception()
-        )  # it is not ours, though what we raise has it as its context
+        # What is being handled is not ours, though what we raise has it as its context.
+        self._handled = sys.exception()
 
     def __exit__(
         self,

@@ -19,7 +19,7 @@ ALIASES = {"postgres": "postgresql"}
 SECRET = re.compile("pass|secret|token", re.IGNORECASE)
 
 # The parts of an account, and which parameters may have them instead.
-ACCOUNT = {"username": ("user", "username"), "password": ("password",)}
+ACCOUNT: dict[str, tuple[str, ...]] = {"username": ("user", "username"), "password": ("password",)}
 
 SCHEME = re.compile(r"([A-Za-z]\w*)(?:\+\w+)?://")
 PLACE = re.compile(r"(?:\[(?P<v6>[^\[\]]+)\]|(?P<name>[^:\[\]]*))(?::(?P<port>.*))?")
