@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlencode
 
@@ -13,8 +16,8 @@ from sqlalchemy.exc import DBAPIError
 from tls import Certificates, TLSProxy
 
 from engineroom import Database
-from engineroom.errors import InvalidCertificate
-from engineroom.testing import PostgresServer
+from engineroom.errors import InvalidCertificate, UnsupportedByDriver
+from engineroom.testing import PostgresServer, postgres
 
 DRIVERS = ["asyncpg", "psycopg", "psycopg (async)", "psycopg2"]
 pytestmark = pytest.mark.parametrize("driver", DRIVERS)
@@ -179,3 +182,41 @@ def test_a_file_that_cannot_be_used_is_one_clear_error_before_anything_is_sent(
 def test_nothing_to_verify_with_is_refused(driver: str, url: str) -> None:
     with pytest.raises(InvalidCertificate, match=r"root\.crt does not exist"):
         look(f"{url}?sslmode=verify-full", driver)
+
+
+# --- a server that speaks TLS itself --------------------------------------------------------------
+
+SYSTEM = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
+
+
+@pytest.fixture(scope="module")
+def secure(certificates: Certificates) -> Iterator[PostgresServer]:
+    """The system's PostgreSQL, with TLS; the binaries of the throwaway ones have none."""
+    if not SYSTEM:
+        pytest.skip("PostgreSQL is not installed in /usr/lib/postgresql")
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        files = {"ssl_cert_file": folder / "server.crt", "ssl_key_file": folder / "server.key"}
+        certificates.server.cert_chain_pems[0].write_to_path(str(files["ssl_cert_file"]))
+        certificates.server.private_key_pem.write_to_path(str(files["ssl_key_file"]))
+        files["ssl_key_file"].chmod(0o600)
+        if os.geteuid() == 0:  # for root, the server runs as nobody
+            shutil.chown(files["ssl_key_file"], "nobody")
+        settings = {"ssl": True, **{name: str(path) for name, path in files.items()}}
+        with postgres(bindir=SYSTEM[-1].parent, settings=settings) as server:
+            yield server
+
+
+def test_channels_are_bound_where_that_is_required(
+    driver: str, secure: PostgresServer, certificates: Certificates
+) -> None:
+    url = secure.url().replace("127.0.0.1", "localhost")
+    url = f"{url}?sslmode=verify-full&sslrootcert={certificates.root}"
+    ask = "SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()"
+    assert look(url, driver, ask) is True
+    if driver == "asyncpg":
+        with pytest.raises(UnsupportedByDriver):
+            look(f"{url}&channel_binding=require", driver)
+    else:
+        assert look(f"{url}&channel_binding=require", driver, ask) is True

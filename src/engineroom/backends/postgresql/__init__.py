@@ -87,13 +87,16 @@ class PostgreSQL:
             arguments["target_session_attrs"] = "primary"
         settings = {READ_ONLY: "on"} if role is Role.READER else {}
         if driver == "asyncpg":
-            ours, theirs = told.get("server_settings", {}), connect_args.get("server_settings", {})
-            arguments["server_settings"] = ours | theirs | settings
+            name: str = "server_settings"
+            merged: Any = told.get(name, {}) | connect_args.get(name, {}) | settings
         else:
-            texts = [told.get("options"), connect_args.get("options")]
-            texts += [f"-c {name}={value}" for name, value in settings.items()]
-            arguments["options"] = " ".join(text for text in texts if text)
-        options: dict[str, Any] = {"connect_args": {k: v for k, v in arguments.items() if v != {}}}
+            name = "options"
+            texts = [told.get(name), connect_args.get(name)]
+            texts += [f"-c {setting}={value}" for setting, value in settings.items()]
+            merged = " ".join(text for text in texts if text)
+        if merged:
+            arguments[name] = merged
+        options: dict[str, Any] = {"connect_args": arguments}
         if role is Role.READER:
             options["isolation_level"] = "AUTOCOMMIT"
         return options
