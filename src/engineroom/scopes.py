@@ -127,13 +127,15 @@ class Scope(Entry):
 
     def _must_fail(self, error: BaseException | None) -> bool:
         """Whether it is to be rolled back; or was, where the error came from its own end."""
-        if error is None:
-            return self.is_rollback_only or bool(self.obituary)
-        if self.hooks is not None:
+        if error is not None and self.hooks is not None:
             self.hooks.doubt(error)
+        return error is not None or self.is_rollback_only or bool(self.obituary)
+
+    def _hide_values(self) -> None:
+        """Empty the frames of an error that has the values of its statement, unless echo is on."""
+        error = sys.exception()
         if isinstance(error, Exception) and not self._room.settings.shows_statements:
             hide_values(error)
-        return True
 
     def _take_hooks(self) -> Any:
         """Take what is called after its end: entered again, it begins afresh."""
@@ -206,6 +208,8 @@ class SyncScope(Scope, Generic[R]):
                 raise
             finally:
                 self._leave()
+                if failed:
+                    self._hide_values()
                 if self.hooks is not None:
                     self._take_hooks().run(failed)
             if self.obituary and error is None:  # it must not pass for a success
@@ -302,6 +306,8 @@ class AsyncScope(Scope, Generic[R]):
                 raise
             finally:
                 self._leave()
+                if failed:
+                    self._hide_values()
                 if self.hooks is not None:
                     await self._take_hooks().run_async(failed)
             if self.obituary and error is None:  # it must not pass for a success

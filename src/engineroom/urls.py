@@ -149,7 +149,7 @@ def _read_place(place: str, shown: str) -> tuple[str, int | None]:
 def _refuse_place(shown: str) -> NoReturn:
     raise InvalidURL(
         f"The port of {shown} is not a number from 1 to {LAST_PORT}. Write host:port; an IPv6 "
-        "address stands in brackets ([::1]:5432), and a : in a user name is written %3A."
+        "address stands in brackets ([::1]:5432), and a : in a user name is percent-encoded (%3A)."
     )
 
 
