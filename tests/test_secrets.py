@@ -237,5 +237,6 @@ def test_frames_of_an_error_that_was_there_before_keep_their_variables() -> None
         both()
     error = caught.value
     assert isinstance(error.__context__, KeyError)
-    assert "kept = 'application'" in printed(error)
+    *_, (frame, _) = traceback.walk_tb(error.__context__.__traceback__)
+    assert frame.f_locals == {"kept": "application"}
     assert shown(printed(error)) == []
