@@ -273,14 +273,16 @@ class EngineRoom:
     def _limit_connect(self, engine: Engine) -> None:
         """Tell a synchronous driver how long it may connect: nobody can stop it from outside.
 
-        Around the dialect's verb, for one `do_connect` event makes every statement slower.
+        Around the dialect's verb, for one `do_connect` event makes every statement slower. Mappers
+        remember dialects: this one must not keep engine and manager for as long.
         """
         dialect: Any = engine.dialect
-        connect = dialect.connect
+        connect, limit, known = dialect.connect, self.backend.limit_connect, weakref.ref(engine)
 
         def connect_in_time(*args: Any, **kw: Any) -> Any:
-            if isinstance(engine.pool, Lender):
-                self.backend.limit_connect(kw, engine.pool.seconds_left())
+            pool = getattr(known(), "pool", None)
+            if isinstance(pool, Lender):
+                limit(kw, pool.seconds_left())
             return connect(*args, **kw)
 
         dialect.connect = connect_in_time

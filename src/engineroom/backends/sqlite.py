@@ -104,7 +104,7 @@ class SQLite:
             self._records.add(record)
             connection.isolation_level = None  # or the driver begins, where and when it likes
             cursor = connection.cursor()
-            self._use_wal(connection, cursor, engine)
+            self._use_wal(connection, cursor, engine.dialect)
             cursor.close()
             pragmas = ["PRAGMA foreign_keys=ON"]
             if self._in_memory:
@@ -118,7 +118,7 @@ class SQLite:
         event.listen(engine, "connect", connect)
         if role is Role.PRIMARY:
             event.listen(engine, "begin", partial(self._begin, before_write))
-            self._wait_for_the_lock_here(engine)
+            self._wait_for_the_lock_here(engine.dialect)
 
     def _begin(self, before_write: Callable[[Connection], None], connection: Connection) -> None:
         """Begin as the session asks for: to read, to write, or not at all."""
@@ -143,9 +143,11 @@ class SQLite:
             if not options.get(BEGINS_LATER):
                 connection.exec_driver_sql(BEGIN_WRITE)
 
-    def _wait_for_the_lock_here(self, engine: Engine) -> None:
-        """Wait for the lock in SQLite's place: its waiting ends for no cancellation, nor Ctrl-C."""
-        dialect: Any = engine.dialect
+    def _wait_for_the_lock_here(self, dialect: Any) -> None:
+        """Wait for the lock in SQLite's place: its waiting ends for no cancellation, nor Ctrl-C.
+
+        Mappers remember dialects: what is put on this one must not keep its engine for as long.
+        """
         execute, busy = dialect.do_execute, dialect.loaded_dbapi.OperationalError
 
         def waiting(cursor: Any, error: Any, context: Any) -> Any:
@@ -153,7 +155,7 @@ class SQLite:
             lent = context.root_connection.connection
             if _code(error) != SQLITE_BUSY or not lent.info.get(WAITS_HERE):
                 raise error
-            insist = partial(self._insist, lent.dbapi_connection, engine)
+            insist = partial(self._insist, lent.dbapi_connection, dialect)
             return SimpleNamespace(
                 execute=lambda *what: insist(partial(cursor.execute, *what)),
                 executemany=lambda *what: insist(partial(cursor.executemany, *what)),
@@ -163,7 +165,7 @@ class SQLite:
             if statement == BEGIN_WRITE:
                 lent = context.root_connection.connection
                 if not lent.driver_connection.in_transaction:  # else SQLite refuses it at once
-                    begin = partial(self._begin_write, lent.dbapi_connection, engine)
+                    begin = partial(self._begin_write, lent.dbapi_connection, dialect)
                     cursor = SimpleNamespace(execute=begin)
             try:
                 execute(cursor, statement, parameters, context)
@@ -185,18 +187,18 @@ class SQLite:
         dialect.do_executemany = patient(dialect.do_executemany)
         dialect.do_execute_no_params = patient(dialect.do_execute_no_params)
 
-    def _begin_write(self, connection: Any, engine: Engine, *_: object) -> None:
+    def _begin_write(self, connection: Any, dialect: Any, *_: object) -> None:
         """Take the lock in one call: each would cost the asynchronous side a turn of the loop."""
         usual = self._busy_pragma(self._busy_timeout)
         script = f"PRAGMA busy_timeout=0; {BEGIN_WRITE}; {usual}"
         try:
-            self._insist(connection, engine, partial(_run_script, connection, script))
+            self._insist(connection, dialect, partial(_run_script, connection, script))
         except Exception:  # (after any other SQLAlchemy parts with the connection)
             with suppress(Exception):
                 _run_script(connection, usual)
             raise
 
-    def _use_wal(self, connection: Any, cursor: Any, engine: Engine) -> None:
+    def _use_wal(self, connection: Any, cursor: Any, dialect: Any) -> None:
         """Switch the file to WAL; the switch ignores the busy timeout, so the wait is here."""
 
         def switch() -> None:
@@ -205,21 +207,21 @@ class SQLite:
                 cursor.execute("PRAGMA journal_mode=WAL")
 
         try:
-            self._insist(connection, engine, switch)
-        except engine.dialect.loaded_dbapi.OperationalError as error:
+            self._insist(connection, dialect, switch)
+        except dialect.loaded_dbapi.OperationalError as error:
             if _code(error) != SQLITE_READONLY:  # somebody opened it so, and reads
                 raise
 
     def _busy_pragma(self, seconds: float) -> str:
         return f"PRAGMA busy_timeout={int(seconds * 1000)}"
 
-    def _insist(self, connection: Any, engine: Engine, attempt: Callable[[], None]) -> None:
+    def _insist(self, connection: Any, dialect: Any, attempt: Callable[[], None]) -> None:
         """Try until nobody holds the lock, or the busy timeout is over."""
         deadline = time.monotonic() + self._busy_timeout
         for pause in chain(PAUSES, repeat(PAUSES[-1])):
             try:
                 return attempt()
-            except engine.dialect.loaded_dbapi.OperationalError as error:
+            except dialect.loaded_dbapi.OperationalError as error:
                 left = deadline - time.monotonic()
                 if _code(error) != SQLITE_BUSY or left <= 0:
                     raise
