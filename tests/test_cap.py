@@ -15,7 +15,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self
@@ -24,12 +24,21 @@ import pytest
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from scenario import backends, fork, in_threads, run, settled, until
+from scenario import (
+    backends,
+    fork,
+    in_threads,
+    loop_factory,
+    run,
+    server_driver_and_loop,
+    settled,
+    until,
+)
 from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError
 
 from engineroom import Database, DatabaseSessionManager, departures
-from engineroom.cap import CAPS, Cap, process_cap, stay_of
+from engineroom.cap import CAPS, Cap, is_blocked, process_cap, stay_of
 from engineroom.engines import EngineRoom
 from engineroom.errors import InvalidOption, PoolDeadlock, PoolExhausted
 from engineroom.forks import make_immortal
@@ -79,6 +88,12 @@ class Watch:
 def watch(pg18: PostgresServer, database: str) -> Iterator[Watch]:
     with Watch(pg18, database) as one:
         yield one
+
+
+@pytest.fixture
+def url(request: pytest.FixtureRequest, pg18: PostgresServer, database: str) -> str:
+    """The URL of a fresh database for a driver."""
+    return pg18.url(database, request.param)
 
 
 def cap_of_process() -> Cap:
@@ -357,6 +372,114 @@ async def two_at_once(manager: DatabaseSessionManager) -> list[int]:
     return await asyncio.gather(one(manager), one(manager))
 
 
+@contextmanager
+def blocked_loop(manager: DatabaseSessionManager, count: int) -> Iterator[Callable[[], None]]:
+    """A loop in a thread, with so many idle connections, that stands still; what has it go on."""
+    ready, go_on, over = threading.Event(), threading.Event(), threading.Event()
+
+    async def main() -> None:
+        everyone = asyncio.Barrier(count)
+
+        async def hold() -> None:
+            async with manager.session() as db:
+                await db.scalar(text("SELECT 1"))
+                await everyone.wait()
+
+        await asyncio.gather(*(hold() for _ in range(count)))
+        ready.set()
+        block(go_on)
+        await asyncio.to_thread(over.wait)
+
+    thread = threading.Thread(target=asyncio.run, args=(main(),), name="blocked")
+    thread.start()
+    try:
+        assert ready.wait(20)
+        yield go_on.set
+    finally:
+        go_on.set()
+        over.set()
+        thread.join()
+
+
+def block(until_set: threading.Event) -> None:
+    until_set.wait()
+
+
+@pytest.mark.parametrize("limit", [0.8, 20.0])
+def test_a_blocked_loop_keeps_nobody_from_what_is_idle_elsewhere(
+    driver_url: str, limit: float
+) -> None:
+    """What it has was used longest ago, and is asked for first."""
+    first, second, third = managers = opened(driver_url, 3, 3, pool_timeout=limit)
+    with blocked_loop(first, 2):
+        assert one_sync(second) == 1
+        assert one_sync(third) == 1  # both of the first were asked by now
+        assert one_sync(second) == 1
+    asyncio.run(close_all(managers))
+
+
+def test_who_waits_beside_a_blocked_loop_has_what_comes_back(driver_url: str) -> None:
+    first, second, third = managers = opened(driver_url, 3, 2, pool_timeout=20)
+    with blocked_loop(first, 1), ThreadPoolExecutor(1) as thread:
+        with second.sync.session() as db:
+            db.execute(text("SELECT 1"))
+            waiting = thread.submit(one_sync, third)
+            until(lambda: cap_of_process().waiting, bool)
+            time.sleep(1.5)  # what the loop has was asked for more than once
+            assert not waiting.done()
+        assert waiting.result() == 1
+    asyncio.run(close_all(managers))
+
+
+def test_a_blocked_loop_gives_way_when_it_goes_on_to_who_waits_only(driver_url: str) -> None:
+    first, second, third = managers = opened(driver_url, 3, 2, pool_timeout=20)
+    with blocked_loop(first, 1) as go_on, ThreadPoolExecutor(1) as thread:
+        with second.sync.session() as db:
+            db.execute(text("SELECT 1"))
+            waiting = thread.submit(one_sync, third)
+            until(lambda: cap_of_process().waiting, bool)
+            go_on()
+            assert waiting.result() == 1  # the loop's own, for the other is in use
+        assert [pool.idle for pool in first.stats().pools] == [0]
+    with blocked_loop(first, 1) as go_on:
+        assert one_sync(second) == 1
+        assert one_sync(third) == 1  # of the second: the loop was asked in vain
+        go_on()
+        until(lambda: any(map(is_blocked, cap_of_process().pools())), lambda seen: not seen)
+        assert [pool.idle for pool in first.stats().pools if pool.loop] == [1]
+    asyncio.run(close_all(managers))
+
+
+def test_exhaustion_names_the_loop_that_is_blocked(driver_url: str) -> None:
+    first, second = managers = opened(driver_url, 2, 2, pool_timeout=1.5)
+    with blocked_loop(first, 2):
+        with pytest.raises(PoolExhausted) as caught:
+            one_sync(second)
+    told = str(caught.value)
+    assert "all 2 that DB_MAX_CONNECTIONS allows are open" in told
+    assert "none of them idle" not in told
+    assert "Held by ." not in told
+    assert re.search(
+        r"are open, 2 of them idle in the event loop of thread blocked "
+        rf"\(at {re.escape(__file__)}:\d+ in block\), which has not answered for 1\.\d s ",
+        told,
+    )
+    asyncio.run(close_all(managers))
+
+
+def test_a_loop_that_is_blocked_by_who_waits_gives_way(driver_url: str) -> None:
+    """A synchronous session in asynchronous code, which stands still for it."""
+
+    async def main() -> None:
+        manager = DatabaseSessionManager().init(driver_url, max_connections=1, pool_timeout=20)
+        for _ in range(2):
+            assert await one(manager) == 1
+            assert one_sync(manager) == 1
+        await manager.close()
+
+    asyncio.run(main())
+
+
 def test_what_a_closed_loop_had_lent_is_taken_back(driver_url: str) -> None:
     """Its tasks will never return it."""
     manager = DatabaseSessionManager().init(driver_url, max_connections=1, pool_timeout=20)
@@ -568,6 +691,28 @@ def test_a_loop_that_ends_while_a_connection_gives_way_costs_no_place(driver_url
     for manager in managers:
         manager.sync.close()
     assert all_can_be_used(driver_url, 2)
+
+
+def ended_as_it_is_asked(url: str, kind: str) -> list[int]:
+    """What is asked of a loop between two of its runs, it hears in the one that ends it."""
+    first, second = managers = opened(url, 2, 2, pool_timeout=30, sync_in_async="allow")
+    with ThreadPoolExecutor(2) as threads:
+        for _ in range(5):
+            loop = loop_factory(kind)()
+            loop.run_until_complete(two_at_once(first))
+            waiting = [threads.submit(one_sync, second) for _ in range(2)]
+            until(lambda: cap_of_process().waiting, lambda count: count == 2)
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.close()
+            assert [one.result() for one in waiting] == [1, 1]
+            gc.collect()
+    asyncio.run(close_all(managers))
+    return settled(url)
+
+
+@server_driver_and_loop
+def test_a_loop_that_ends_just_as_it_is_asked_to_give_way(url: str, loop: str) -> None:
+    assert run(ended_as_it_is_asked, url, loop) == []
 
 
 def interrupted_while_waiting(url: str) -> bool:

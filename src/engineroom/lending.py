@@ -285,7 +285,7 @@ class Lender(QueuePool):
         if self.ended and self.take_out(stay):
             self.part_with(stay)
 
-    def give_way(self, stay: Stay, again: bool = False) -> bool:
+    def give_way(self, stay: Stay) -> bool:
         """Close an idle connection, where it belongs; False if it is lent or gone."""
         if not self.take_out(stay):
             return False
@@ -300,6 +300,15 @@ class Lender(QueuePool):
 
     def reap_ended(self) -> None:
         """Part with what belongs to an event loop that was closed; threads end nothing."""
+
+    @property
+    def unanswered_since(self) -> float | None:
+        """Since when an event loop owes an answer; threads do at once what they are asked."""
+        return None
+
+    def whereabouts(self) -> str:
+        """Name the pool: its connections belong to every thread."""
+        return self.name
 
     def fill_beside(self) -> None:
         """Open what is missing to the least number of connections, beside the caller."""
@@ -450,6 +459,7 @@ class Lender(QueuePool):
         try:
             if ticket.waits and not self.refusal:  # (who comes later is not sent away by it)
                 WAITING.update(dict.fromkeys(keys, ticket))
+                slots.make_room()
                 self._refuse_deadlock(slots, ticket)
                 bell.wait(slots)
             if self.refusal:
@@ -497,12 +507,13 @@ class Lender(QueuePool):
 
     def _exhausted(self, slots: Slots) -> PoolExhausted:
         holders = self._holders([slots])
+        held = f"Held by {'; '.join(map(str, holders))}. " if holders else ""
         if isinstance(slots, Cap):
             return PoolExhausted(
                 f"No connection could be opened within {self.limit:g} s: all {slots.size} that "
-                f"{slots.name} allows are open and none is idle, and {slots.waiting} more callers "
-                f"wait. Held by {'; '.join(map(str, holders))}. Hold connections for a shorter "
-                f"time, or raise {slots.name}.",
+                f"{slots.name} allows are open, {slots.idle(time.monotonic())}, and "
+                f"{slots.waiting} more callers wait. {held}Hold connections for a shorter time, or "
+                f"raise {slots.name}.",
                 slots.size,
                 0,
                 slots.waiting,
@@ -518,8 +529,7 @@ class Lender(QueuePool):
         )
         return PoolExhausted(
             f"No connection came free within {self.limit:g} s: {counted}, and {slots.waiting} more "
-            f"callers wait. Held by {'; '.join(map(str, holders))}. Hold connections for a shorter "
-            "time, or raise pool_size.",
+            f"callers wait. {held}Hold connections for a shorter time, or raise pool_size.",
             slots.size,
             slots.overflow,
             slots.waiting,

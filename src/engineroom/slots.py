@@ -273,6 +273,9 @@ class Slots:
         with suppress(IndexError):  # a `take` was faster
             self._spare.append(self._free.pop())
 
+    def make_room(self) -> None:
+        """Have others give way to those who wait; in one pool there is nobody who could."""
+
     def dismiss(self) -> None:
         """Send everyone in the queue away, without a permit."""
         for ticket in self.waiters:
