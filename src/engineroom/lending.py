@@ -44,10 +44,21 @@ class Berth:
     It lies in the connection's `info`, from its opening to the next one in that place.
     """
 
-    __slots__ = ("__weakref__", "driver", "lent", "permit", "poll", "returned", "slots", "stay")
+    __slots__ = (
+        "__weakref__",
+        "driver",
+        "lent",
+        "permit",
+        "poll",
+        "record",
+        "returned",
+        "slots",
+        "stay",
+    )
 
     driver: Callable[[], Any]  # a weak reference; of a driver without them, what returns None
     poll: Callable[[int], list[tuple[int, int]]] | None  # None: it has no socket to look at
+    record: Callable[[], ConnectionPoolEntry | None]  # a weak reference to its place in the pool
 
     def __init__(self, slots: Slots, driver: Callable[[], Any], descriptor: int | None) -> None:
         self.slots: Slots = slots
@@ -125,6 +136,7 @@ class Opener:
         try:
             opened = lender.open_in_time(partial(self.creator, record), lender.seconds_left())
             record.info["berth"] = berth = lender.berth_of(opened)
+            berth.record = weakref.ref(record)
             if stay is not None:
                 berth.stay = stay
                 lender.begin(stay, opened, berth)
@@ -165,6 +177,7 @@ class Lender(QueuePool):
     spare: ClassVar[int]  # `max_overflow`; SQLAlchemy's own queue is told: no limit (-1)
     end_apart: ClassVar[Any]  # takes connections, and ends over another one what runs on them
     name: ClassVar[str]  # for reports
+    note_parted: ClassVar[Any]  # takes the pool, once it is no engine's any more
     least: ClassVar[int]  # connections kept open from the first use on
     slow_after: ClassVar[float]  # seconds lent, before the log says so
 
@@ -614,18 +627,29 @@ class Lender(QueuePool):
         """Close what is idle, and from now on whatever comes back."""
         if not self.ended:
             self.ended = True
-            self.dispose()
+            super().dispose()
+
+    def dispose(self) -> None:
+        """Close what is idle, and from now on whatever comes back: the engine has another pool."""
+        self.note_parted(self)
+        self.end()
 
     def disown(self) -> None:
         """Forget every connection after a fork: they are the parent's.
 
         No destructor of theirs may run, since it would write to the parent's sockets: the objects
-        are kept for ever.
+        are kept for ever. Who has one lent finds it lost, and closes it without a word.
         """
         self.ended = True
         self.backend.disown(list(self._drivers))
-        for inherited in (self, *self.lent()):
+        make_immortal(self)
+        for inherited in self.lent():
+            berth: Berth = inherited.info["berth"]
             make_immortal(inherited)
+            make_immortal(inherited.dbapi_connection)
+            inherited.dbapi_connection = berth.permit = None
+            if (record := berth.record()) is not None:
+                record.dbapi_connection = None
 
     def reap(self, loop: asyncio.AbstractEventLoop) -> None:
         """Cut every connection of a loop that does not run any more, and end what runs on them."""

@@ -456,6 +456,7 @@ class LoopPool(AsyncAdaptedQueuePool):
             yield
         finally:
             self.shelves.pop(loop, None)
+            shelf.note_parted(shelf)
             await greenlet_spawn(shelf.end_here)
             while shelf.partings:
                 await asyncio.wait(shelf.partings)
