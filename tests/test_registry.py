@@ -20,7 +20,7 @@ from celery.backends.database.session import ResultModelBase
 from celery.backends.database.session import SessionManager as CelerysSessionManager
 from scenario import fork, in_threads, run, settled, until
 from sqlalchemy import NullPool, QueuePool, create_engine, event, inspect, text
-from sqlalchemy.engine import Engine
+from sqlalchemy.engine import Engine, make_url
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 from test_cap import Watch
@@ -277,6 +277,36 @@ def test_a_url_is_prepared_once_and_anew_after_it_was_invalidated(
     session = manager.session_factory(sqlite_url)
     assert session.query(Task).all() == []
     session.close()
+
+
+def spellings(url: str) -> list[Any]:
+    """Return other ways to write a URL of PostgreSQL, all of one database."""
+    plain = make_url(url).set(drivername="postgresql")
+    rest = plain.render_as_string(hide_password=False).partition("://")[2]
+    return [plain, f"postgres://{rest}", f"postgresql+psycopg2://{rest}", f" {url}"]
+
+
+def test_however_a_url_is_written_invalidating_it_reaches_all_of_its_engines(
+    manager: SessionManager, postgres_url: str
+) -> None:
+    for other in spellings(postgres_url):
+        for url in (postgres_url, other):
+            session = manager.session_factory(url)
+            session.scalar(text("SELECT 1"))
+            session.close()
+        with manager.get_engine(postgres_url).begin() as connection:
+            connection.exec_driver_sql("DROP TABLE celery_taskmeta")
+        manager.invalidate(other)
+        assert (manager._engines, manager._sessions) == ({}, {})
+        assert settled(postgres_url) == []
+        for url in (postgres_url, other):
+            session = manager.session_factory(url)
+            assert session.query(Task).all() == []
+            session.close()
+    another = f"{postgres_url}?application_name=another"
+    work(manager, another)
+    manager.invalidate(postgres_url)
+    assert set(manager._engines) == {another}
 
 
 def notices(url: str) -> list[bool]:

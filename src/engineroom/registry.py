@@ -26,7 +26,7 @@ from .backends import Role, Side
 from .cap import Cap
 from .database import Database
 from .engines import EngineRoom
-from .errors import InvalidOption, ManagerClosed, UnknownOption
+from .errors import InvalidOption, InvalidURL, ManagerClosed, UnknownOption
 from .ledger import applications_line
 from .manager import DatabaseSessionManager
 from .models import Base
@@ -34,7 +34,7 @@ from .pool import PassingPool, Shelf, ThreadPool
 from .scopes import mind_the_loop
 from .sessions import guarded
 from .settings import Options
-from .urls import masked
+from .urls import masked, read_url
 
 V = TypeVar("V")
 
@@ -55,6 +55,15 @@ class Masked(dict[str | URL, V]):
         return f"{{{', '.join(shown)}}}"
 
 
+def place_of(url: str | URL) -> URL | None:
+    """Return what a URL is, however it is written and whatever the driver; None if it is none."""
+    try:
+        parsed = read_url(url)
+    except InvalidURL:
+        return None
+    return parsed.set(drivername=parsed.get_backend_name())
+
+
 class Tenant(EngineRoom):
     """What a manager keeps for one URL: the engines of both sides, made when they are needed."""
 
@@ -63,6 +72,7 @@ class Tenant(EngineRoom):
     ) -> None:
         super().__init__(f"SessionManager's {masked(url)}", cap)
         self.url: str | URL = url
+        self.place: URL | None = place_of(url)
         self.arguments: dict[str, Any] = arguments
         self.used: float = time.monotonic()
         self.callback: Callable[[Engine], object] | None = None
@@ -204,8 +214,8 @@ class SessionManager:
         self._owners: weakref.WeakKeyDictionary[Engine, weakref.ref[Tenant]] = (
             weakref.WeakKeyDictionary()
         )
-        # What is prepared, oldest first, and under which URL it was asked for.
-        self._prepared: dict[tuple[URL, MetaData], str | URL] = {}
+        # What is prepared, oldest first, and which place that is.
+        self._prepared: dict[tuple[URL, MetaData], URL | None] = {}
         self._has_prepared = False
         self._is_closed = False
         self._lock = threading.RLock()
@@ -299,7 +309,7 @@ class SessionManager:
         with self._lock:
             self._has_prepared = True
             if not self._is_closed:
-                self._prepared[key] = engine.url if owner is None else owner.url
+                self._prepared[key] = place_of(engine.url) if owner is None else owner.place
                 while len(self._prepared) > self.max_engines:
                     del self._prepared[next(iter(self._prepared))]
 
@@ -310,13 +320,20 @@ class SessionManager:
         schema.create_all(engine, self.metadata, timeout)
 
     def invalidate(self, dburi: str | URL) -> None:
-        """Forget a URL, and close its connections: those in use as soon as they come back."""
+        """Forget a URL, and close its connections: those in use as soon as they come back.
+
+        However it is written: other spellings of it, and other drivers, are forgotten as well.
+        """
+        place = place_of(dburi)
         with self._lock:
-            tenant, engine = self._forget(dburi)
-        if tenant is not None:
-            tenant.let_go()
-        if engine is not None and self._owner(engine) is None:  # it was put there by others
-            engine.dispose()
+            known = {*self._tenants, *self._engines}
+            spellings = [url for url in known if place is not None and place_of(url) == place]
+            forgotten = [self._forget(url) for url in {dburi, *spellings}]
+        for tenant, engine in forgotten:
+            if tenant is not None:
+                tenant.let_go()
+            if engine is not None and self._owner(engine) is None:  # it was put there by others
+                engine.dispose()
 
     # -- and beyond ----------------------------------------------------------------------------
 
@@ -503,7 +520,8 @@ class SessionManager:
 
     def _forget(self, url: str | URL) -> tuple[Tenant | None, Engine | None]:
         self._sessions.pop(url, None)
-        for key in [key for key, asked in self._prepared.items() if asked == url]:
+        place = place_of(url)
+        for key in [key for key, where in self._prepared.items() if where == place]:
             del self._prepared[key]
         return self._tenants.pop(url, None), self._engines.pop(url, None)
 
