@@ -643,13 +643,13 @@ class Lender(QueuePool):
         self.ended = True
         self.backend.disown(list(self._drivers))
         make_immortal(self)
+        inherited: Any
         for inherited in self.lent():
             berth: Berth = inherited.info["berth"]
-            make_immortal(inherited)
-            make_immortal(inherited.dbapi_connection)
-            inherited.dbapi_connection = berth.permit = None
-            if (record := berth.record()) is not None:
-                record.dbapi_connection = None
+            record: Any = berth.record()
+            for kept in (inherited, inherited.dbapi_connection, record):
+                make_immortal(kept)
+            inherited.dbapi_connection = record.dbapi_connection = berth.permit = None
 
     def reap(self, loop: asyncio.AbstractEventLoop) -> None:
         """Cut every connection of a loop that does not run any more, and end what runs on them."""
