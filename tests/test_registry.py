@@ -25,7 +25,7 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 from test_cap import Watch
 
-from engineroom import UsageError, on_commit
+from engineroom import Database, Stats, UsageError, on_commit
 from engineroom.engines import ROOMS
 from engineroom.errors import (
     CloseInsideScope,
@@ -38,6 +38,7 @@ from engineroom.errors import (
 from engineroom.registry import SessionManager
 from engineroom.sessions import guarded
 from engineroom.testing import PostgresServer
+from engineroom.urls import masked
 
 SECRET = "hunter2"
 CELERYS = ResultModelBase.metadata
@@ -635,6 +636,27 @@ def test_there_is_one_cap_over_all_urls_forked_or_not(close_all: Any, postgres_u
         stats = manager.database(urls[0]).stats()
         assert [(cap.limit, cap.open <= 2) for cap in stats.caps] == [(2, True)]
     assert most == [0, 2]
+
+
+def test_stats_are_those_of_every_url(manager: SessionManager, postgres_url: str) -> None:
+    assert manager.stats() == Stats(state="open", scopes=(), pools=())
+    first, second = names(postgres_url, 2)
+    work(manager, first)
+    with manager.database(second).sync.session() as db, manager.database(first).sync.session():
+        db.execute(text("SELECT 1"))
+        stats = manager.stats()
+        assert [scope.connected for scope in stats.scopes] == [True, False]  # oldest first
+        seen = {pool.url: (pool.lent, pool.idle) for pool in stats.pools}
+        assert seen == {masked(first): (0, 1), masked(second): (1, 0)}
+    manager.close()
+    assert manager.stats().state == "closed"
+    with SessionManager(max_connections=3) as another, Database(first, max_connections=5):
+        work(another, first)
+        until(lambda: [(cap.limit, cap.open) for cap in another.stats().caps], is_three_and_five)
+
+
+def is_three_and_five(caps: list[tuple[int, int]]) -> bool:
+    return caps == [(3, 0), (5, 0)]
 
 
 def test_a_session_has_hooks(manager: SessionManager, url: str) -> None:

@@ -79,6 +79,8 @@ class PoolInfo:
     """Callers that wait for a connection."""
     holders: tuple[Holder, ...]
     """Who has the connections in use."""
+    url: str
+    """Where they lead to, with its secrets masked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,6 +380,7 @@ class EngineRoom:
                     idle=lender.checkedin(),
                     waiting=lender.slots.waiting,
                     holders=describe_held(lender.slots.permits, now),
+                    url=masked(self.settings.url),
                 )
                 for side, role, loop, lender in self.lenders()
             ),

@@ -22,11 +22,12 @@ from sqlalchemy.util import await_only, greenlet_spawn
 
 from . import drain, schema
 from .backends import Role, Side
-from .cap import Cap
+from .cap import Cap, process_cap
 from .database import Database
-from .engines import EngineRoom
+from .engines import EngineRoom, Stats
 from .errors import InvalidOption, ManagerClosed
 from .ledger import applications_line
+from .lifecycle import State
 from .manager import DatabaseSessionManager
 from .models import Base
 from .pool import PassingPool
@@ -235,6 +236,17 @@ class SessionManager:
         manager.sync = Database.__new__(Database)
         manager._room = manager.sync._room = tenant
         return manager
+
+    def stats(self) -> Stats:
+        """Take a snapshot of the ledgers and the pools of every URL; each pool names its own."""
+        each = [tenant.stats() for tenant in list(self._rooms)]
+        scopes = [scope for one in each for scope in one.scopes]
+        return Stats(
+            state=(State.CLOSED if self._is_closed else State.OPEN).value,
+            scopes=tuple(sorted(scopes, key=lambda scope: -scope.seconds)),
+            pools=tuple(pool for one in each for pool in one.pools),
+            caps=tuple(cap.info() for cap in (self._cap, process_cap()) if cap is not None),
+        )
 
     async def async_session_factory(self, dburi: str | URL, **kwargs: Any) -> AsyncSession:
         """Return a new session on a URL whose tables exist; the caller commits and closes it.
