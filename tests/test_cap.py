@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import gc
 import io
+import logging
 import os
 import random
 import re
 import signal
+import sys
 import threading
 import time
 import weakref
@@ -16,11 +18,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import FrameType
 from typing import Any, Self
 
 import pytest
+import sqlalchemy.pool
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -37,6 +42,7 @@ from scenario import (
 from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError
 
+import engineroom
 from engineroom import Database, DatabaseSessionManager, departures
 from engineroom.cap import CAPS, Cap, is_blocked, process_cap, stay_of
 from engineroom.engines import EngineRoom
@@ -754,6 +760,84 @@ def test_ctrl_c_in_a_waiting_thread_costs_no_place(postgres_url: str) -> None:
     assert run(interrupted_while_waiting, postgres_url.replace("://", "+psycopg://"))
 
 
+HERE = (str(Path(engineroom.__file__).parent), str(Path(sqlalchemy.pool.__file__).parent))
+
+
+def is_struck(step: int, unit: Callable[[], object]) -> bool:
+    """Run a unit of work, and raise what Ctrl-C does at one of its lines; False if it has fewer."""
+    lines = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal lines
+        if not frame.f_code.co_filename.startswith(HERE):
+            return None
+        if event == "line":
+            lines += 1
+            if lines == step:
+                raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        unit()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(None)
+    return lines >= step
+
+
+def struck_at_each_line(url: str, every: int, what: str) -> int:
+    """Strike a unit that has another's connection give way, or waits for one, or returns one."""
+    sys.unraisablehook = lambda _: None  # it may strike in a destructor
+    logging.disable()  # of SQLAlchemy's pool, which logs what interrupts it
+    step, goes_on = 1, True
+    while goes_on:
+        managers = [Database(url, max_connections=2, pool_timeout=20) for _ in range(3)]
+        cap, over = cap_of_process(), threading.Event()
+        unit: Callable[[], object] = partial(one_sync, managers[2])
+        held = [manager.engine.connect() for manager in managers[:2]]
+        with ThreadPoolExecutor(2) as threads:
+            beside = []
+            if what == "waits":
+                beside = [threads.submit(return_to, cap, over, held.pop()) for _ in range(2)]
+            elif what == "returns":
+                beside = [threads.submit(unit)]
+                until(cap.info, lambda seen: seen.waiting == 1)
+                unit = held[0].close
+            else:
+                held.pop().close()
+                held.pop().close()
+            goes_on = is_struck(step, unit)
+            over.set()
+            del held, unit
+            gc.collect()
+            for one in beside:
+                one.result()
+        with ExitStack() as stack:
+            for manager in managers[:2]:
+                stack.enter_context(manager.engine.connect())
+            assert (cap.info().open, cap.waiting) == (2, 0), f"at line {step}"
+        for manager in managers:
+            manager.close()
+        until(is_empty(cap), bool)
+        step += every
+    return step
+
+
+def return_to(cap: Cap, over: threading.Event, held: Any) -> None:
+    """Return a connection as soon as somebody waits for one."""
+    while not (cap.waiting or over.is_set()):
+        time.sleep(0.001)
+    held.close()
+
+
+@pytest.mark.parametrize("what", ["gives way", "waits", "returns"])
+@pytest.mark.parametrize("every", [23, pytest.param(1, marks=pytest.mark.soak)])
+def test_ctrl_c_at_a_line_costs_no_place(sqlite_url: str, every: int, what: str) -> None:
+    assert run(struck_at_each_line, sqlite_url, every, what, deadline=500) > 50
+
+
 def interrupted_anywhere(url: str) -> bool:
     """Ctrl-C at random moments of units that wait, have others give way, and connect."""
     managers = [Database(url, max_connections=2, pool_timeout=60) for _ in range(6)]
@@ -873,6 +957,25 @@ def test_however_a_connection_ends_its_place_is_free(
         assert cap.info().open <= 1
     until(is_empty(cap), bool)
     assert all_can_be_used(url, 3)
+
+
+@pytest.mark.parametrize("way", ["close", "terminate"])
+def test_a_place_is_free_though_somebody_keeps_the_drivers_object(
+    driver_url: str, way: str
+) -> None:
+    async def main() -> None:
+        manager = DatabaseSessionManager().init(driver_url, max_connections=1, pool_timeout=10)
+        async with manager.engine.connect() as connection:
+            kept = (await connection.get_raw_connection()).driver_connection
+            if way == "terminate":
+                await connection.invalidate()
+        if way == "close":
+            await manager.engine.dispose()
+        await asyncio.to_thread(until, is_empty(cap_of_process()), bool)
+        assert kept is not None
+        await manager.close()
+
+    asyncio.run(main())
 
 
 def test_a_manager_that_is_dropped_gives_its_places_back(postgres_url: str) -> None:

@@ -14,9 +14,10 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, cast
 
+from . import departures
 from .departures import DEPARTURES
 from .errors import Holder, InvalidOption
-from .ledger import describe, has_ended
+from .ledger import current_owner, describe, has_ended
 from .slots import Permit, Slots, Ticket
 
 VARIABLE = "DB_MAX_CONNECTIONS"
@@ -59,6 +60,9 @@ class Pool(Protocol):
 
     def give_way(self, stay: Stay) -> bool:
         """Close an idle connection, where it belongs; False if it is lent or gone."""
+
+    def has(self, stay: Stay) -> bool:
+        """Whether it lies here, idle."""
 
     @property
     def unanswered_since(self) -> float | None:
@@ -115,6 +119,7 @@ class Stay:
         "key",
         "places",
         "record",
+        "taken_by",
         "turn_ends",
     )
 
@@ -122,6 +127,7 @@ class Stay:
         self.key: int | None = None  # the identity of SQLAlchemy's connection
         self.record: Callable[[], Any] = weakref.ref(record)
         self.kept: Any = None  # the record, while it is out of its pool and lent to nobody
+        self.taken_by: Any = None  # who takes it out just now, or has
         self.places: list[tuple[Cap, Place]] = []
         self.asked: float | None = None  # when it was asked to give way, or closed
         self.began: float = 0.0  # when it began to be opened
@@ -171,7 +177,7 @@ class Stay:
 
     def put_back(self) -> None:
         """Go back into the pool."""
-        self.asked = None
+        self.asked = self.taken_by = None
         self.settle()
         if (pool := self.pool) is not None:
             pool.put_back(self)
@@ -218,11 +224,11 @@ class Stay:
 
     def end(self) -> None:
         """Give the places back as soon as the server has let go of the connection."""
+        self.asked = time.monotonic()
         try:
             descriptor = self._socket.pop()
         except IndexError:
             return
-        self.asked = time.monotonic()
         self.key = self.kept = None
         for _, place in self.places:
             place.owner = GONE
@@ -230,6 +236,23 @@ class Stay:
             self._vacate()
         else:
             DEPARTURES.see_off(descriptor, self._vacate)
+
+    def salvage(self) -> None:
+        """Go back, if the caller was interrupted as it was taking this one out: at any line."""
+        if self.taken_by == current_owner():
+            self.taken_by = None
+            record, pool = self.record(), self.pool
+            if pool is None or record is None or record.dbapi_connection is None:
+                self.end()
+            elif self._socket and not pool.has(self):
+                self.kept = record
+                self.put_back()
+
+    def vacate_if_overdue(self) -> None:
+        """Give the places back if its end was interrupted: it would have by now."""
+        long_since = time.monotonic() - 2 * departures.GONE_LIMIT
+        if not self._socket and self.asked is not None and self.asked < long_since:
+            self._vacate()
 
     def _vacate(self) -> None:
         while self.places:
@@ -302,8 +325,14 @@ class Cap(Slots):
         for place in self.permits:
             if has_ended(place.owner):
                 self.give(place)
+        for stay in self.stays():
+            stay.vacate_if_overdue()
         super().recover()
         self.make_room()
+
+    def is_lost(self, permit: Permit) -> bool:
+        """Whether it is nobody's: not an open connection's either, nor one's that is leaving."""
+        return super().is_lost(permit) or (permit.owner is GONE and stay_of(permit) is None)
 
     def offer(self, stay: Stay, place: Place) -> None:
         """Let those who wait have what has come back: in its own pool without connecting."""
@@ -317,8 +346,13 @@ class Cap(Slots):
 
     def _hand_over(self, stay: Stay, place: Place, ticket: Ticket) -> None:
         pool = stay.pool
-        if pool is not None and pool.take_out(stay) and not self.serve(ticket, place):
-            stay.put_back()  # it has given up meanwhile
+        try:
+            if pool is not None and pool.take_out(stay) and not self.serve(ticket, place):
+                stay.put_back()  # it has given up meanwhile
+        except BaseException:
+            if ticket.waits:
+                stay.salvage()
+            raise
 
     def make_room(self) -> None:
         """Have idle connections give way to those who wait, the one used longest ago first.
@@ -339,10 +373,14 @@ class Cap(Slots):
             if missing <= 0:
                 break
             stay.asked = stay.asked or time.monotonic()
-            if (pool := stay.pool) is not None and pool.give_way(stay):
-                missing -= 1
-            else:
-                stay.asked = None
+            try:
+                if (pool := stay.pool) is not None and pool.give_way(stay):
+                    missing -= 1
+                else:
+                    stay.asked = None
+            except BaseException:
+                stay.salvage()
+                raise
 
     def stays(self) -> list[Stay]:
         """Return the connections that have places."""

@@ -280,13 +280,15 @@ class Lender(QueuePool):
 
     def take_out(self, stay: Stay) -> bool:
         """Take an idle connection out; False if it is lent or gone."""
-        record = stay.record()
+        record, before, stay.taken_by = stay.record(), stay.taken_by, current_owner()
         try:
             self.rack.items.remove(record)
         except ValueError:
+            stay.taken_by = before
             return False
         if record.info.get("berth") is not stay.berth or record.dbapi_connection is None:
             self.rack.items.append(record)  # there is another one in its place by now
+            stay.taken_by = before
             return False
         stay.kept = record
         return True
@@ -313,6 +315,10 @@ class Lender(QueuePool):
 
     def reap_ended(self) -> None:
         """Part with what belongs to an event loop that was closed; threads end nothing."""
+
+    def has(self, stay: Stay) -> bool:
+        """Whether it lies here, idle."""
+        return stay.record() in self.rack.items
 
     @property
     def unanswered_since(self) -> float | None:
@@ -363,7 +369,10 @@ class Lender(QueuePool):
         berth: Berth | None = record.info.get("berth")
         now = time.monotonic()
         if berth is None or (permit := berth.permit) is None:  # it was never lent
-            return super()._do_return_conn(record)
+            super()._do_return_conn(record)
+            if berth is not None:
+                berth.returned = now
+            return
         berth.permit, berth.returned = None, now
         try:
             try:

@@ -284,13 +284,16 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
     def _will_hear(self, stay: Stay) -> bool:
         """Ask from another thread; False where the loop is closed, or does not run."""
         now = time.monotonic()
-        asked = self._asked.setdefault(stay, now)
-        if asked < now:
-            return self.loop.is_running() or now - asked < STUCK_AFTER
-        with suppress(RuntimeError):  # it is closed
+        try:
+            if (asked := self._asked.setdefault(stay, now)) < now:
+                return self.loop.is_running() or now - asked < STUCK_AFTER
             self.loop.call_soon_threadsafe(self._asked_to_give_way, stay)
-            return True
-        return False
+        except RuntimeError:  # it is closed
+            return False
+        except BaseException:
+            self._asked.pop(stay, None)
+            raise
+        return True
 
     def _asked_to_give_way(self, stay: Stay) -> None:
         self._asked.pop(stay, None)
@@ -313,6 +316,7 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
         parting = self.loop.create_task(self._close_apart(stay.kept))
         self.partings.add(parting)
         parting.add_done_callback(partial(self._parted, stay))
+        stay.taken_by = None  # the task has it now
 
     async def _close_apart(self, record: ConnectionPoolEntry) -> None:
         await settle(greenlet_spawn(record.close))
