@@ -19,7 +19,6 @@ from sqlalchemy.util.queue import Empty, Full
 
 from .backends import Backend
 from .cap import CAPS, CameBack, Cap, Stay, stay_of
-from .departures import HUNG_UP
 from .errors import Holder, ManagerClosed, PoolDeadlock, PoolExhausted
 from .forks import make_immortal
 from .ledger import current_owner, describe, describe_held, has_ended
@@ -28,6 +27,8 @@ from .slots import WAITING, Permit, Slots, Ticket
 logger: logging.Logger = logging.getLogger("engineroom.pool")
 
 SPOKE = select.POLLIN
+# POLLRDHUP, where the platform has it: the other side has closed its half of the connection.
+HUNG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR | select.POLLNVAL
 
 T = TypeVar("T")
 
