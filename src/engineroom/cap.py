@@ -300,7 +300,8 @@ class Cap(Slots):
     def give(self, permit: Permit) -> None:
         """Give a place back, whatever has become of it."""
         stay = stay_of(permit)
-        if stay is None:
+        if stay is None or not stay.places:
+            cast(Place, permit).stay = None
             super().give(permit)
         elif stay.kept is None:  # it was being opened
             stay.end()
@@ -332,7 +333,9 @@ class Cap(Slots):
 
     def is_lost(self, permit: Permit) -> bool:
         """Whether it is nobody's: not an open connection's either, nor one's that is leaving."""
-        return super().is_lost(permit) or (permit.owner is GONE and stay_of(permit) is None)
+        stay = stay_of(permit)
+        is_free = permit.owner is GONE and (stay is None or not stay.places)
+        return is_free or super().is_lost(permit)
 
     def offer(self, stay: Stay, place: Place) -> None:
         """Let those who wait have what has come back: in its own pool without connecting."""
