@@ -801,8 +801,9 @@ def struck_at_each_line(url: str, every: int, what: str) -> int:
             beside = []
             if what == "waits":
                 beside = [threads.submit(return_to, cap, over, held.pop()) for _ in range(2)]
-            elif what == "returns":
-                beside = [threads.submit(unit)]
+            elif what != "gives way":
+                mine = partial(one_sync, managers[0])
+                beside = [threads.submit(mine if what == "hands over" else unit)]
                 until(cap.info, lambda seen: seen.waiting == 1)
                 unit = held[0].close
             else:
@@ -832,7 +833,7 @@ def return_to(cap: Cap, over: threading.Event, held: Any) -> None:
     held.close()
 
 
-@pytest.mark.parametrize("what", ["gives way", "waits", "returns"])
+@pytest.mark.parametrize("what", ["gives way", "waits", "returns", "hands over"])
 @pytest.mark.parametrize(
     "every", [23, pytest.param(1, marks=[pytest.mark.soak, pytest.mark.timeout(1200)])]
 )
