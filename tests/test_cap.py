@@ -1259,3 +1259,17 @@ def test_no_cap_is_kept_that_nobody_asks() -> None:
     known = weakref.ref(cap)
     del cap
     assert known() is None
+
+
+def test_what_an_owner_was_about_to_connect_with_is_taken_back(sqlite_url: str) -> None:
+    """His tickets and his places, but not those of the connections that are open."""
+    with Database(sqlite_url, max_connections=2) as database:
+        assert one_sync(database) == 1
+        cap = cap_of_process()
+        mine = cap.take("me")
+        cap.queue("me", lambda: None)
+        assert (mine is not None, cap.info().open, cap.waiting) == (True, 2, 1)
+        cap.forsake("me")
+        assert (cap.info().open, cap.waiting) == (1, 0)
+        assert cap.take("you") is mine
+        cap.forsake("you")
