@@ -12,10 +12,12 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pytest
 from scenario import run
 from sqlalchemy import (
     CheckConstraint,
@@ -196,6 +198,11 @@ def say(word: str) -> None:
 
 # -- a project with migrations --------------------------------------------------------------------
 
+reads_toml = pytest.mark.skipif(
+    tuple(map(int, version("alembic").split(".")[:2])) < (1, 16),
+    reason="Alembic reads pyproject.toml from 1.16 on",
+)
+
 ENV = """
 from engineroom import alembic
 from starting import models
@@ -228,17 +235,23 @@ def project(
     folder: Path, *steps: str, ini: str = "", schema: str | None = None, options: str = ""
 ) -> Path:
     """Write a project whose migrations do this, and return its `alembic.ini`."""
-    versions = folder / "migrations" / "versions"
-    versions.mkdir(parents=True, exist_ok=True)
+    (folder / "migrations" / "versions").mkdir(parents=True, exist_ok=True)
     (folder / "alembic.ini").write_text(
         f"[alembic]\nscript_location = %(here)s/migrations\n{ini}\n"
     )
-    (folder / "migrations" / "env.py").write_text(ENV.format(schema=schema, options=options))
+    write_migrations(folder / "migrations", *steps, schema=schema, options=options)
+    return folder / "alembic.ini"
+
+
+def write_migrations(
+    folder: Path, *steps: str, schema: str | None = None, options: str = ""
+) -> None:
+    """Write `env.py`, and migrations that do this."""
+    (folder / "env.py").write_text(ENV.format(schema=schema, options=options))
     for number, body in enumerate(steps or (FIRST, SECOND), 1):
         down = f"r{number - 1}" if number > 1 else None
         text = STEP.format(revision=f"r{number}", down=down, body=body, imports="")
-        (versions / f"r{number}.py").write_text(text)
-    return folder / "alembic.ini"
+        (folder / "versions" / f"r{number}.py").write_text(text)
 
 
 def alembic(number: int, ini: str, *arguments: str) -> None:

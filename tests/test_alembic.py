@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import logging
 import sqlite3
 import sys
@@ -19,6 +20,7 @@ import psycopg
 import pytest
 from alembic import command
 from alembic.config import Config
+from alembic.config import main as command_line
 from scenario import is_postgres, run
 from sqlalchemy import create_engine, event, inspect, text
 from sqlalchemy.engine import make_url
@@ -30,8 +32,10 @@ from starting import (
     connect_apart,
     models,
     project,
+    reads_toml,
     starters,
     together,
+    write_migrations,
 )
 
 import engineroom.alembic
@@ -41,6 +45,7 @@ from engineroom.asgi import Readiness, lifespan
 from engineroom.errors import (
     BrokenReferences,
     InvalidOption,
+    NoDatabaseURL,
     NoMigrations,
     SchemaLocked,
     SchemaMismatch,
@@ -317,6 +322,78 @@ def test_a_given_connection_is_used_and_its_transaction_is_its_owners(
     assert steps(url) == ["first", "second"]
 
 
+FAILING = "raise LookupError('failed')"
+GUARDS = {"statement_timeout": "77s", "idle_in_transaction_session_timeout": "88s"}
+
+
+@pytest.mark.parametrize("last", [SECOND, FAILING], ids=["done", "failed"])
+@pytest.mark.parametrize("level", ["READ COMMITTED", "REPEATABLE READ", "AUTOCOMMIT"])
+def test_a_given_connection_of_a_server_keeps_its_settings(
+    level: str, last: str, postgres_url: str, tmp_path: Path
+) -> None:
+    given = config(project(tmp_path, FIRST, last))
+    engine = create_engine(postgres_url.replace("postgresql:", "postgresql+psycopg:"))
+
+    def settings() -> list[Any]:
+        seen = [connection.scalar(text(f"SHOW {name}")) for name in GUARDS]
+        connection.rollback()
+        return [*seen, connection.get_isolation_level()]
+
+    with engine.connect().execution_options(isolation_level=level) as connection:
+        driver: Any = connection.connection.driver_connection
+        for name, value in GUARDS.items():
+            connection.execute(text(f"SET {name} = '{value}'"))
+        connection.commit()
+        before = settings()
+        assert before[0] == "77s"
+        given.attributes["connection"] = connection
+        if last == FAILING:
+            with pytest.raises(LookupError):
+                command.upgrade(given, "heads")
+        else:
+            command.upgrade(given, "heads")
+        assert settings() == before
+        assert driver.autocommit is (level == "AUTOCOMMIT")
+        assert driver is connection.connection.driver_connection
+        locks = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"
+        assert connection.scalar(text(locks)) == 0
+    engine.dispose()
+
+
+@pytest.mark.parametrize("last", [SECOND, FAILING], ids=["done", "failed"])
+@pytest.mark.parametrize("enforced", [0, 1])
+def test_a_given_connection_of_a_file_keeps_its_foreign_keys(
+    enforced: int, last: str, sqlite_url: str, tmp_path: Path
+) -> None:
+    given = config(project(tmp_path, FIRST, last))
+    engine = create_engine(sqlite_url)
+    with engine.connect() as connection:
+        connection.execute(text(f"PRAGMA foreign_keys={enforced}"))
+        connection.rollback()
+        given.attributes["connection"] = connection
+        if last == FAILING:
+            with pytest.raises(LookupError):
+                command.upgrade(given, "heads")
+        else:
+            command.upgrade(given, "heads")
+        assert connection.scalar(text("PRAGMA foreign_keys")) == enforced
+    engine.dispose()
+
+
+def test_a_given_transaction_in_autocommit_is_refused_for_no_lock_would_last(
+    postgres_url: str, tmp_path: Path
+) -> None:
+    given = config(project(tmp_path))
+    engine = create_engine(
+        postgres_url.replace("postgresql:", "postgresql+psycopg:"), isolation_level="AUTOCOMMIT"
+    )
+    with engine.begin() as given.attributes["connection"]:
+        with pytest.raises(InvalidOption, match="is in AUTOCOMMIT"):
+            command.upgrade(given, "heads")
+        assert inspect(given.attributes["connection"]).get_table_names() == []
+    engine.dispose()
+
+
 def test_the_ini_file_comes_before_the_environment(
     sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -332,6 +409,16 @@ def test_the_environment_comes_last_and_what_alembic_init_writes_is_none(
     monkeypatch.setenv("DATABASE_URL", sqlite_url)
     command.upgrade(Config(str(project(tmp_path, ini=written))), "heads")
     assert steps(sqlite_url) == ["first", "second"]
+
+
+@pytest.mark.parametrize("sql", [False, True])
+def test_where_no_url_is_given_the_ways_of_alembic_are_told(
+    sql: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("DATABASE_URL", "DB_URL"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(NoDatabaseURL, match=r"alembic -x url=… upgrade head.*sqlalchemy\.url in"):
+        command.upgrade(config(project(tmp_path)), "heads", sql=sql)
 
 
 @pytest.mark.parametrize("doubled", [True, False])
@@ -391,6 +478,95 @@ def test_current_waits_for_nobody(place: str, tmp_path: Path) -> None:
     ini = project(tmp_path, FIRST, HANG)
     with hanging(place, ini):
         command.current(config(ini, f"url={place}"))
+
+
+# -- what configures Alembic -----------------------------------------------------------------------
+
+TOML = "pyproject.toml"
+
+
+def toml_project(folder: Path, *, keeps_ini: bool) -> None:
+    """Have Alembic write what it writes for who wants it in pyproject.toml, and add migrations."""
+    (folder / TOML).write_text('[project]\nname = "shop"\nversion = "1"\n')
+    ini = folder / "alembic.ini"
+    made = Config(str(ini), toml_file=folder / TOML, stdout=io.StringIO())
+    command.init(made, str(folder / "migrations"), template="pyproject")
+    write_migrations(folder / "migrations")
+    if not keeps_ini:
+        ini.unlink()
+
+
+@reads_toml
+@pytest.mark.parametrize("keeps_ini", [True, False])
+def test_the_command_line_reads_pyproject_toml(
+    keeps_ini: bool, sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toml_project(tmp_path, keeps_ini=keeps_ini)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DATABASE_URL", sqlite_url)
+    with engineroom.alembic.same_logging():
+        command_line(argv=["upgrade", "head"])
+        command_line(argv=["current", "--check-heads"])
+    assert steps(sqlite_url) == ["first", "second"]
+
+
+@reads_toml
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("keeps_ini", "named"),
+    [(True, ""), (True, "alembic.ini"), (True, TOML), (False, ""), (False, TOML)],
+)
+async def test_a_lifespan_and_check_read_pyproject_toml(
+    keeps_ini: bool, named: str, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found in the working directory; or named, from any other."""
+    toml_project(tmp_path, keeps_ini=keeps_ini)
+    with (tmp_path / TOML).open("a") as file:
+        file.write('version_table = "versions"\n')
+    options: Any = {"alembic_ini": str(tmp_path / named)} if named else {}
+    if not named:
+        monkeypatch.chdir(tmp_path)
+    async with DatabaseSessionManager().init(url, **options) as manager:
+        with pytest.raises(SchemaMismatch, match="nothing was ever migrated there"):
+            await manager.check(schema=True)
+    async with lifespan(manager, url=url, migrate=True, **options)(None):
+        await manager.check(schema=True)
+        async with manager.connect() as connection:
+            found = await connection.run_sync(lambda sync: inspect(sync).get_table_names())
+    assert sorted(found) == ["ran", "versions"]
+
+
+def test_a_pyproject_toml_that_says_nothing_of_alembic_is_none(
+    sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / TOML).write_text('[project]\nname = "shop"\n[tool.ruff]\nline-length = 100\n')
+    monkeypatch.chdir(tmp_path)
+    with Database(sqlite_url) as database:
+        with pytest.raises(NoMigrations, match="no alembic.ini"):
+            migrate(database)
+
+
+def test_an_alembic_that_does_not_read_pyproject_toml_is_told(
+    sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / TOML).write_text('[tool.alembic]\nscript_location = "migrations"\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delattr(Config, "get_alembic_option", raising=False)  # as before 1.16
+    with Database(sqlite_url) as database:
+        with pytest.raises(InvalidOption, match="Alembic reads pyproject.toml from 1.16 on"):
+            database.check(schema=True)
+
+
+def test_the_scripts_are_found_in_a_folder_with_a_percent_sign(
+    sqlite_url: str, tmp_path: Path
+) -> None:
+    """Where the ini file names them as they were named before Alembic knew of `%(here)s`."""
+    ini = project(tmp_path / "100%")
+    ini.write_text("[alembic]\nscript_location = migrations\n")
+    with Database(sqlite_url, alembic_ini=str(ini)) as database:
+        migrate(database)
+        database.check(schema=True)
+    assert steps(sqlite_url) == ["first", "second"]
 
 
 # -- what is passed on, and what is refused --------------------------------------------------------

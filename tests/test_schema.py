@@ -31,13 +31,14 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ENUM
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.util import greenlet_spawn
 from starting import Starter, models, say, starters, together
 
 from engineroom import Database, DatabaseSessionManager, schema
 from engineroom.backends.postgresql import without_literals
-from engineroom.errors import SchemaLocked, SchemaMismatch, SelfDeadlock
+from engineroom.errors import InvalidOption, SchemaLocked, SchemaMismatch, SelfDeadlock
 from engineroom.testing import PostgresServer, sandbox
 
 TABLES = 2
@@ -170,13 +171,14 @@ def test_a_holder_that_hangs_is_named(place: str, side: str, caplog: Any) -> Non
 
 
 def create_on(side: str, url: str, **options: Any) -> None:
+    options = {"metadata": wanted(url)} | options
     if side == "sync":
-        with Database(url, metadata=wanted(url), **options) as database:
+        with Database(url, **options) as database:
             database.create_all()
         return
 
     async def main() -> None:
-        async with DatabaseSessionManager().init(url, metadata=wanted(url), **options) as manager:
+        async with DatabaseSessionManager().init(url, **options) as manager:
             await manager.create_all()
 
     asyncio.run(main())
@@ -257,11 +259,69 @@ def test_where_nothing_is_missing_nobody_is_waited_for(url: str, side: str) -> N
         create_items()
 
 
-def with_foreign(url: str, work: Callable[[Engine], object]) -> None:
+def with_foreign(url: str, work: Callable[[Engine], object], **options: Any) -> None:
     """Work on an engine that engineroom did not make."""
-    engine = create_engine(url.replace("postgresql:", "postgresql+psycopg2:"))
-    work(engine)
-    engine.dispose()
+    engine = create_engine(url.replace("postgresql:", "postgresql+psycopg2:"), **options)
+    try:
+        work(engine)
+    finally:
+        engine.dispose()
+
+
+LEVELS = ["AUTOCOMMIT", "REPEATABLE READ", "SERIALIZABLE"]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("side", ["sync", "async", "foreign"])
+def test_at_any_isolation_level_of_an_engine_nothing_is_created_without_the_lock(
+    side: str, level: str, postgres_url: str
+) -> None:
+    """The look whether there is anything to create must not create it, nor wait for the lock."""
+    metadata = models()
+    at_level: Any = {"engine_options": {"isolation_level": level}}
+
+    def create_tables() -> None:
+        if side == "foreign":
+            work = partial(schema.create_all, metadata=metadata, timeout=0.2)
+            with_foreign(postgres_url, work, isolation_level=level)
+        else:
+            create_on(side, postgres_url, metadata=metadata, schema_timeout=0.2, **at_level)
+
+    with another_tool(postgres_url):
+        with pytest.raises(SchemaLocked):
+            create_tables()
+    assert names(postgres_url) == set()
+    create_tables()
+    assert names(postgres_url) == {"customer", "orders"}
+    with another_tool(postgres_url):
+        create_tables()
+        ENUM("one", "two", name="loose", metadata=metadata)  # which only SQLAlchemy can miss
+        with pytest.raises(SchemaLocked):
+            create_tables()
+
+
+def test_on_an_engine_that_only_reads_the_look_serves_where_nothing_is_missing(
+    postgres_url: str,
+) -> None:
+    def create_items(engine: Engine) -> None:
+        schema.create_all(engine.execution_options(postgresql_readonly=True), Item.metadata, 0.2)
+
+    with pytest.raises(DBAPIError) as caught:
+        with_foreign(postgres_url, create_items)
+    assert getattr(caught.value.orig, "pgcode", None) == "25006"
+    create_on("sync", postgres_url, metadata=Item.metadata)
+    with another_tool(postgres_url):
+        with_foreign(postgres_url, create_items)
+
+
+def test_a_connection_in_autocommit_is_refused_for_no_lock_would_last(postgres_url: str) -> None:
+    def create_items(engine: Engine) -> None:
+        with engine.begin() as connection:
+            schema.create_missing(connection, Item.metadata)
+
+    with pytest.raises(InvalidOption, match="is in AUTOCOMMIT"):
+        with_foreign(postgres_url, create_items, isolation_level="AUTOCOMMIT")
+    assert names(postgres_url) == set()
 
 
 def test_a_type_a_sequence_and_what_events_add_are_created_though_no_table_is_missing(

@@ -349,8 +349,11 @@ class SQLite:
 class FileLock:
     """The lock that each writer of a SQLite file holds, from BEGIN IMMEDIATE to its end."""
 
-    _changes: int
     longest_pause: float = PAUSES[-1]  # every writer asks for it: one who comes less often loses
+
+    def __init__(self) -> None:
+        self._changes = 0
+        self._before: tuple[bool, int] = (False, 0)  # whether it begins later, and foreign keys
 
     def options(self) -> dict[str, Any]:
         """Have engineroom's own connections not begin by themselves, nor wait in their own way."""
@@ -359,6 +362,11 @@ class FileLock:
     def look_options(self) -> dict[str, Any]:
         """Have engineroom's own begin as readers."""
         return {READ_ONLY: True}
+
+    def begin(self, connection: Connection, *, writes: bool) -> None:
+        """Begin, where engineroom's own connections do: for a look now, for the lock later."""
+        connection.execution_options(**{READ_ONLY: not writes, BEGINS_LATER: writes})
+        connection.begin()
 
     @contextmanager
     def looking(self, connection: Connection) -> Generator[None]:
@@ -381,6 +389,9 @@ class FileLock:
         SQLite ignores this: here none has begun.
         """
         if whole_session:
+            begins_later = bool(connection.get_execution_options().get(BEGINS_LATER))
+            connection.execution_options(**self.options())
+            self._before = (begins_later, _run_apart(connection, "PRAGMA foreign_keys")[0])
             _run_apart(connection, "PRAGMA foreign_keys=OFF")
             self._changes = _changes(connection)
 
@@ -444,9 +455,10 @@ class FileLock:
         connection.commit()
 
     def release(self, connection: Connection) -> None:
-        """The lock has gone with the transaction; foreign keys are enforced again."""
-        connection.execution_options(**{BEGINS_LATER: False})
-        _run_apart(connection, "PRAGMA foreign_keys=ON")
+        """The lock has gone with the transaction; foreign keys are enforced as they were."""
+        begins_later, enforced = self._before
+        connection.execution_options(**{BEGINS_LATER: begins_later})
+        _run_apart(connection, f"PRAGMA foreign_keys={enforced}")
 
     def holder(self, connection: Connection) -> str:
         """Name the file: SQLite does not know its holder."""
@@ -482,11 +494,12 @@ def _changes(connection: Connection) -> int:
     return int(driver.total_changes)
 
 
-def _run_apart(connection: Connection, statement: str) -> None:
-    """Run a statement without the transaction that SQLAlchemy would begin for it."""
+def _run_apart(connection: Connection, statement: str) -> Any:
+    """Run a statement without the transaction that SQLAlchemy would begin; return its first row."""
     cursor = connection.connection.cursor()
     try:
         cursor.execute(statement)
+        return cursor.fetchone()
     finally:
         cursor.close()
 
