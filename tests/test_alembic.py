@@ -319,6 +319,8 @@ def test_a_given_connection_is_used_and_its_transaction_is_its_owners(
                 assert shown == "0"
             else:
                 assert connection.scalar(text("PRAGMA foreign_keys")) == 1
+                driver: Any = connection.connection.driver_connection
+                assert driver.in_transaction  # as a writer's of ours is, from its beginning on
     assert steps(url) == ["first", "second"]
 
 
