@@ -14,7 +14,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from scenario import Item, in_threads, is_postgres, run, until
+from scenario import Item, in_threads, is_postgres, run, server, until
 from sqlalchemy import (
     DDL,
     Column,
@@ -204,6 +204,41 @@ def test_one_who_waits_is_cancelled_and_leaves_nothing(url: str) -> None:
 
     with another_tool(url):
         asyncio.run(main())
+
+
+@pytest.mark.parametrize("cancels", [1, 2])
+def test_one_who_holds_the_lock_is_cancelled_and_the_next_goes_on(
+    cancels: int, driver_url: str
+) -> None:
+    """In the middle of a statement, which the server stops; and cancelled again meanwhile."""
+    metadata = models()
+    orders = metadata.tables["orders"]
+    event.listen(
+        orders, "before_create", lambda _, on, **__: on.execute(text("SELECT pg_sleep(60)"))
+    )
+
+    def locks() -> int:
+        with server(driver_url) as raw:
+            (count,) = raw.execute(
+                "SELECT count(*) FROM pg_locks JOIN pg_stat_activity USING (pid) "
+                "WHERE locktype = 'advisory' AND query LIKE '%pg_sleep%'"
+            ).fetchone() or (0,)
+        return int(count)
+
+    async def main() -> None:
+        async with DatabaseSessionManager().init(driver_url, metadata=metadata) as manager:
+            creating = asyncio.create_task(manager.create_all())
+            await asyncio.to_thread(until, locks, bool)
+            for _ in range(cancels):
+                creating.cancel()
+                await asyncio.sleep(0)
+            with pytest.raises(asyncio.CancelledError):
+                await creating
+            await asyncio.to_thread(until, locks, lambda count: count == 0)
+            assert [pool.lent for pool in manager.stats().pools] == [0]
+            await manager.create_all(models())
+
+    asyncio.run(main())
 
 
 def test_inside_of_a_writer_of_the_same_file_it_says_so_at_once(sqlite_url: str) -> None:
