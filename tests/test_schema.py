@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -30,7 +31,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ENUM
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.pool import NullPool
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.util import greenlet_spawn
 from starting import create_on, models, names
@@ -267,6 +269,43 @@ def test_engines_of_others_create_once_too(driver: str, request: pytest.FixtureR
 
     in_threads(8, work)
     assert sorted(made) == ["customer", "orders"]
+
+
+def test_transactions_of_others_that_begin_without_the_lock_of_the_file_wait_for_it(
+    sqlite_url: str,
+) -> None:
+    """SQLAlchemy's docs have SQLite's begin so; the first write of all but one would fail."""
+    made: list[str] = []
+    metadata = models()
+    for table in metadata.tables.values():
+        event.listen(table, "after_create", lambda target, *_, **__: made.append(target.name))
+    event.listen(metadata, "before_create", lambda *_, **__: time.sleep(0.05))
+
+    def work(number: int) -> None:
+        with as_in_the_docs(sqlite_url).begin() as connection:
+            schema.create_missing(connection, metadata)
+
+    in_threads(8, work)
+    assert sorted(made) == ["customer", "orders"]
+
+
+def test_a_transaction_that_has_read_what_is_old_by_now_waits_for_nothing(sqlite_url: str) -> None:
+    with Database(sqlite_url) as database:
+        database.create_all(Item.metadata)
+        with as_in_the_docs(sqlite_url).connect() as connection:
+            assert connection.scalar(text("SELECT count(*) FROM item")) == 0
+            with database.session() as db:
+                db.add(Item(id=1))
+            with pytest.raises(OperationalError, match="database is locked"):
+                schema.create_missing(connection, models(), 1)
+
+
+def as_in_the_docs(url: str) -> Engine:
+    """Return an engine whose transactions begin as SQLAlchemy's docs have SQLite's begin."""
+    engine = create_engine(url, poolclass=NullPool)
+    event.listen(engine, "connect", lambda raw, _: setattr(raw, "isolation_level", None))
+    event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
+    return engine
 
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg", "aiosqlite"])

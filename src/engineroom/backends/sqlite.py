@@ -41,6 +41,7 @@ WHERE t.type = 'table' AND lower(f."table") = lower(?) AND lower(t.name) <> lowe
 """
 
 SQLITE_BUSY, SQLITE_READONLY = 5, 8  # of SQLite's result codes
+SQLITE_BUSY_SNAPSHOT = SQLITE_BUSY | 2 << 8  # an extended one: others have written meanwhile
 # Seconds between two tries for a lock, the last for all that follow. SQLite's own begin like this,
 # but go on to 0.1, with which a caller who waits through an event loop would come too late.
 PAUSES = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.025)
@@ -396,21 +397,24 @@ class FileLock:
             self._changes = _changes(connection)
 
     def try_take(self, connection: Connection, *, whole_session: bool) -> bool:
-        """Begin as a writer, unless somebody has begun already; without waiting."""
+        """Begin as a writer, or become one where somebody has begun already; without waiting."""
         if not connection.in_transaction():
             connection.begin()
         lent: Any = connection.connection
-        if lent.driver_connection.in_transaction:
-            return True
+        has_begun = lent.driver_connection.in_transaction
         cursor = lent.dbapi_connection.cursor()
         try:
             cursor.execute("PRAGMA busy_timeout")
             (usual,) = cursor.fetchone()
             cursor.execute("PRAGMA busy_timeout=0")
             try:
-                cursor.execute(BEGIN_WRITE)
+                if has_begun:
+                    _write_nothing(cursor)
+                else:
+                    cursor.execute(BEGIN_WRITE)
             except connection.dialect.loaded_dbapi.OperationalError as error:
-                if _code(error) != SQLITE_BUSY:
+                is_stale = getattr(error, "sqlite_errorcode", 0) == SQLITE_BUSY_SNAPSHOT
+                if is_stale or _code(error) != SQLITE_BUSY:  # waiting makes no snapshot newer
                     raise
                 return False
             finally:
@@ -486,6 +490,16 @@ def _refuse_if_referred_to(connection: Connection, table: str) -> None:
                 "it. The migrations run in a transaction that had begun before, in which SQLite "
                 "enforces foreign keys. Give them a connection that is in none: engine.connect()."
             )
+
+
+def _write_nothing(cursor: Any) -> None:
+    """Have a transaction that has begun, as a reader perhaps, be a writer's."""
+    cursor.execute("SAVEPOINT engineroom")
+    try:
+        cursor.execute("CREATE TABLE engineroom_writes (one)")
+    finally:
+        cursor.execute("ROLLBACK TO engineroom")
+        cursor.execute("RELEASE engineroom")
 
 
 def _changes(connection: Connection) -> int:
