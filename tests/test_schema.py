@@ -31,9 +31,9 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ENUM
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import DBAPIError, OperationalError
-from sqlalchemy.pool import NullPool
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import NullPool
 from sqlalchemy.util import greenlet_spawn
 from starting import create_on, models, names
 
@@ -296,7 +296,7 @@ def test_a_transaction_that_has_read_what_is_old_by_now_waits_for_nothing(sqlite
             assert connection.scalar(text("SELECT count(*) FROM item")) == 0
             with database.session() as db:
                 db.add(Item(id=1))
-            with pytest.raises(OperationalError, match="database is locked"):
+            with pytest.raises(sqlite3.OperationalError, match="database is locked"):
                 schema.create_missing(connection, models(), 1)
 
 
