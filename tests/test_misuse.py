@@ -1025,6 +1025,14 @@ def test_a_second_sync_writer_inside_the_first(manager: Any, first: str, second:
     assert [pool.lent for pool in manager.stats().pools if pool.role == "primary"] == [0]
 
 
+def test_a_second_sync_writer_that_the_same_line_opened(manager: Any) -> None:
+    with manager.sync.session() as first, manager.sync.session() as second:
+        first.execute(text("INSERT INTO misused_thing VALUES (1, 'a')"))
+        with pytest.raises(UsageError) as caught:
+            second.execute(text("SELECT 1"))
+        assert_is_told_at_once(caught.value)
+
+
 @pytest.mark.parametrize("second", ["session", "connect", "get_session", "engine"])
 @pytest.mark.parametrize("first", ["get_session", "engine"])
 def test_a_second_sync_writer_inside_one_without_a_scope(

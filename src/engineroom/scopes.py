@@ -232,15 +232,17 @@ class SyncScope(Scope, Generic[R]):
         if self.task is not None:
             return False
         running = sys._current_frames().get(self.thread)
-        frames = walk_stack(running) if running else ()
-        entered = sum(frame.f_code is self.code for frame, _ in frames)
+        stack = walk_stack(running) if running else ()
+        entered = [frame for frame, _ in stack if frame.f_code is self.code]
+        if any(value is self._resource for frame in entered for value in frame.f_locals.values()):
+            return False
         # Of several that the same line opened in the thread, the newest are those that it is in.
         newer = sum(
             (entry.thread, entry.code, entry.line) == (self.thread, self.code, self.line)
             and entry.since > self.since
             for entry in self._room.ledger
         )
-        return entered <= newer
+        return len(entered) <= newer
 
     def mind_the_loop(self) -> None:
         """Say that it is about to stop the event loop it is opened in."""
