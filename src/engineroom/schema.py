@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import tomllib
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -286,8 +285,11 @@ def find_ini_in(folder: Path) -> Path | None:
     if (ini := folder / "alembic.ini").is_file():
         return ini
     toml = folder / PROJECT
-    is_one = toml.is_file() and "alembic" in tomllib.loads(toml.read_text()).get("tool", {})
-    return toml if is_one else None
+    if not toml.is_file():
+        return None
+    import tomllib  # only for who has such a file
+
+    return toml if "alembic" in tomllib.loads(toml.read_text()).get("tool", {}) else None
 
 
 def read_config(ini: Path) -> Config:
