@@ -41,6 +41,7 @@ WHERE t.type = 'table' AND lower(f."table") = lower(?) AND lower(t.name) <> lowe
 """
 
 SQLITE_BUSY, SQLITE_READONLY = 5, 8  # of SQLite's result codes
+SQLITE_BUSY_SNAPSHOT = SQLITE_BUSY | 2 << 8  # an extended one: others have written meanwhile
 # Seconds between two tries for a lock, the last for all that follow. SQLite's own begin like this,
 # but go on to 0.1, with which a caller who waits through an event loop would come too late.
 PAUSES = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.025)
@@ -351,8 +352,11 @@ class SQLite:
 class FileLock:
     """The lock that each writer of a SQLite file holds, from BEGIN IMMEDIATE to its end."""
 
-    _changes: int
     longest_pause: float = PAUSES[-1]  # every writer asks for it: one who comes less often loses
+
+    def __init__(self) -> None:
+        self._changes = 0
+        self._before: tuple[bool, int] = (False, 0)  # whether it begins later, and foreign keys
 
     def options(self) -> dict[str, Any]:
         """Have engineroom's own connections not begin by themselves, nor wait in their own way."""
@@ -361,6 +365,11 @@ class FileLock:
     def look_options(self) -> dict[str, Any]:
         """Have engineroom's own begin as readers."""
         return {READ_ONLY: True}
+
+    def begin(self, connection: Connection, *, writes: bool) -> None:
+        """Begin, where engineroom's own connections do: for a look now, for the lock later."""
+        connection.execution_options(**{READ_ONLY: not writes, BEGINS_LATER: writes})
+        connection.begin()
 
     @contextmanager
     def looking(self, connection: Connection) -> Generator[None]:
@@ -383,25 +392,31 @@ class FileLock:
         SQLite ignores this: here none has begun.
         """
         if whole_session:
+            begins_later = bool(connection.get_execution_options().get(BEGINS_LATER))
+            connection.execution_options(**self.options())
+            self._before = (begins_later, _run_apart(connection, "PRAGMA foreign_keys")[0])
             _run_apart(connection, "PRAGMA foreign_keys=OFF")
             self._changes = _changes(connection)
 
     def try_take(self, connection: Connection, *, whole_session: bool) -> bool:
-        """Begin as a writer, unless somebody has begun already; without waiting."""
+        """Begin as a writer, or become one where somebody has begun already; without waiting."""
         if not connection.in_transaction():
             connection.begin()
         lent: Any = connection.connection
-        if lent.driver_connection.in_transaction:
-            return True
+        has_begun = lent.driver_connection.in_transaction
         cursor = lent.dbapi_connection.cursor()
         try:
             cursor.execute("PRAGMA busy_timeout")
             (usual,) = cursor.fetchone()
             cursor.execute("PRAGMA busy_timeout=0")
             try:
-                cursor.execute(BEGIN_WRITE)
+                if has_begun:
+                    _write_nothing(cursor)
+                else:
+                    cursor.execute(BEGIN_WRITE)
             except connection.dialect.loaded_dbapi.OperationalError as error:
-                if _code(error) != SQLITE_BUSY:
+                is_stale = getattr(error, "sqlite_errorcode", 0) == SQLITE_BUSY_SNAPSHOT
+                if is_stale or _code(error) != SQLITE_BUSY:  # waiting makes no snapshot newer
                     raise
                 return False
             finally:
@@ -446,9 +461,10 @@ class FileLock:
         connection.commit()
 
     def release(self, connection: Connection) -> None:
-        """The lock has gone with the transaction; foreign keys are enforced again."""
-        connection.execution_options(**{BEGINS_LATER: False})
-        _run_apart(connection, "PRAGMA foreign_keys=ON")
+        """The lock has gone with the transaction; foreign keys are enforced as they were."""
+        begins_later, enforced = self._before
+        connection.execution_options(**{BEGINS_LATER: begins_later})
+        _run_apart(connection, f"PRAGMA foreign_keys={enforced}")
 
     def holder(self, connection: Connection) -> str:
         """Name the file: SQLite does not know its holder."""
@@ -478,17 +494,28 @@ def _refuse_if_referred_to(connection: Connection, table: str) -> None:
             )
 
 
+def _write_nothing(cursor: Any) -> None:
+    """Have a transaction that has begun, as a reader perhaps, be a writer's."""
+    cursor.execute("SAVEPOINT engineroom")
+    try:
+        cursor.execute("CREATE TABLE engineroom_writes (one)")
+    finally:
+        cursor.execute("ROLLBACK TO engineroom")
+        cursor.execute("RELEASE engineroom")
+
+
 def _changes(connection: Connection) -> int:
     """Return how many rows the connection has ever changed."""
     driver: Any = connection.connection.driver_connection
     return int(driver.total_changes)
 
 
-def _run_apart(connection: Connection, statement: str) -> None:
-    """Run a statement without the transaction that SQLAlchemy would begin for it."""
+def _run_apart(connection: Connection, statement: str) -> Any:
+    """Run a statement without the transaction that SQLAlchemy would begin; return its first row."""
     cursor = connection.connection.cursor()
     try:
         cursor.execute(statement)
+        return cursor.fetchone()
     finally:
         cursor.close()
 
