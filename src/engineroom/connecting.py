@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -22,20 +23,22 @@ SPARE = 0.05  # seconds that they get less than the connect: so that theirs is t
 def watch_connects(engine: Engine, side: Side, backend: Backend, credentials: Credentials) -> None:
     """Have an engine connect so: around the dialect's verb, below whoever listens to connects.
 
-    For one `do_connect` event makes every statement slower.
+    For one `do_connect` event makes every statement slower. Mappers remember dialects: this one
+    must not keep engine and manager for as long.
     """
     dialect: Any = engine.dialect
-    connect = dialect.connect
+    connect, known = dialect.connect, weakref.ref(engine)
 
     def connect_as(account: dict[str, Sealed[str]], *args: Any, **arguments: Any) -> Any:
-        if side is Side.SYNC and isinstance(engine.pool, Lender):
+        pool = getattr(known(), "pool", None)
+        if side is Side.SYNC and isinstance(pool, Lender):
             # Nobody can stop a synchronous driver from outside.
-            backend.limit_connect(arguments, engine.pool.seconds_left())
+            backend.limit_connect(arguments, pool.seconds_left())
         return connect(*args, **revealed(arguments | account))
 
     def ask(arguments: dict[str, Any]) -> dict[str, Sealed[str]]:
         own = arguments.get("connect_timeout") or arguments.get("timeout") or LIMIT
-        seconds = max(min(seconds_left(engine), float(own)) - SPARE, SPARE)
+        seconds = max(min(seconds_left(known()), float(own)) - SPARE, SPARE)
         if side is Side.SYNC:
             return credentials.ask(seconds)
         account: dict[str, Sealed[str]] = await_only(credentials.ask_on_loop(seconds))
@@ -63,9 +66,9 @@ def watch_connects(engine: Engine, side: Side, backend: Backend, credentials: Cr
     dialect.connect = way
 
 
-def seconds_left(engine: Engine) -> float:
+def seconds_left(engine: Engine | None) -> float:
     """Return how long whoever connects now may still take."""
-    pool: Any = engine.pool
+    pool: Any = getattr(engine, "pool", None)
     if isinstance(pool, LoopPool):
         pool = pool.shelves.get(asyncio.get_running_loop())
     return pool.seconds_left() if isinstance(pool, Lender) else LIMIT
