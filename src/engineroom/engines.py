@@ -31,7 +31,7 @@ from .connecting import watch_connects
 from .credentials import Credentials
 from .departures import DEPARTURES
 from .errors import Holder, InvalidOption, SelfDeadlock
-from .forks import make_immortal, part_event_loops
+from .forks import let_threads_end, make_immortal, part_event_loops
 from .ledger import (
     REQUEST,
     Entry,
@@ -499,6 +499,11 @@ class EngineRoom:
 ROOMS: weakref.WeakSet[EngineRoom] = weakref.WeakSet()
 
 
+def _before_fork() -> None:
+    if ROOMS:
+        let_threads_end()
+
+
 def _after_fork_in_child() -> None:
     rooms = list(ROOMS)
     WAITING.clear()
@@ -530,7 +535,7 @@ def _dump(number: int, frame: object) -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+    os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child)
 
 
 def mind_isolation_level(engine: Engine, name: str) -> None:
