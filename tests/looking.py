@@ -6,12 +6,22 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import asyncpg
 from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError
 
 from engineroom import Database, DatabaseSessionManager
 
 T = TypeVar("T")
 
+# What a connect in vain raises: SQLAlchemy 2.0 lets asyncpg's own errors through.
+CANNOT_CONNECT = (
+    OSError,
+    DBAPIError,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+)
 DRIVERS = ["asyncpg", "psycopg", "psycopg2"]  # psycopg on both sides, taken in turn
 
 
