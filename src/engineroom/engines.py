@@ -343,9 +343,10 @@ class EngineRoom:
 
         Of those that are no engine's any more, yield what has connections lent still.
         """
-        for lender, (side, role) in list(self._parted.items()):
-            if lender.slots.held:
-                yield side, role, lender.loop if isinstance(lender, Shelf) else None, lender
+        for known in self._parted.keyrefs():  # in one step: other threads add theirs meanwhile
+            lender = known()
+            if lender is not None and lender.slots.held and (place := self._parted.get(lender)):
+                yield *place, lender.loop if isinstance(lender, Shelf) else None, lender
         for (side, role), engine in list(self._engines.items()):
             pool = getattr(engine.pool, "behind", engine.pool)  # a sandbox stands in front of it
             if isinstance(pool, LoopPool):
