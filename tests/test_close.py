@@ -75,10 +75,10 @@ def is_named(log: Log, function: str) -> int:
 
 
 def lock_is_free(url: str) -> bool:
-    """Whether a stranger may write to the SQLite file: an interrupted thread needs a moment."""
+    """Whether a stranger may write to the SQLite file at once."""
     file = make_url(url).database
     assert file is not None
-    connection = sqlite3.connect(file, timeout=0.5, isolation_level=None)
+    connection = sqlite3.connect(file, timeout=0, isolation_level=None)
     try:
         connection.execute("BEGIN IMMEDIATE")
         connection.execute("ROLLBACK")
