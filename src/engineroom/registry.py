@@ -211,10 +211,9 @@ class SessionManager:
 
         However it is written: other spellings of it, and other drivers, are forgotten as well.
         """
-        place = place_of(dburi)
         with self._lock:
-            known = {*self._tenants, *self._engines}
-            spellings = [url for url in known if place is not None and place_of(url) == place]
+            place, known = self._place_of(dburi), {*self._tenants, *self._engines}
+            spellings = [url for url in known if place is not None and self._place_of(url) == place]
             forgotten = [self._forget(url) for url in {dburi, *spellings}]
         for tenant, engine in forgotten:
             if tenant is not None:
@@ -418,9 +417,13 @@ class SessionManager:
                 evicted += [tenant] if tenant is not None else []
         return evicted
 
+    def _place_of(self, url: str | URL) -> URL | None:
+        tenant = self._tenants.get(url)
+        return place_of(url) if tenant is None else tenant.place
+
     def _forget(self, url: str | URL) -> tuple[Tenant | None, Engine | None]:
         self._sessions.pop(url, None)
-        place = place_of(url)
+        place = self._place_of(url)
         for key in [key for key, where in self._prepared.items() if where == place]:
             del self._prepared[key]
         return self._tenants.pop(url, None), self._engines.pop(url, None)

@@ -41,6 +41,7 @@ from .ledger import (
     Entry,
     Request,
     applications_line,
+    has,
     is_inside,
     is_known_to_a_thread,
     place,
@@ -243,7 +244,7 @@ class SyncScope(Scope, Generic[R]):
         running = sys._current_frames().get(self.thread)
         stack = walk_stack(running) if running else ()
         entered = [frame for frame, _ in stack if frame.f_code is self.code]
-        if any(value is self._resource for frame in entered for value in frame.f_locals.values()):
+        if any(has(frame, self._resource) for frame in entered):
             return False
         # Of several that the same line opened in the thread, the newest are those that it is in.
         newer = sum(

@@ -13,7 +13,7 @@ from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.pool import PoolProxiedConnection
 
 from ..errors import DriverNotInstalled, InvalidOption, InvalidURL
-from ..urls import masked
+from ..urls import ACCOUNT, masked
 
 if TYPE_CHECKING:
     from ..settings import DatabaseSettings
@@ -208,7 +208,7 @@ def find_backend(url: URL, settings: DatabaseSettings) -> Backend:
     if name == "sqlite":
         from .sqlite import SQLite
 
-        for name in settings.given & {"username", "password"}:
+        for name in settings.given & ACCOUNT.keys():
             raise InvalidOption(
                 f"{name}= says nothing for SQLite: a file has no users. Leave it out."
             )
