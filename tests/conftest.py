@@ -6,11 +6,14 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Generator, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
 from engineroom.testing import PostgresServer, WireProxy, postgres
+
+if TYPE_CHECKING:
+    from tls import Certificates, TLSProxy
 
 collect_ignore = ["shop"]  # a suite of its own, which test_shop_suite.py runs
 
@@ -127,6 +130,23 @@ def proxy(pg18: PostgresServer) -> Iterator[WireProxy]:
     """A counting proxy in front of PostgreSQL 18; `proxy.url(postgres_url)` goes through it."""
     with WireProxy(pg18.host, pg18.port) as wire:
         yield wire
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    """Certificates of an authority of their own."""
+    from tls import Certificates  # only for who needs any
+
+    return Certificates(tmp_path_factory.mktemp("certificates"))
+
+
+@pytest.fixture(scope="module")
+def tls(pg18: PostgresServer, certificates: Certificates) -> Iterator[TLSProxy]:
+    """A server with TLS, whose name is localhost."""
+    from tls import TLSProxy
+
+    with TLSProxy(pg18.host, pg18.port, certificates.server) as proxy:
+        yield proxy
 
 
 @pytest.fixture

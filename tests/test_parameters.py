@@ -10,7 +10,7 @@ import getpass
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -223,17 +223,6 @@ def table() -> dict[str, list[str]]:
     rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in text.splitlines()]
     assert rows[0] == DRIVERS
     return {name: cells for name, *cells in rows[2:]}
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    return Certificates(tmp_path_factory.mktemp("certificates"))
-
-
-@pytest.fixture(scope="module")
-def tls(pg18: PostgresServer, certificates: Certificates) -> Iterator[TLSProxy]:
-    with TLSProxy(pg18.host, pg18.port, certificates.server) as proxy:
-        yield proxy
 
 
 @pytest.mark.parametrize("driver", DRIVERS)

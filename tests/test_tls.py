@@ -29,18 +29,6 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    return Certificates(tmp_path_factory.mktemp("certificates"))
-
-
-@pytest.fixture(scope="module")
-def tls(pg18: PostgresServer, certificates: Certificates) -> Iterator[TLSProxy]:
-    """A server with TLS, whose name is localhost."""
-    with TLSProxy(pg18.host, pg18.port, certificates.server) as proxy:
-        yield proxy
-
-
 @pytest.fixture
 def url(tls: TLSProxy, pg18: PostgresServer) -> str:
     tls.seen.clear()
