@@ -170,7 +170,13 @@ class TLSProxy:
                 writer.write(b"E" + struct.pack("!I", len(fields) + 4) + fields)
                 await writer.drain()
                 return
-        behind, before = await asyncio.open_connection(*self._upstream)
+        opening = asyncio.ensure_future(asyncio.open_connection(*self._upstream))
+        try:
+            behind, before = await asyncio.shield(opening)
+        except asyncio.CancelledError:  # interrupted, it would leave its socket open
+            _, before = await opening
+            before.transport.abort()
+            raise
         before.write(packet)
         pumps = [
             asyncio.ensure_future(pump(reader, before)),
