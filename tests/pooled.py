@@ -12,7 +12,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from engineroom import DatabaseSessionManager
-from engineroom.backends import sqlstate
+from engineroom.backends.postgresql import sqlstate
 from engineroom.testing import PostgresServer
 
 ROWS = 20  # in the table of each process

@@ -104,6 +104,7 @@ LEAKS = [  # what people paste; the secret must not come back out
     f"host=db.example user=user password={SECRET} dbname=app",
     f"jdbc:postgresql://db.example/app?user=user&password={SECRET}",
     f"postgresql+:{SECRET}@db.example/app",
+    f"postgresql://user:p@x/{SECRET}@db.example/app",
 ]
 
 
@@ -139,7 +140,6 @@ UNSUPPORTED = [
     f"oracle+oracledb://user:{SECRET}@db.example/app",
     f"nonsense://user:{SECRET}@db.example/app?password={SECRET}",
     f"mysql://user:p@{SECRET}@db.example/app",
-    f"mysql://user:p@x/{SECRET}@db.example/app",
 ]
 
 
@@ -1023,6 +1023,14 @@ def test_a_second_sync_writer_inside_the_first(manager: Any, first: str, second:
     with manager.sync.reader() as db:
         assert db.scalar(text("SELECT count(*) FROM misused_thing")) == 2
     assert [pool.lent for pool in manager.stats().pools if pool.role == "primary"] == [0]
+
+
+def test_a_second_sync_writer_that_the_same_line_opened(manager: Any) -> None:
+    with manager.sync.session() as first, manager.sync.session() as second:
+        first.execute(text("INSERT INTO misused_thing VALUES (1, 'a')"))
+        with pytest.raises(UsageError) as caught:
+            second.execute(text("SELECT 1"))
+        assert_is_told_at_once(caught.value)
 
 
 @pytest.mark.parametrize("second", ["session", "connect", "get_session", "engine"])

@@ -14,8 +14,9 @@ from sqlalchemy.orm import DeclarativeBase, Session
 from . import drain, models
 from .backends import Role, Side
 from .engines import EngineRoom, Stats
-from .schema import Probe, SchemaScope, ask, create_missing, is_complete
+from .schema import Probe, SchemaScope, ask, create_once
 from .scopes import ConnectScope, LooseScope, SessionScope
+from .secrecy import unseen
 from .settings import Options
 
 
@@ -32,6 +33,7 @@ class Database:
 
     Base: ClassVar[type[DeclarativeBase]] = models.Base
 
+    @unseen
     def __init__(
         self,
         database_url: str | URL | None = None,
@@ -52,7 +54,9 @@ class Database:
         """
         self._room = EngineRoom(type(self).__name__)
         self._room.open(database_url, url, options)
+        self._room.credentials.refuse_coroutines()
 
+    @unseen
     def init(
         self,
         database_url: str | URL | None = None,
@@ -135,11 +139,8 @@ class Database:
             SchemaLocked: another one who does so was not ready within `schema_timeout`.
         """
         wanted = self._room.metadata if metadata is None else metadata
-        with ConnectScope(self._room, "create_all", Role.PRIMARY, read_only=True) as connection:
-            complete = is_complete(connection, wanted)
-        if not complete:
-            with SchemaScope(self._room, "create_all") as connection:
-                create_missing(connection, wanted, self._room.settings.schema_timeout)
+        with SchemaScope(self._room, "create_all") as connection:
+            create_once(connection, wanted, self._room.settings.schema_timeout)
 
     def stats(self) -> Stats:
         """Take a snapshot: the open scopes with their lines, and the pools. Nothing is asked."""

@@ -27,9 +27,11 @@ from sqlalchemy.util import await_only, greenlet_spawn
 from .backends import Backend, Role, Side, find_backend
 from .cancellation import settle
 from .cap import CAPS, Cap, CapInfo, limit_process, note_closings, process_cap, release_process
+from .connecting import watch_connects
+from .credentials import Credentials
 from .departures import DEPARTURES
 from .errors import Holder, InvalidOption, SelfDeadlock
-from .forks import make_immortal, part_event_loops
+from .forks import let_threads_end, make_immortal, part_event_loops
 from .ledger import (
     REQUEST,
     Entry,
@@ -46,6 +48,7 @@ from .lifecycle import Life, State
 from .models import Base
 from .pool import LoopPool, Shelf, ThreadPool
 from .retiring import retire
+from .secrecy import Sealed
 from .sessions import Guarded, guarded
 from .settings import DatabaseSettings, Options, read_settings
 from .slots import WAITING
@@ -79,6 +82,8 @@ class PoolInfo:
     """Callers that wait for a connection."""
     holders: tuple[Holder, ...]
     """Who has the connections in use."""
+    url: str
+    """Where they lead to, with its secrets masked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +104,7 @@ class EngineRoom:
     """What both front doors of one database share: its state, its ledger and its engines."""
 
     backend: Backend
+    credentials: Credentials
     settings: DatabaseSettings
     metadata: MetaData = Base.metadata
     new_session: Callable[[Engine], Guarded]
@@ -118,7 +124,11 @@ class EngineRoom:
         self._engines: dict[tuple[Side, Role], Engine] = {}
         self.binds: dict[tuple[Side, Role, bool, str | None], Any] = {}
         self.derived: weakref.WeakSet[Engine] = weakref.WeakSet()  # by `execution_options()`
-        self._arguments: tuple[str | URL | None, Options] = (None, {})  # of the last `open`
+        # Pools that are no engine's any more: it was disposed of, or their event loop ended.
+        self._parted: weakref.WeakKeyDictionary[Lender, tuple[Side, Role]] = (
+            weakref.WeakKeyDictionary()
+        )
+        self.given: Sealed[tuple[str | URL | None, Options]] = Sealed((None, {}))  # at `open`
         self.sandbox: Any = None  # what a test has put around the engines: testing.sandbox
         ROOMS.add(self)
 
@@ -141,10 +151,11 @@ class EngineRoom:
             raise InvalidOption("The URL was given twice, as database_url= and as url=. Give one.")
         where = url if database_url is None else database_url
         if where is None and not options and self.life.state is State.CLOSED:
-            where, options = self._arguments
-        self._arguments = (where, options)
+            where, options = self.given.reveal()
+        self.given = Sealed((where, options))
         self.settings = read_settings(where, **options)
         self.backend = find_backend(self.settings.url, self.settings)
+        self.credentials = Credentials(self.settings.username, self.settings.password)
         self.metadata = options.get("metadata", Base.metadata)
         self._engine_options = options.get("engine_options", {})
         async_session_class = options.get("async_session_class", AsyncSession)
@@ -221,6 +232,7 @@ class EngineRoom:
             "backend": self.backend,
             "caps": staticmethod(self.caps),
             "name": f"{side} {role} of {masked(self.settings.url)}",
+            "note_parted": staticmethod(partial(self._note_parted, side, role)),
             "end_apart": staticmethod(partial(self.end_apart, role)),
             "least": settings.pool_min if role is Role.PRIMARY and apart is None else 0,
             "spare": settings.max_overflow if apart is None else 0,
@@ -228,6 +240,8 @@ class EngineRoom:
             "ping_after": 0.0 if settings.pool_pre_ping else settings.pool_ping_after,
         }
         # What a pool must know and `recreate()` does not pass on stands on a class of its own.
+        if side is Side.SYNC:
+            self.credentials.refuse_coroutines()
         if side is Side.ASYNC:
             lender: type[Lender] = type("Shelf", (Shelf,), knows)
             shelves = type("LoopPool", (LoopPool,), {"shelf_class": lender})
@@ -248,12 +262,14 @@ class EngineRoom:
         self._note_derived(engine)
         note_statements(engine.dialect)
         note_closings(engine.dialect)
-        if side is Side.SYNC and "connect_timeout" not in {**url.query, **arguments}:
-            self._limit_connect(engine)
+        watch_connects(engine, side, self.backend, self.credentials)
         self.backend.attach(engine, role, self._refuse_self_deadlock)
         if side is Side.ASYNC:
             event.listen(engine, "handle_error", self._break_off_cancelled)
         return engine
+
+    def _note_parted(self, side: Side, role: Role, lender: Lender) -> None:
+        self._parted[lender] = side, role
 
     def _note_derived(self, engine: Any) -> None:
         """Remember the engines that are made of this one with options: a sandbox takes them in.
@@ -269,21 +285,6 @@ class EngineRoom:
             return made
 
         engine.execution_options = execution_options
-
-    def _limit_connect(self, engine: Engine) -> None:
-        """Tell a synchronous driver how long it may connect: nobody can stop it from outside.
-
-        Around the dialect's verb, for one `do_connect` event makes every statement slower.
-        """
-        dialect: Any = engine.dialect
-        connect = dialect.connect
-
-        def connect_in_time(*args: Any, **kw: Any) -> Any:
-            if isinstance(engine.pool, Lender):
-                self.backend.limit_connect(kw, engine.pool.seconds_left())
-            return connect(*args, **kw)
-
-        dialect.connect = connect_in_time
 
     def _break_off_cancelled(self, context: ExceptionContext) -> None:
         """End on the server what a cancelled call began there; its connection is lost anyway."""
@@ -338,7 +339,14 @@ class EngineRoom:
     # -- watching -----------------------------------------------------------------------------
 
     def lenders(self) -> Iterator[tuple[Side, Role, asyncio.AbstractEventLoop | None, Lender]]:
-        """Yield every pool, with the event loop that its connections belong to."""
+        """Yield every pool, with the event loop that its connections belong to.
+
+        Of those that are no engine's any more, yield what has connections lent still.
+        """
+        for known in self._parted.keyrefs():  # in one step: other threads add theirs meanwhile
+            lender = known()
+            if lender is not None and lender.slots.held and (place := self._parted.get(lender)):
+                yield *place, lender.loop if isinstance(lender, Shelf) else None, lender
         for (side, role), engine in list(self._engines.items()):
             pool = getattr(engine.pool, "behind", engine.pool)  # a sandbox stands in front of it
             if isinstance(pool, LoopPool):
@@ -364,6 +372,7 @@ class EngineRoom:
                     idle=lender.checkedin(),
                     waiting=lender.slots.waiting,
                     holders=describe_held(lender.slots.permits, now),
+                    url=masked(self.settings.url),
                 )
                 for side, role, loop, lender in self.lenders()
             ),
@@ -461,6 +470,7 @@ class EngineRoom:
     def clear(self) -> None:
         """Forget the engines, whose pools have been ended, and what the backend made."""
         self._engines.clear()
+        self._parted.clear()
         self.binds.clear()
         self.backend.dispose()
         release_process(self)
@@ -480,6 +490,7 @@ class EngineRoom:
         self.ledger.clear()
         for _, _, _, lender in self.lenders():
             lender.disown()
+        self._parted.clear()
         if self.sandbox is not None:
             self.sandbox.disown()
         for engine in self._engines.values():
@@ -487,6 +498,11 @@ class EngineRoom:
 
 
 ROOMS: weakref.WeakSet[EngineRoom] = weakref.WeakSet()
+
+
+def _before_fork() -> None:
+    if ROOMS:
+        let_threads_end()
 
 
 def _after_fork_in_child() -> None:
@@ -520,7 +536,7 @@ def _dump(number: int, frame: object) -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+    os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child)
 
 
 def mind_isolation_level(engine: Engine, name: str) -> None:

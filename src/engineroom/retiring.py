@@ -50,25 +50,23 @@ def retire(resource: Any, why: str) -> None:
     if not hasattr(resource, "_obituary"):
         living: Any = type(resource)
         resource._obituary = why
-        resource.__class__ = retired(living)
+        resource.__class__ = vars(living).get("_retired") or retired(living)
 
 
 def retired(living: Any) -> Any:
-    """Return the class that a resource of this class becomes when it has ended.
+    """Make the class that a resource of this class becomes when it has ended.
 
     It is kept on that class, and goes with it: each `sessionmaker` makes one of its own.
     """
-    known = vars(living).get("_retired")
-    if known is None:
-        verbs = [
-            name
-            for name in dir(living)
-            if name not in HARMLESS
-            and not name.startswith("_")
-            and inspect.isfunction(inspect.getattr_static(living, name))
-        ]
-        known = living._retired = type(living.__name__, (living,), dict.fromkeys(verbs, refuse))
-    return known
+    verbs = [
+        name
+        for name in dir(living)
+        if name not in HARMLESS
+        and not name.startswith("_")
+        and inspect.isfunction(inspect.getattr_static(living, name))
+    ]
+    living._retired = made = type(living.__name__, (living,), dict.fromkeys(verbs, refuse))
+    return made
 
 
 def refuse(resource: Any, *args: Any, **kw: Any) -> NoReturn:

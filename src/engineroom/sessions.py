@@ -31,7 +31,8 @@ class Guarded(Session):
 
     def get_bind(self, *args: Any, **kw: Any) -> Engine | Connection:
         """Return the engine for a statement; every one passes here, before anything is sent."""
-        if (scope := self._scope) is not None:
+        scope = self._scope
+        if scope is not None and (scope.has_greenlets or scope.thread != threading.get_ident()):
             self._check_caller(scope)
         return super().get_bind(*args, **kw)
 

@@ -88,9 +88,16 @@ class Ticket:
 
     def grant(self, permit: Permit) -> bool:
         """Hand over a permit and wake the waiter; False if it has given up, or is no more."""
-        permit.owner, permit.since = self.owner, time.monotonic()
-        if self._outcome.setdefault("first", permit) is permit and self._is_woken():
-            return True
+        try:
+            permit.owner, permit.since = self.owner, time.monotonic()
+            if self._outcome.setdefault("first", permit) is permit and self._is_woken():
+                return True
+        except BaseException:  # Ctrl-C in between
+            if self._outcome.get("first") is permit:
+                self._is_woken()
+            else:
+                permit.clear()
+            raise
         permit.clear()
         return False
 
@@ -241,7 +248,7 @@ class Slots:
         For a moment a permit is nobody's whenever it changes hands. So it must have been for long.
         """
         ours = {*self._free, *self._spare}
-        lost: list[Any] = [one for one in self.permits if one.owner is None and one not in ours]
+        lost: list[Any] = [one for one in self.permits if self.is_lost(one) and one not in ours]
         if self._queue and self._free:
             lost.append(self._handing_out)
         now = time.monotonic()
@@ -254,6 +261,10 @@ class Slots:
                 else:  # it was left locked
                     self._handing_out = threading.Lock()
                     self._hand_out()
+
+    def is_lost(self, permit: Permit) -> bool:
+        """Whether it is nobody's, who would give it back."""
+        return permit.owner is None
 
     def give(self, permit: Permit) -> None:
         """Give a permit back, and with it serve whoever waits longest."""
@@ -272,6 +283,9 @@ class Slots:
     def _shrink(self) -> None:
         with suppress(IndexError):  # a `take` was faster
             self._spare.append(self._free.pop())
+
+    def make_room(self) -> None:
+        """Have others give way to those who wait; in one pool there is nobody who could."""
 
     def dismiss(self) -> None:
         """Send everyone in the queue away, without a permit."""
@@ -315,14 +329,18 @@ class Slots:
             try:
                 self._again = False
                 while self._queue and self._free:
-                    ticket = self._queue.popleft()
+                    ticket: Ticket | None = None
                     try:
+                        ticket = self._queue.popleft()
                         permit = self._free.pop()
-                    except IndexError:  # a `take` was faster
-                        self._queue.appendleft(ticket)
+                        if not ticket.grant(permit):  # it gave up: skip it
+                            self._free.append(permit)
+                    except BaseException as error:
+                        if ticket is not None and ticket.waits:
+                            self._queue.appendleft(ticket)
+                        if not isinstance(error, IndexError):  # Ctrl-C; else others were faster
+                            raise
                         break
-                    if not ticket.grant(permit):  # it gave up: skip it
-                        self._free.append(permit)
             finally:
                 turn.release()
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.pool import PoolProxiedConnection
 
-from ..errors import DriverNotInstalled, InvalidURL
-from ..urls import masked
+from ..errors import DriverNotInstalled, InvalidOption, InvalidURL
+from ..urls import ACCOUNT, masked
 
 if TYPE_CHECKING:
     from ..settings import DatabaseSettings
@@ -70,6 +70,9 @@ class Backend(Protocol):
 
     def limit_connect(self, arguments: dict[str, Any], seconds: float) -> None:
         """Add to the arguments of a synchronous driver how long it may take to connect."""
+
+    def may_be_refused(self, error: Exception) -> bool:
+        """Whether a connect failed by its user or password, as far as the driver tells."""
 
     def descriptor(self, driver: Any) -> int | None:
         """Return the file descriptor of a driver's connection; None where it has no socket."""
@@ -137,6 +140,13 @@ class SchemaLock(Protocol):
     def look_options(self) -> dict[str, Any]:
         """Return those of a connection that only looks whether there is anything to do."""
 
+    def begin(self, connection: Connection, *, writes: bool) -> None:
+        """Begin a transaction to take the lock in, or one that only looks.
+
+        Nothing of that stays on the connection, which is lent again: each of its transactions would
+        state it from then on.
+        """
+
     def looking(self, connection: Connection) -> AbstractContextManager[None]:
         """Have the database refuse whatever would be written meanwhile."""
 
@@ -147,7 +157,7 @@ class SchemaLock(Protocol):
         """Keep the server's deadlines from the work that is done under the lock.
 
         Args:
-            whole_session: For more than the transaction, until `release`.
+            whole_session: For more than the transaction, until `release` puts back what was there.
         """
 
     def try_take(self, connection: Connection, *, whole_session: bool) -> bool:
@@ -156,6 +166,9 @@ class SchemaLock(Protocol):
         Args:
             whole_session: Keep it until `release`; where a transaction is needed for that, it is
                 begun here, and otherwise none is left open.
+
+        Raises:
+            InvalidOption: it would go at once, for the connection is in AUTOCOMMIT.
         """
 
     def rest(self, connection: Connection) -> None:
@@ -168,7 +181,7 @@ class SchemaLock(Protocol):
         """Commit what was done while the whole session had it, if it may be."""
 
     def release(self, connection: Connection) -> None:
-        """Give back what `whole_session` had taken; no transaction is open any more."""
+        """Give back what `whole_session` had taken, if it was; no transaction is open any more."""
 
     def holder(self, connection: Connection) -> str:
         """Say who holds the lock: since when, and doing what, as far as the database tells."""
@@ -213,16 +226,15 @@ def find_backend(url: URL, settings: DatabaseSettings) -> Backend:
     if name == "sqlite":
         from .sqlite import SQLite
 
+        for name in settings.given & ACCOUNT.keys():
+            raise InvalidOption(
+                f"{name}= says nothing for SQLite: a file has no users. Leave it out."
+            )
         return SQLite(url, settings.busy_timeout)
     raise InvalidURL(
         f"{masked(url)}: engineroom does not support {name!r}. Supported are postgresql:// and "
         "sqlite://."
     )
-
-
-def sqlstate(error: BaseException | None) -> str | None:
-    """Return the code that the server gave an error of a driver, or of SQLAlchemy's adapter."""
-    return getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
 
 
 def refuse_unknown_driver(url: URL, drivers: dict[Side, dict[str, str]]) -> None:

@@ -18,7 +18,9 @@ from sqlalchemy.util import await_only
 
 from ..errors import InvalidOption, NotBehindPooler
 from . import POOLER, Role, Side
-from .postgresql import BREAK_OFF_LIMIT, AdvisoryLock, PostgreSQL, shut
+from .postgresql import AdvisoryLock, PostgreSQL
+from .postgresql.settling import BREAK_OFF_LIMIT
+from .postgresql.sockets import shut
 
 # What asyncpg and SQLAlchemy's adapter of it, or psycopg, keep prepared: nothing, and no name.
 UNPREPARED: dict[str, dict[str, Any]] = {
@@ -106,7 +108,7 @@ class TransactionPooled(SessionPooled):
         options = super().engine_options(side, role, connect_args)
         driver = self.engine_url(side).get_driver_name()
         ours = UNPREPARED[driver]
-        for name, value in {**self._url.query, **connect_args}.items():
+        for name, value in {**self._parameters, **connect_args}.items():
             if name in ours and str(value) != str(ours[name]):
                 raise InvalidOption(
                     f"{name}={value!r} cannot be used where pooler='transaction' (DB_POOLER): a "

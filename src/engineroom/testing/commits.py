@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..backends import sqlstate
+from ..backends.postgresql import sqlstate
 from .connection import DEFERRABLE, HeldConnection, joined
 from .parts import CHECK, Part
 

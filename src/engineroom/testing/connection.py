@@ -10,7 +10,7 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.util import await_only
 
-from ..backends import sqlstate
+from ..backends.postgresql import sqlstate
 from ..errors import SandboxEnded
 
 logger: logging.Logger = logging.getLogger("engineroom.sandbox")

@@ -28,7 +28,7 @@ from typing import Any, TypeVar, cast
 from sqlalchemy.engine import Engine
 from sqlalchemy.util import greenlet_spawn
 
-from ..backends import sqlstate
+from ..backends.postgresql import sqlstate
 from ..errors import NotInSandbox, SandboxConflict, SandboxEnded, SandboxError
 from .commits import FAILED, Commits
 from .connection import HeldConnection, joined

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ..backends import sqlstate
+from ..backends.postgresql import sqlstate
 from ..errors import NotInSandbox
 
 CURE = 'Give this test a database of its own: sandbox(manager, isolation="database").'

@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import event
 from sqlalchemy.engine import Engine, ExceptionContext
 
-from . import sqlstate
+from .sqlstates import sqlstate
 
 logger: logging.Logger = logging.getLogger("engineroom")
 
