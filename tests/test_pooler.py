@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Self
 import psycopg
 import pytest
 from pgbouncer import PgBouncer
+from looking import CANNOT_CONNECT
 from pooled import lay_out, share
 from sqlalchemy import event, text
 from sqlalchemy.engine import make_url
@@ -358,12 +359,12 @@ async def test_an_undeclared_pooler_is_noticed_once(
                 await other.execute(text("SELECT 1"))
         async with manager.session():
             pass
-        with pytest.raises(DBAPIError) as caught:
+        with pytest.raises(CANNOT_CONNECT) as caught:
             async with manager.reader() as session:
                 await session.execute(text("SELECT 1"))
-    notes = "".join(getattr(caught.value.orig, "__notes__", []))
-    cause = caught.value.orig.__cause__ if caught.value.orig is not None else None
-    notes += "".join(getattr(cause, "__notes__", []))
+    original = getattr(caught.value, "orig", None)
+    links = (caught.value, original, getattr(original, "__cause__", None))
+    notes = "".join(note for link in links for note in getattr(link, "__notes__", []))
     assert "DB_POOLER=transaction" in notes
     told = [record.getMessage() for record in caplog.records if "pooler" in record.getMessage()]
     assert len(told) == 1
