@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, Self
 
 import psycopg
 import pytest
-from pgbouncer import PgBouncer
 from looking import CANNOT_CONNECT
+from pgbouncer import PgBouncer
 from pooled import lay_out, share
 from sqlalchemy import event, text
 from sqlalchemy.engine import make_url

@@ -1,6 +1,7 @@
 """engineroom: the database session manager for SQLAlchemy."""
 
 from .cap import CapInfo
+from .checking import CheckResult
 from .database import Database
 from .engines import PoolInfo, Stats
 from .errors import (
@@ -20,6 +21,7 @@ from .settings import DatabaseSettings
 __all__ = [
     "Base",
     "CapInfo",
+    "CheckResult",
     "ConfigurationError",
     "Database",
     "DatabaseSessionManager",

@@ -13,8 +13,9 @@ from sqlalchemy.orm import DeclarativeBase, Session
 
 from . import drain, models
 from .backends import Role, Side
+from .checking import Check, CheckResult, Wait
 from .engines import EngineRoom, Stats
-from .schema import Probe, SchemaScope, ask, create_once
+from .schema import SchemaScope, create_once
 from .scopes import ConnectScope, LooseScope, SessionScope
 from .secrecy import unseen
 from .settings import Options
@@ -107,27 +108,37 @@ class Database:
         """
         return ConnectScope(self._room, "connect", Role.PRIMARY, False, isolation_level)
 
-    def check(self, *, schema: bool = False) -> float:
-        """Ask the database for one row, and return how many seconds it took to answer.
+    def check(self, *, schema: bool = False, wait: float | None = None) -> CheckResult:
+        """Ask the database what it is and how it is reached, and return what is wrong with that.
 
         Where the pool has no connection to lend, it is asked over one of its own.
 
         Args:
             schema: Ask as well whether it stands where this code needs it: at the head of the
                 migrations (`alembic_ini`), or with all tables of the models where there are none.
+            wait: Seconds to wait for one that does not answer yet: that is starting up, not there,
+                or whose name does not resolve. A password that is refused is not tried again.
 
         Raises:
             SchemaMismatch: it does not.
-            sqlalchemy.exc.SQLAlchemyError, OSError: whatever the driver says when it did not.
+            sqlalchemy.exc.SQLAlchemyError, OSError: whatever the driver says when it did not
+                answer, with a note of what to do.
         """
-        probe = Probe(self._room) if schema else ask
-        started = time.perf_counter()
-        if self._room.must_wait(Side.SYNC, Role.READER):
-            self._room.work_apart(Side.SYNC, Role.READER, probe)
-            return time.perf_counter() - started
-        with ConnectScope(self._room, "check", Role.READER) as connection:
-            probe(connection)
-        return time.perf_counter() - started
+        room, place = self._room, (Side.SYNC, Role.READER)
+        waiting, check = Wait(room, wait), Check(room, schema=schema)
+        while True:
+            try:
+                check.begin()
+                if waiting.is_asked or room.must_wait(*place):
+                    room.work_apart(*place, check.ask, seconds=waiting.limit)
+                else:
+                    with ConnectScope(room, "check", Role.READER) as connection:
+                        check.ask(connection)
+            except Exception as error:  # noqa: BLE001
+                pause = waiting.pause_after(error)
+            else:
+                return check.result()
+            time.sleep(pause)
 
     def create_all(self, metadata: MetaData | None = None) -> None:
         """Create the tables that are not there yet, once for all who start at the same time.

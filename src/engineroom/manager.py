@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-import time
+from functools import partial
 from types import TracebackType
 from typing import Self, TextIO, Unpack
 
@@ -15,9 +15,10 @@ from sqlalchemy.util import greenlet_spawn
 
 from . import drain
 from .backends import Role, Side
+from .checking import Check, CheckResult, Wait
 from .database import Database
 from .engines import EngineRoom, Stats
-from .schema import AsyncSchemaScope, Probe, ask, create_once
+from .schema import AsyncSchemaScope, create_once
 from .scopes import AsyncConnectScope, AsyncSessionScope, SessionScope
 from .secrecy import unseen
 from .settings import Options
@@ -95,29 +96,38 @@ class DatabaseSessionManager:
         """
         return AsyncConnectScope(self._room, "connect", Role.PRIMARY, False, isolation_level)
 
-    async def check(self, *, schema: bool = False) -> float:
-        """Ask the database for one row, and return how many seconds it took to answer.
+    async def check(self, *, schema: bool = False, wait: float | None = None) -> CheckResult:
+        """Ask the database what it is and how it is reached, and return what is wrong with that.
 
         Where the pool has no connection to lend, it is asked over one of its own.
 
         Args:
             schema: Ask as well whether it stands where this code needs it: at the head of the
                 migrations (`alembic_ini`), or with all tables of the models where there are none.
+            wait: Seconds to wait for one that does not answer yet: that is starting up, not there,
+                or whose name does not resolve. A password that is refused is not tried again.
 
         Raises:
             SchemaMismatch: it does not.
-            sqlalchemy.exc.SQLAlchemyError, OSError: whatever the driver says when it did not.
+            sqlalchemy.exc.SQLAlchemyError, OSError: whatever the driver says when it did not
+                answer, with a note of what to do.
         """
-        probe = ask
-        if schema:  # the migrations are read from files, once
-            probe = await asyncio.to_thread(Probe, self._room)
-        started = time.perf_counter()
-        if self._room.must_wait(Side.ASYNC, Role.READER):
-            await greenlet_spawn(self._room.work_apart, Side.ASYNC, Role.READER, probe)
-            return time.perf_counter() - started
-        async with AsyncConnectScope(self._room, "check", Role.READER) as connection:
-            await connection.run_sync(probe)
-        return time.perf_counter() - started
+        room, place = self._room, (Side.ASYNC, Role.READER)
+        waiting, make = Wait(room, wait), partial(Check, room, schema=schema)
+        check = await asyncio.to_thread(make) if schema else make()  # it reads files
+        while True:
+            try:
+                check.begin()
+                if waiting.is_asked or room.must_wait(*place):
+                    await greenlet_spawn(room.work_apart, *place, check.ask, seconds=waiting.limit)
+                else:
+                    async with AsyncConnectScope(room, "check", Role.READER) as connection:
+                        await connection.run_sync(check.ask)
+            except Exception as error:  # noqa: BLE001
+                pause = await asyncio.to_thread(waiting.pause_after, error)
+            else:
+                return check.result()
+            await asyncio.sleep(pause)
 
     async def create_all(self, metadata: MetaData | None = None) -> None:
         """Create the tables that are not there yet, once for all who start at the same time.

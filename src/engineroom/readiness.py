@@ -7,6 +7,7 @@ import json
 import logging
 from typing import Any
 
+from .checking import CheckResult, said
 from .errors import SchemaMismatch
 from .manager import DatabaseSessionManager, session_manager
 from .requests import ASGIScope, Receive, Send
@@ -39,7 +40,7 @@ class Readiness:
         self.manager: DatabaseSessionManager = manager
         self.timeout: float = timeout
         self.schema: bool = schema
-        self._probe: asyncio.Task[float] | None = None
+        self._probe: asyncio.Task[CheckResult] | None = None
 
     async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         """Answer one probe."""
@@ -66,7 +67,7 @@ class Readiness:
             logger.warning("The schema is not what a probe asked for: %s", error)
             return {"database": "ok", "schema": "newer" if error.unknown else "behind"}
         elif error is not None:
-            logger.warning("The database did not answer a probe: %r", error)
+            logger.warning("The database did not answer a probe: %s", said(error))
         else:
-            return {"database": "ok", "seconds": round(probe.result(), 4)}
+            return {"database": "ok", "seconds": round(probe.result().seconds, 4)}
         return {"database": "unavailable"}

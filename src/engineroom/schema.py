@@ -18,7 +18,6 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.util import await_only
 
 from .backends import SchemaLock, find_schema_lock
-from .engines import EngineRoom
 from .errors import InvalidOption, SchemaLocked, SchemaMismatch
 from .scopes import AsyncConnectScope, ConnectScope
 from .settings import DatabaseSettings
@@ -412,23 +411,3 @@ def refuse_unknown(revisions: Revisions, current: Sequence[str]) -> None:
             revisions.heads,
             unknown=unknown,
         )
-
-
-def ask(connection: Connection) -> None:
-    """Ask the database for one row."""
-    connection.exec_driver_sql("SELECT 1")
-
-
-class Probe:
-    """What `check(schema=True)` asks the database."""
-
-    def __init__(self, room: EngineRoom) -> None:
-        if not room.life.is_usable:  # no scope has asked yet, and there are no settings before
-            raise room.life.refusal("check()")
-        self._metadata = room.metadata
-        self._revisions = revisions_of(room.settings)
-
-    def __call__(self, connection: Connection) -> None:
-        """Ask whether it answers, and stands where the code needs it."""
-        ask(connection)
-        mind_schema(connection, self._metadata, self._revisions)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sqlite3
 from typing import Any
 
 import pytest
 from behaviour_tables import Item
 from sqlalchemy import select, text
+from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError
 
 from engineroom import SessionClosed
@@ -88,10 +90,19 @@ def test_a_refused_write_leaves_the_reader_and_its_pool_usable(shop: Any) -> Non
         assert db.scalar(text("SELECT 2")) == 2
 
 
-def test_check_asks_the_database_and_says_how_long_it_took(door: Any) -> None:
-    seconds = door.check()
-    assert isinstance(seconds, float)
-    assert seconds > 0
+def test_check_says_what_the_database_is_and_how_it_was_reached(door: Any, url: str) -> None:
+    found = door.check()
+    assert found.seconds >= found.latency > 0
+    assert (found.role, found.tls, found.problems) == ("primary", None, ())
+    assert found.url == str(make_url(url).set(drivername=url.partition(":")[0]))
+    if url.startswith("sqlite"):
+        assert (found.address, found.skew) == (None, None)
+        assert found.server == f"SQLite {sqlite3.sqlite_version}"
+    else:
+        assert found.server.startswith("PostgreSQL ")
+        assert abs(found.skew) < 1  # one machine has one clock
+    assert found.pools == door.stats().pools
+    assert f"{found.server}, primary" in str(found)
     assert door.stats().scopes == ()
     assert sum(pool.idle for pool in door.stats().pools) == 1
 

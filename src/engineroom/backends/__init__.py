@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from enum import StrEnum
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
@@ -35,6 +36,31 @@ class Role(StrEnum):
 
     PRIMARY = "primary"
     READER = "reader"
+
+
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """What a database says of itself, and how it was reached."""
+
+    server: str
+    role: str
+    address: str | None
+    tls: str | None
+    pooler: str | None
+    latency: float
+    skew: float | None
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """Why a database does not answer."""
+
+    passes: bool
+    """Whether it may answer later, though nobody changes anything."""
+    what: str
+    cure: str
+    is_certain: bool = True
 
 
 class Backend(Protocol):
@@ -73,6 +99,17 @@ class Backend(Protocol):
 
     def may_be_refused(self, error: Exception) -> bool:
         """Whether a connect failed by its user or password, as far as the driver tells."""
+
+    def look(self, connection: Connection, driver: Any, wanted: int) -> Reached:
+        """Ask the database what it is, in one round trip, and see how it was reached.
+
+        Args:
+            driver: Its driver's connection; None where a sandbox stands before that.
+            wanted: How many connections one pool may open.
+        """
+
+    def diagnose(self, error: BaseException) -> Diagnosis | None:
+        """Tell why a connect failed; None where that is not known. It may take seconds."""
 
     def descriptor(self, driver: Any) -> int | None:
         """Return the file descriptor of a driver's connection; None where it has no socket."""

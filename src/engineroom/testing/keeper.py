@@ -38,7 +38,10 @@ end() {                       # again and again: before its handlers stand, a si
 }
 is_ready() {
     read -r first && read -r _ && read -r _ && read -r _ && read -r _ && read -r _ && read -r _ &&
-        read -r state && [ "$first $state" = "$pid ready" ]
+        read -r state && case "$first $state" in
+        "$pid ready" | "$pid standby") ;;  # the latter lets nobody in, as hot_standby=off has it
+        *) return 1 ;;
+        esac
 }
 finish() {
     trap '' HUP INT TERM

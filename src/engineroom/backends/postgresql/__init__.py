@@ -9,6 +9,7 @@ import os
 import socket
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -18,7 +19,9 @@ from sqlalchemy.util import await_only
 
 from ...secrecy import Sealed
 from ...urls import masked
-from .. import Role, Side, choose_driver, refuse_unknown_driver
+from .. import Diagnosis, Reached, Role, Side, choose_driver, refuse_unknown_driver
+from .diagnosing import REFUSED, diagnose
+from .looking import look
 from .schema_lock import AdvisoryLock, without_literals
 from .settling import BREAK_OFF_LIMIT, settling_connection
 from .sockets import asyncpg_transport, descriptor_of, is_closed, shut
@@ -26,7 +29,7 @@ from .sources import resolve
 from .sqlstates import sqlstate
 from .tls import make_context, uses_files
 from .translation import SECRETS, for_asyncpg, for_libpq, refuse_unable, unable
-from .undeclared import watch
+from .undeclared import UNDECLARED, is_made_up, watch
 
 __all__ = ["DRIVERS", "AdvisoryLock", "PostgreSQL", "sqlstate", "without_literals"]
 
@@ -38,14 +41,15 @@ DRIVERS = {
 }
 READ_ONLY = "default_transaction_read_only"
 
-# invalid_password; invalid_authorization_specification (of PAM, through which Amazon's tokens go)
-REFUSED = ("28P01", "28000")
 IDLE = 0  # libpq's PQTRANS_IDLE
 AT_REST = (IDLE, 4)  # and PQTRANS_UNKNOWN: it is closed
 
 
 class PostgreSQL:
     """PostgreSQL, spoken to directly."""
+
+    pooler: str | None = None
+    """What stands before the server, as it was declared."""
 
     def __init__(self, url: URL) -> None:
         refuse_unknown_driver(url, DRIVERS)
@@ -132,6 +136,17 @@ class PostgreSQL:
         if (pgconn := getattr(error, "pgconn", None)) is not None:  # psycopg's
             return bool(pgconn.used_password)
         return type(error).__module__ == "psycopg2"
+
+    def look(self, connection: Connection, driver: Any, wanted: int) -> Reached:
+        """Ask the server; a pooler that nobody has declared is known by what it calls itself."""
+        found = look(connection, driver, self.pooler, wanted)
+        if driver is not None and self.pooler is None and is_made_up(_backend_pid(driver)):
+            return replace(found, pooler="undeclared", problems=(UNDECLARED, *found.problems))
+        return found
+
+    def diagnose(self, error: BaseException) -> Diagnosis | None:
+        """Ask the SQLSTATE or, where libpq keeps it, the server."""
+        return diagnose(error, self._parameters)
 
     def descriptor(self, driver: Any) -> int | None:
         """Return the file descriptor of the connection's socket; None once it is closed."""

@@ -96,7 +96,7 @@ FOREIGN = {
     "search_path": SCHEMA,
     "connection_limit": "pool_size={value} as an argument, or DB_POOL_SIZE={value}",
     "pool_timeout": "pool_timeout={value} as an argument, or DB_POOL_TIMEOUT={value}",
-    "pgbouncer": "nothing in the URL: it is Prisma's",
+    "pgbouncer": 'pooler="transaction" as an argument, or DB_POOLER=transaction',
     "statement_timeout": "options=-cstatement_timeout%3D{value}",
 }
 

@@ -25,6 +25,7 @@ DECLARE = (
     "Say so: pooler='transaction' (DB_POOLER=transaction), or 'session' where its pool_mode is "
     "session. See docs/pgbouncer.md."
 )
+UNDECLARED = f"A pooler such as PgBouncer stands before the server, and is not declared. {DECLARE}"
 
 
 def is_made_up(pid: int) -> bool:

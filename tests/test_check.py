@@ -1,0 +1,319 @@
+"""What `check()` says of a database that answers, and of one that does not: and what to do."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import pty
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from looking import CANNOT_CONNECT
+from pgbouncer import PgBouncer
+from sqlalchemy import URL, make_url
+from tls import TLSProxy
+
+from engineroom import CheckResult, Database, DatabaseSessionManager
+from engineroom.errors import CredentialsFailed, InvalidOption, InvalidURL, NotInitialized
+from engineroom.testing import PostgresServer, postgres
+
+LONG = 60.0  # seconds; for what takes one or two
+DRIVERS = ["asyncpg", "psycopg", "psycopg (async)", "psycopg2"]
+Ask = Callable[..., CheckResult]
+
+
+@pytest.fixture(params=DRIVERS)
+def ask(request: pytest.FixtureRequest) -> Ask:
+    """Check by one driver, on its side."""
+    name, asynchronous = request.param.removesuffix(" (async)"), request.param.endswith("(async)")
+
+    def asked(url: str | URL, wait: float | None = None, **options: Any) -> CheckResult:
+        where = make_url(url).set(drivername=f"postgresql+{name}")
+        if name != "asyncpg" and not asynchronous:
+            with Database(where, **options) as door:
+                return door.check(wait=wait)
+
+        async def main() -> CheckResult:
+            async with DatabaseSessionManager().init(where, **options) as manager:
+                return await manager.check(wait=wait)
+
+        return asyncio.run(main())
+
+    return asked
+
+
+@pytest.fixture(scope="module")
+def own() -> Iterator[PostgresServer]:
+    """A server of these tests alone, which they stop and start."""
+    with postgres(18) as server:
+        yield server
+
+
+def told(error: BaseException) -> str:
+    return "".join(getattr(error, "__notes__", []))
+
+
+# -- it answers -----------------------------------------------------------------------------------
+
+
+def test_what_is_reached_and_how(ask: Ask, pg18: PostgresServer) -> None:
+    found = ask(pg18.url())
+    assert found.server == f"PostgreSQL {pg18.execute('SHOW server_version')[0][0]}"
+    assert (found.role, found.tls, found.pooler) == ("primary", None, None)
+    assert found.address == pg18.host
+    assert found.seconds >= found.latency > 0
+    assert found.skew is not None
+    assert abs(found.skew) < 1
+    assert found.problems == ()
+    assert pg18.password not in str(found)
+    assert pg18.password not in repr(found)
+
+
+def test_tls(ask: Ask, tls: TLSProxy, pg18: PostgresServer) -> None:
+    found = ask(f"{tls.url(pg18.url())}?sslmode=require")
+    assert found.tls is not None
+    assert found.tls.startswith("TLS")
+    assert f"to 127.0.0.1, {found.tls}" in str(found)
+
+
+def test_a_pooler_that_nobody_has_declared_is_a_problem(
+    ask: Ask, pgbouncer: PgBouncer, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the pooler takes it: readers would set a parameter that it refuses."""
+    with pytest.raises(CANNOT_CONNECT) as caught:
+        ask(pgbouncer.url(database))
+    assert "DB_POOLER=transaction" in told(caught.value) + told(
+        getattr(caught.value, "orig", None) or caught.value
+    )
+    found = ask(pgbouncer.url(database), pooler="transaction")
+    assert (found.pooler, found.problems) == ("transaction", ())
+
+
+def test_an_undeclared_pooler_that_takes_all_parameters(
+    ask: Ask, pg18: PostgresServer, database: str
+) -> None:
+    ignored = "default_transaction_read_only, options, extra_float_digits"
+    with PgBouncer(pg18, mode="session", ignore_startup_parameters=ignored) as pooler:
+        found = ask(pooler.url(database))
+    assert found.pooler == "undeclared"
+    assert "DB_POOLER=transaction" in found.problems[0]
+    assert "problem  A pooler" in str(found)
+
+
+def test_more_connections_than_the_server_has(ask: Ask, pg18: PostgresServer) -> None:
+    (problem,) = ask(pg18.url(), pool_size=150, max_overflow=51).problems
+    assert "may open 201 connections, and the server has 200" in problem
+
+
+def test_a_standby(ask: Ask, own: PostgresServer) -> None:
+    """A server that takes its changes from elsewhere: here from nowhere."""
+    signal = own._keeper.folder / "data" / "standby.signal"
+    signal.touch()
+    try:
+        own.restart()
+        found = ask(own.url(), wait=LONG)
+        assert found.role == "standby"
+        assert "target_session_attrs=read-write" in found.problems[0]
+    finally:
+        signal.unlink()
+        own.restart()
+
+
+def test_a_clock_that_is_elsewhere(own: PostgresServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() - 90)
+    with Database(own.url()) as door:
+        found = door.check()
+    assert found.skew == pytest.approx(90, abs=5)
+    assert "s apart" in found.problems[-1]
+
+
+def test_a_database_of_one_file(sqlite_url: str) -> None:
+    with Database(sqlite_url) as door:
+        found = door.check(wait=1)
+        assert (found.role, found.address, found.skew, found.problems) == (
+            "primary",
+            None,
+            None,
+            (),
+        )
+        assert str(found).startswith(f"{sqlite_url} answers in ")
+
+
+# -- it does not ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wait", [None, LONG])
+def test_a_password_that_is_refused_is_not_tried_again(
+    ask: Ask, pg18: PostgresServer, wait: float | None
+) -> None:
+    mark = len(_log(pg18))
+    with pytest.raises(CANNOT_CONNECT) as caught:
+        ask(make_url(pg18.url()).set(password="wrong-4711"), wait)
+    if "psycopg2" not in type(getattr(caught.value, "orig", caught.value)).__module__:
+        assert "refuses the user or the password" in told(caught.value)
+        assert _log(pg18)[mark:].count("password authentication failed") == 1
+    else:  # it does not tell this from TLS or pg_hba.conf, so it is tried once more
+        assert "lets nobody in so" in told(caught.value)
+        assert _log(pg18)[mark:].count("password authentication failed") == (1 if not wait else 2)
+    assert "wrong-4711" not in told(caught.value)
+
+
+def _log(server: PostgresServer) -> str:
+    return (server._keeper.folder / "log").read_text()
+
+
+def test_a_database_that_does_not_exist(ask: Ask, pg18: PostgresServer) -> None:
+    with pytest.raises(CANNOT_CONNECT) as caught:
+        ask(make_url(pg18.url()).set(database="nowhere"), LONG)
+    assert told(caught.value)
+
+
+def test_a_server_without_tls(ask: Ask, pg18: PostgresServer) -> None:
+    with pytest.raises(CANNOT_CONNECT) as caught:
+        ask(f"{pg18.url()}?sslmode=require", LONG)
+    assert "TLS" in told(caught.value)
+
+
+def test_a_name_that_does_not_resolve_is_waited_for(
+    ask: Ask, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "engineroom")
+    with pytest.raises(CANNOT_CONNECT) as caught:
+        ask("postgresql://u:secret-4711@no-such-host.invalid/d", 0.6)
+    note = told(caught.value)
+    assert "no-such-host.invalid" in note
+    assert "does not resolve" in note
+    assert "See that it is spelled right" in note
+    assert "(check(wait=0.6): " in note
+    lines = [record.getMessage() for record in caplog.records if "Waiting" in record.getMessage()]
+    assert len(lines) == 1, "said once, for nothing changed"
+    assert "does not resolve" in lines[0]
+    assert "secret-4711" not in note + lines[0]
+
+
+def test_nothing_listens(ask: Ask) -> None:
+    with socket.socket() as taken:  # bound, and it does not listen
+        taken.bind(("127.0.0.1", 0))
+        with pytest.raises(CANNOT_CONNECT) as caught:
+            ask(f"postgresql://u@127.0.0.1:{taken.getsockname()[1]}/d")
+    assert "nothing answers at 127.0.0.1" in told(caught.value)
+
+
+def test_a_server_that_is_started_late(ask: Ask, own: PostgresServer) -> None:
+    own.kill()
+    late = threading.Timer(1.0, own.restart)
+    late.start()
+    try:
+        assert ask(own.url(), LONG).server.startswith("PostgreSQL 18")
+    finally:
+        late.join()
+
+
+def test_a_server_that_is_starting_up(
+    ask: Ask, own: PostgresServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One in recovery that takes nobody before its end, which does not come: 57P03."""
+    caplog.set_level(logging.INFO, "engineroom")
+    data = own._keeper.folder / "data"
+    settings = data / "postgresql.conf"
+    before = settings.read_text()
+    settings.write_text(f"{before}hot_standby = off\n")
+    (data / "standby.signal").touch()
+    own.restart()
+    try:
+        with pytest.raises(CANNOT_CONNECT) as caught:
+            ask(own.url(), 0.5)
+        assert "is starting up or shutting down" in told(caught.value)
+
+        def end() -> None:
+            settings.write_text(before)
+            (data / "standby.signal").unlink()
+            own.restart()
+
+        late = threading.Timer(0.5, end)
+        late.start()
+        try:
+            assert ask(own.url(), LONG).role == "primary"
+        finally:
+            late.join()
+    finally:
+        settings.write_text(before)
+        if (data / "standby.signal").exists():
+            (data / "standby.signal").unlink()
+            own.restart()
+    assert any("is starting up" in record.getMessage() for record in caplog.records)
+
+
+def test_what_engineroom_refuses_is_not_waited_for(ask: Ask, pg18: PostgresServer) -> None:
+    calls: list[int] = []
+
+    def password() -> str:
+        calls.append(1)
+        raise LookupError("no vault")
+
+    with pytest.raises(CredentialsFailed):
+        ask(pg18.url(), LONG, password=password)
+    assert len(calls) == 1
+
+
+@pytest.mark.anyio
+async def test_a_wait_that_is_cancelled_ends() -> None:
+    async with DatabaseSessionManager().init("postgresql://u@no-such-host.invalid/d") as manager:
+        waiting = asyncio.create_task(manager.check(wait=LONG))
+        await asyncio.sleep(0.3)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+
+# -- what cannot be asked -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wait", [-1, float("inf"), float("nan"), True, "30"])
+def test_a_wait_that_is_none(wait: Any, sqlite_url: str) -> None:
+    with Database(sqlite_url) as door:
+        with pytest.raises(InvalidOption, match="number of seconds"):
+            door.check(wait=wait)
+    with pytest.raises(InvalidOption, match="number of seconds"):
+        asyncio.run(DatabaseSessionManager().check(wait=wait))
+
+
+def test_before_init() -> None:
+    with pytest.raises(NotInitialized):
+        asyncio.run(DatabaseSessionManager().check(wait=1))
+
+
+def test_prismas_parameter_leads_to_the_setting() -> None:
+    with pytest.raises(InvalidURL, match="DB_POOLER=transaction"):
+        Database("postgresql://u@h/d?pgbouncer=true")
+
+
+# -- what a person sees ---------------------------------------------------------------------------
+
+SCRIPT = """
+from engineroom import Database
+try:
+    Database("postgresql+psycopg://u@no-such-host.invalid/d").check(wait=0.3)
+except Exception:
+    pass
+"""
+
+
+def test_a_terminal_shows_that_one_waits_and_a_pipe_does_not(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    with os.fdopen(ours, "rb", buffering=0) as terminal:
+        run = [sys.executable, "-c", SCRIPT]
+        subprocess.run(run, stderr=theirs, check=True)
+        os.close(theirs)
+        assert b"does not resolve" in terminal.read(4096)
+    silent = subprocess.run(run, capture_output=True, check=True)
+    assert (silent.stdout, silent.stderr) == (b"", b"")
