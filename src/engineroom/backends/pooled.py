@@ -34,7 +34,7 @@ UNNAMED = {"prepared_statement_name_func": str}  # asyncpg parses again what has
 class SessionPooled(PostgreSQL):
     """Behind a pooler whose connections keep their session of the server until they are closed."""
 
-    pooler = "session"
+    pooler: str | None = "session"
 
     def engine_options(
         self, side: Side, role: Role, connect_args: dict[str, Any]
@@ -99,7 +99,7 @@ class SessionPooled(PostgreSQL):
 class TransactionPooled(SessionPooled):
     """Behind a pooler that lends a session of the server for one transaction."""
 
-    pooler = "transaction"
+    pooler: str | None = "transaction"
 
     def engine_options(
         self, side: Side, role: Role, connect_args: dict[str, Any]
