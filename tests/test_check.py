@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import pty
+import select
 import socket
 import subprocess
 import sys
@@ -313,7 +314,9 @@ def test_a_terminal_shows_that_one_waits_and_a_pipe_does_not(tmp_path: Path) -> 
     with os.fdopen(ours, "rb", buffering=0) as terminal:
         run = [sys.executable, "-c", SCRIPT]
         subprocess.run(run, stderr=theirs, check=True)
-        os.close(theirs)
+        said, _, _ = select.select([terminal], [], [], 0)
+        assert said, "nothing was written"
         assert b"does not resolve" in terminal.read(4096)
+    os.close(theirs)
     silent = subprocess.run(run, capture_output=True, check=True)
     assert (silent.stdout, silent.stderr) == (b"", b"")

@@ -13,7 +13,7 @@ from sqlalchemy.engine import Connection
 
 from .backends import Diagnosis
 from .engines import EngineRoom, PoolInfo
-from .errors import ConnectTimeout, EngineroomError, InvalidOption
+from .errors import ConnectTimeout, InvalidOption
 from .schema import mind_schema, revisions_of
 from .urls import masked
 
@@ -206,8 +206,6 @@ class Wait:
     def _diagnose(self, error: Exception) -> Diagnosis | None:
         if isinstance(error, ConnectTimeout):
             return NO_CONNECT
-        if isinstance(error, EngineroomError):  # it says itself what to do
-            return None
         return self._room.backend.diagnose(getattr(error, "orig", None) or error)
 
     def _tell(self, why: Diagnosis) -> None:
