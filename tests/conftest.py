@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from mariadb_server import MariaServer, find_mariadbd
 
 from engineroom.testing import PostgresServer, WireProxy, postgres
 
@@ -56,6 +57,29 @@ def pg16() -> Iterator[PostgresServer]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def mariadb() -> Iterator[MariaServer]:
+    """MariaDB, as the system has it, one for the run."""
+    if find_mariadbd() is None:
+        pytest.skip("there is no mariadbd here: as root, `apt-get install mariadb-server`")
+    with MariaServer() as server:
+        yield server
+
+
+@pytest.fixture
+def mysql_database(mariadb: MariaServer) -> Iterator[str]:
+    """The name of a fresh database on MariaDB."""
+    name = mariadb.create_database()
+    yield name
+    mariadb.drop_database(name)
+
+
+@pytest.fixture
+def mysql_url(mariadb: MariaServer, mysql_database: str) -> str:
+    """The URL of a fresh database, `mysql://…`, without a driver."""
+    return mariadb.url(mysql_database)
+
+
 @pytest.fixture
 def database(pg18: PostgresServer) -> Iterator[str]:
     """The name of a fresh database on PostgreSQL 18."""
@@ -82,11 +106,11 @@ def sqlite_url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path / 'test.sqlite'}"
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=["sqlite", "postgresql", "mysql"])
 def url(request: pytest.FixtureRequest) -> str:
-    """The URL of a fresh database, once on SQLite and once on PostgreSQL."""
-    name = "sqlite_url" if request.param == "sqlite" else "postgres_url"
-    value: str = request.getfixturevalue(name)
+    """The URL of a fresh database, once on each of the three."""
+    names = {"sqlite": "sqlite_url", "postgresql": "postgres_url", "mysql": "mysql_url"}
+    value: str = request.getfixturevalue(names[request.param])
     return value
 
 
@@ -98,11 +122,15 @@ def proxy(pg18: PostgresServer) -> Iterator[WireProxy]:
 
 
 @pytest.fixture
-def backends(pg18: PostgresServer) -> Callable[[str], list[Backend]]:
-    """Ask who is connected to a database of PostgreSQL 18, given its name or URL."""
+def backends(request: pytest.FixtureRequest) -> Callable[[str], list[Backend]]:
+    """Ask who is connected to a database, given its URL, or on PostgreSQL 18 its name."""
 
     def ask(database: str) -> list[Backend]:
         name = database.rpartition("/")[2].partition("?")[0]
+        if database.startswith("mysql"):
+            maria: MariaServer = request.getfixturevalue("mariadb")
+            return [Backend(*row) for row in maria.backends(name)]
+        pg18: PostgresServer = request.getfixturevalue("pg18")
         rows = pg18.execute(
             "SELECT pid, state, query FROM pg_stat_activity"
             f" WHERE datname = '{name}' AND backend_type = 'client backend' ORDER BY pid"

@@ -18,6 +18,8 @@ from ..urls import masked
 if TYPE_CHECKING:
     from ..settings import DatabaseSettings
 
+MYSQL = ("mysql", "mariadb")  # SQLAlchemy has a name for each; the drivers are the same
+
 
 class Side(StrEnum):
     """Which of the twins an engine serves."""
@@ -178,6 +180,10 @@ def find_schema_lock(dialect: str) -> SchemaLock | None:
         from .sqlite import FileLock
 
         return FileLock()
+    if dialect in MYSQL:
+        from .mysql.named_lock import NamedLock
+
+        return NamedLock()
     return None
 
 
@@ -196,9 +202,13 @@ def find_backend(url: URL, settings: DatabaseSettings) -> Backend:
         from .sqlite import SQLite
 
         return SQLite(url, settings.busy_timeout)
+    if name in MYSQL:
+        from .mysql import MySQL
+
+        return MySQL(url)
     raise InvalidURL(
-        f"{masked(url)}: engineroom does not support {name!r}. Supported are postgresql:// and "
-        "sqlite://."
+        f"{masked(url)}: engineroom does not support {name!r}. Supported are postgresql://, "
+        "mysql://, mariadb:// and sqlite://."
     )
 
 

@@ -1,0 +1,135 @@
+"""The lock that one of many starters holds while it changes the schema of a MySQL database."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import Any, ClassVar
+
+from sqlalchemy import event
+from sqlalchemy.engine import Connection
+
+from .errnos import READ_ONLY_TRANSACTION, errno
+from .sparing import READ_ONLY
+
+# The server's own deadlines, and what stands for "none" in each.
+GUARDS = {
+    "wait_timeout": 31536000,
+    "idle_transaction_timeout": 0,
+    "idle_readonly_transaction_timeout": 0,
+    "idle_write_transaction_timeout": 0,
+    "max_statement_time": 0,
+    "max_execution_time": 0,
+}
+
+WHO_HOLDS = """
+SELECT id, user, host, db, command, time AS seconds
+FROM information_schema.processlist WHERE id = IS_USED_LOCK({name})
+"""
+
+
+class NamedLock:
+    """A lock of GET_LOCK: one for all that changes the schema of a database, whatever its tables.
+
+    It belongs to the connection, and not to a transaction: each CREATE TABLE commits, and would end
+    that. So where it should go with the transaction, it is given back as that ends.
+    """
+
+    # A server has one list of such locks for all of its databases, and a name has 64 characters. Any
+    # other tool can take it as well: it stands in docs/migrations.md.
+    NAME: ClassVar[str] = "CONCAT('engineroom:', SHA1(DATABASE()))"
+    longest_pause: float = 0.2
+    autocommit_block: Callable[[], AbstractContextManager[None]] | None = None
+
+    def __init__(self) -> None:
+        self._guards: dict[str, Any] = {}  # as they were
+
+    def options(self) -> dict[str, Any]:
+        """See what others have committed while one waited, though the snapshot would be older."""
+        return {"isolation_level": "READ COMMITTED"}
+
+    def look_options(self) -> dict[str, Any]:
+        """Begin a transaction in which the server refuses writes, on an AUTOCOMMIT engine too."""
+        return {READ_ONLY: True, "isolation_level": "READ COMMITTED"}
+
+    def looking(self, connection: Connection) -> AbstractContextManager[None]:
+        """The transaction is read-only."""
+        return nullcontext()
+
+    def is_refusal(self, error: BaseException | None) -> bool:
+        """Ask for "cannot execute statement in a READ ONLY transaction"."""
+        return errno(error) == READ_ONLY_TRANSACTION
+
+    def set_guards(self, connection: Connection, *, whole_session: bool) -> None:
+        """Put those out of the way that this server has.
+
+        A step that works elsewhere (in Python, on another connection) leaves this one idle, and a
+        server that ended it for that would let a second starter begin.
+        """
+        names = ", ".join(f"'{name}'" for name in GUARDS)
+        shown = connection.exec_driver_sql(f"SHOW VARIABLES WHERE Variable_name IN ({names})")
+        self._guards = {name: value for name, value in shown.all() if float(value)}
+        self._set({name: GUARDS[name] for name in self._guards}, connection)
+
+    def try_take(self, connection: Connection, *, whole_session: bool) -> bool:
+        """Ask, and do not wait: who waits in a statement of the server's can be told nothing."""
+        taken = connection.exec_driver_sql(f"SELECT GET_LOCK({self.NAME}, 0)").scalar_one() == 1
+        if whole_session:
+            connection.commit()
+        elif taken:
+            self._give_back_with_the_transaction(connection)
+        return taken
+
+    def _give_back_with_the_transaction(self, connection: Connection) -> None:
+        """Give it back just before the transaction ends; what is in it is mostly committed."""
+
+        def give_back(connection: Connection) -> None:
+            for name in ("commit", "rollback"):
+                event.remove(connection, name, give_back)
+            with suppress(Exception):  # the connection may be lost, and the lock with it
+                self._give_back(connection)
+
+        for name in ("commit", "rollback"):
+            event.listen(connection, name, give_back)
+
+    def _give_back(self, connection: Connection) -> None:
+        connection.exec_driver_sql(f"SELECT RELEASE_LOCK({self.NAME})")
+        self._set(self._guards, connection)
+
+    def _set(self, guards: dict[str, Any], connection: Connection) -> None:
+        if guards:
+            values = ", ".join(f"{name} = {value}" for name, value in guards.items())
+            connection.exec_driver_sql(f"SET SESSION {values}")
+
+    def rest(self, connection: Connection) -> None:
+        """Nothing is held while one waits."""
+
+    def minding_drops(self, connection: Connection) -> AbstractContextManager[None]:
+        """The server itself refuses to drop what is referred to."""
+        return nullcontext()
+
+    def finish(self, connection: Connection) -> None:
+        """Alembic has committed what it did; what it only asked ends here."""
+        connection.rollback()
+
+    def release(self, connection: Connection) -> None:
+        """Unlock, and have the guards as they were."""
+        self._give_back(connection)
+        connection.commit()
+
+    def holder(self, connection: Connection) -> str:
+        """Ask the server; of other users' connections it tells nothing to most."""
+        row = connection.exec_driver_sql(WHO_HOLDS.format(name=self.NAME)).mappings().first()
+        if row is not None:
+            return (
+                f"connection {row['id']} (user {row['user']}, from {row['host']}, database "
+                f"{row['db']}), which does {row['command']} for {row['seconds']} s"
+            )
+        number = connection.exec_driver_sql(f"SELECT IS_USED_LOCK({self.NAME})").scalar_one()
+        if number is None:
+            return "whoever held it has just let go of it"
+        return f"connection {number}, of which the server tells this user nothing"
+
+    def cure(self) -> str:
+        """Say how a connection is ended."""
+        return "end it (KILL with that number)"
