@@ -17,7 +17,7 @@ from sqlalchemy.util import greenlet_spawn
 
 from .. import Role, Side, choose_driver, refuse_unknown_driver
 from .errnos import NO_SUCH_THREAD, errno
-from .sparing import IN_TRANSACTION, READ_ONLY, ReadOnly, beginning, sparing
+from .sparing import READ_ONLY, ReadOnly, beginning, sparing, tell
 
 logger: logging.Logger = logging.getLogger("engineroom")
 
@@ -67,13 +67,12 @@ class MySQL:
             return opened
 
         dialect.connect = connect_sparing
-        dialect.do_begin = beginning(dialect.do_begin)
-        dialect.connection_characteristics = {
-            **dialect.connection_characteristics,
-            READ_ONLY: ReadOnly(),
-        }
         if role is Role.READER:
-            event.listen(engine, "connect", _refuse_writes)
+            event.listen(engine, "connect", lambda connection, _: tell(connection, reads_only=True))
+        else:
+            dialect.do_begin = beginning(dialect.do_begin)
+            known = dialect.connection_characteristics
+            dialect.connection_characteristics = {**known, READ_ONLY: ReadOnly()}
 
     def limit_connect(self, arguments: dict[str, Any], seconds: float) -> None:
         """Limit connecting, and each answer of the server on the way to that."""
@@ -91,7 +90,7 @@ class MySQL:
         return not (driver.open if _is_pymysql(driver) else driver.connected)
 
     def is_at_rest(self, driver: Any) -> bool:
-        """Ask the driver, which knows what the server said last."""
+        """Look at what was noted of its last statement."""
         return self.is_closed(driver) or bool(driver.rests)
 
     def ping(self, connection: PoolProxiedConnection, engine: Engine) -> None:
@@ -168,13 +167,6 @@ class MySQL:
 
     def dispose(self) -> None:
         """There is nothing to remove."""
-
-
-def _refuse_writes(connection: Any, record: Any) -> None:
-    """Have the server refuse what a reader would write."""
-    cursor = connection.cursor()
-    cursor.execute("SET SESSION TRANSACTION READ ONLY")
-    cursor.close()
 
 
 def _kill(driver: Any) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, ClassVar
 
 from sqlalchemy import event
 from sqlalchemy.engine import Connection
 
 from .errnos import READ_ONLY_TRANSACTION, errno
-from .sparing import READ_ONLY
 
 # The server's own deadlines, and what stands for "none" in each.
 GUARDS = {
@@ -49,12 +48,24 @@ class NamedLock:
         return {"isolation_level": "READ COMMITTED"}
 
     def look_options(self) -> dict[str, Any]:
-        """Begin a transaction in which the server refuses writes, on an AUTOCOMMIT engine too."""
-        return {READ_ONLY: True, "isolation_level": "READ COMMITTED"}
+        """Return none: `looking` is enough."""
+        return {}
 
-    def looking(self, connection: Connection) -> AbstractContextManager[None]:
-        """The transaction is read-only."""
-        return nullcontext()
+    @contextmanager
+    def looking(self, connection: Connection) -> Generator[None]:
+        """Have the server refuse writes: a connection that engineroom did not make knows no option.
+
+        It does so in the middle of a transaction, too: a CREATE TABLE commits that first.
+        """
+        names = "'tx_read_only', 'transaction_read_only'"  # MariaDB's, and MySQL's
+        shown = connection.exec_driver_sql(f"SHOW VARIABLES WHERE Variable_name IN ({names})")
+        before = shown.all()[0][1]
+        connection.exec_driver_sql("SET SESSION TRANSACTION READ ONLY")
+        try:
+            yield
+        finally:
+            if before == "OFF":
+                connection.exec_driver_sql("SET SESSION TRANSACTION READ WRITE")
 
     def is_refusal(self, error: BaseException | None) -> bool:
         """Ask for "cannot execute statement in a READ ONLY transaction"."""
@@ -83,14 +94,16 @@ class NamedLock:
     def _give_back_with_the_transaction(self, connection: Connection) -> None:
         """Give it back just before the transaction ends; what is in it is mostly committed."""
 
+        held = [True]
+
         def give_back(connection: Connection) -> None:
-            for name in ("commit", "rollback"):
-                event.remove(connection, name, give_back)
-            with suppress(Exception):  # the connection may be lost, and the lock with it
-                self._give_back(connection)
+            if held:
+                held.clear()
+                with suppress(Exception):  # the connection may be lost, and the lock with it
+                    self._give_back(connection)
 
         for name in ("commit", "rollback"):
-            event.listen(connection, name, give_back)
+            event.listen(connection, name, give_back, once=True)
 
     def _give_back(self, connection: Connection) -> None:
         connection.exec_driver_sql(f"SELECT RELEASE_LOCK({self.NAME})")

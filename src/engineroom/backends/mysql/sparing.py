@@ -12,19 +12,34 @@ from typing import Any
 
 from sqlalchemy.engine.characteristics import ConnectionCharacteristic
 
-IN_TRANSACTION = 1  # SERVER_STATUS_IN_TRANS, in what the server says with each of its answers
 READ_ONLY = "engineroom_read_only"
+
+# In what the server says with its answers: SERVER_STATUS_IN_TRANS and SERVER_STATUS_AUTOCOMMIT.
+IN_TRANSACTION, AUTOCOMMIT = 1, 2
+ENDS = ("COMMIT", "ROLLBACK")
 
 
 class Notes:
     """What is noted of a connection, beside what its driver knows."""
 
     rests: bool = False
-    """Whether the server has said last that no transaction is open."""
+    """Whether no transaction is open, for sure."""
     reads_only: bool = False
-    """Whether its transactions begin as those of a reader."""
+    """Whether its next transaction is one that only reads."""
+    was_told: bool = False
+    """Whether the server knows its transactions as such."""
     another: Callable[[], Any]
     """Opens another connection to the same server, as SQLAlchemy has it."""
+    server_status: int
+
+    def note(self, sql: Any) -> None:
+        """Note that a statement has succeeded.
+
+        PyMySQL does not look at what the server says behind rows, nor asyncmy at a status of 0. So
+        that is believed only where each statement stands alone, and none but BEGIN begins.
+        """
+        state = self.server_status & (IN_TRANSACTION | AUTOCOMMIT)
+        self.rests = state == AUTOCOMMIT or sql in ENDS
 
 
 @cache
@@ -41,7 +56,7 @@ def _of_pymysql(driver_class: Any) -> Any:
             """Send a statement: each one passes here."""
             self.rests = False  # an error says nothing about the transaction
             affected = super().query(sql, unbuffered)
-            self.rests = not unbuffered and not self.server_status & IN_TRANSACTION
+            self.note(sql)
             return affected
 
         def commit(self) -> None:
@@ -63,9 +78,9 @@ def _of_asyncmy(driver_class: Any) -> Any:
     class SparingConnection(Notes, driver_class):  # type: ignore[misc]
         async def query(self, sql: Any, unbuffered: bool = False) -> Any:
             """Send a statement: each one passes here."""
-            self.rests = False
+            self.rests = False  # an error says nothing about the transaction
             affected = await super().query(sql, unbuffered)
-            self.rests = not unbuffered and not self.server_status & IN_TRANSACTION
+            self.note(sql)
             return affected
 
         async def commit(self) -> None:
@@ -88,14 +103,14 @@ def _of_asyncmy(driver_class: Any) -> Any:
 
 
 class ReadOnly(ConnectionCharacteristic):
-    """The execution option whose transactions begin as those of a reader."""
+    """The execution option of transactions that only read."""
 
     __slots__ = ()
 
     transactional = True
 
     def set_characteristic(self, dialect: Any, dbapi_conn: Any, value: Any) -> None:
-        """Note it: `begin` reads it."""
+        """Note it, for `beginning`."""
         dialect.get_driver_connection(dbapi_conn).reads_only = bool(value)
 
     def reset_characteristic(self, dialect: Any, dbapi_conn: Any) -> None:
@@ -108,14 +123,24 @@ class ReadOnly(ConnectionCharacteristic):
 
 
 def beginning(begin: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Wrap BEGIN, which is not sent, since the server begins by itself: but to read, it is told."""
+    """Wrap BEGIN, which is not sent: the server begins by itself, as a reader if it is told so.
+
+    START TRANSACTION READ ONLY would not do: a CREATE TABLE in it commits it first, and is then
+    carried out. And what the server was told is left so until somebody wants the other.
+    """
 
     def begin_as_asked(connection: Any) -> None:
         begin(connection)
         driver = connection.driver_connection
-        if driver is not None and driver.reads_only:
-            cursor = connection.cursor()
-            cursor.execute("START TRANSACTION READ ONLY")
-            cursor.close()
+        if driver is not None and driver.reads_only is not driver.was_told:
+            tell(connection, driver.reads_only)
+            driver.was_told = driver.reads_only
 
     return begin_as_asked
+
+
+def tell(connection: Any, reads_only: bool) -> None:
+    """Tell the server whether the transactions of a connection only read from now on."""
+    cursor = connection.cursor()
+    cursor.execute(f"SET SESSION TRANSACTION READ {'ONLY' if reads_only else 'WRITE'}")
+    cursor.close()
