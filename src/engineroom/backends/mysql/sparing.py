@@ -66,8 +66,8 @@ def _of_pymysql(driver_class: Any) -> Any:
                 self.rests = True
 
         def rollback(self) -> None:
-            """Roll back what there is."""
-            if not self.rests:
+            """Roll back what there is; a connection that was closed has nothing."""
+            if not self.rests and self.open:
                 super().rollback()
                 self.rests = True
 
@@ -90,8 +90,8 @@ def _of_asyncmy(driver_class: Any) -> Any:
                 self.rests = True
 
         async def rollback(self) -> None:
-            """Roll back what there is."""
-            if not self.rests:
+            """Roll back what there is; a connection that was closed has nothing."""
+            if not self.rests and self.connected:
                 await super().rollback()
                 self.rests = True
 
