@@ -86,8 +86,10 @@ class MySQL:
         return None if known is None else int(known.fileno())
 
     def is_closed(self, driver: Any) -> bool:
-        """Ask the driver."""
-        return not (driver.open if _is_pymysql(driver) else driver.connected)
+        """Ask the driver; asyncmy itself knows it no sooner than at its next statement."""
+        if _is_pymysql(driver):
+            return not driver.open
+        return not driver.connected or bool(_transport_of(driver).is_closing())
 
     def is_at_rest(self, driver: Any) -> bool:
         """Look at what was noted of its last statement."""
