@@ -555,3 +555,28 @@ def one_more(url: str) -> Any:
         database=place.database,
         ssl_disabled=True,
     )
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_reader_streams(mysql_url: str, side: str) -> None:
+    """And what was not read is read when the stream is closed: the connection is whole after it."""
+    work = Work(mysql_url, side, pool_size=1, max_overflow=0)
+    numbers = text("SELECT seq FROM seq_1_to_5000")
+    if side == "sync":
+        with work.manager.sync.reader() as db:
+            rows = db.execute(numbers, execution_options={"yield_per": 10})
+            assert [row.seq for row, _ in zip(rows, range(25), strict=False)] == [*range(1, 26)]
+            rows.close()
+            assert db.scalar(text(ONE)) == 1
+    else:
+
+        async def main() -> None:
+            async with work.manager.reader() as db:
+                rows = await db.stream(numbers, execution_options={"yield_per": 10})
+                assert [(await rows.fetchone()).seq for _ in range(25)] == [*range(1, 26)]
+                await rows.close()
+                assert await db.scalar(text(ONE)) == 1
+
+        work.runner.run(main())
+    assert len(backends(mysql_url)) == 1
+    work.close()
