@@ -1,7 +1,7 @@
 """A MariaDB server that lives exactly as long as the process that asked for it.
 
-It has the shape of `engineroom.testing.PostgresServer`, but not its reach: the binaries are those of
-the system (Debian's `mariadb-server`), and it is for this suite only.
+It has the shape of `engineroom.testing.PostgresServer`, but not its reach: the binaries are the
+system's (Debian's `mariadb-server`), and it is for this suite only.
 """
 
 from __future__ import annotations
@@ -125,9 +125,9 @@ class MariaServer:
             **SETTINGS,
         }
         server = str(find_mariadbd())
-        options = [f"--{name}={value}" for name, value in settings.items()]
+        options = ["--no-defaults", *(f"--{name}={value}" for name, value in settings.items())]
         self._keeper = subprocess.Popen(
-            ["/bin/sh", "-c", KEEPER, "keeper", *self._as_somebody, server, "--no-defaults", *options],
+            ["/bin/sh", "-c", KEEPER, "keeper", *self._as_somebody, server, *options],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "FOLDER": str(self.folder)},
@@ -192,7 +192,7 @@ class MariaServer:
                 raise
 
     def backends(self, database: str) -> tuple[tuple[Any, ...], ...]:
-        """Return who is connected to a database: the connection's number, its command, its query."""
+        """Return who is in a database: the connection's number, its command, its query."""
         return self.execute(
             "SELECT id, command, coalesce(info, '') FROM information_schema.processlist"
             f" WHERE db = '{database}' ORDER BY id"

@@ -11,7 +11,7 @@ COM_QUERY = 3
 
 
 class CommandCounter:
-    """A proxy before a server; `commands` are the texts of the queries, and the numbers of others."""
+    """A proxy before a server; `commands` are the texts of queries, and the numbers of others."""
 
     def __init__(self, host: str, port: int) -> None:
         self._server = (host, port)

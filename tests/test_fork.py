@@ -54,11 +54,10 @@ every_way_beside = sample(
 @pytest.fixture
 def url(request: pytest.FixtureRequest) -> str:
     """The URL of a fresh database for a driver."""
-    if request.param in {"sqlite", "aiosqlite"}:
-        value: str = request.getfixturevalue("sqlite_url")
-        return value
-    if request.param in {"asyncmy", "pymysql"}:
-        value = request.getfixturevalue("mysql_url")
+    elsewhere = {"asyncmy": "mysql_url", "pymysql": "mysql_url"}
+    elsewhere |= dict.fromkeys(["sqlite", "aiosqlite"], "sqlite_url")
+    if request.param in elsewhere:
+        value: str = request.getfixturevalue(elsewhere[request.param])
         return value
     server: PostgresServer = request.getfixturevalue("pg18")
     return server.url(request.getfixturevalue("database"), request.param)

@@ -1,4 +1,4 @@
-"""What is MySQL's own: its round trips, its dead connections, its deadlines, its lock, its limits."""
+"""What is MySQL's own: round trips, dead connections, deadlines, the lock, its limits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from mariadb_server import MariaServer
 from mysql_wire import CommandCounter
 from scenario import LOOPS, Item, Model, backends, in_threads, mysql_server, run, run_on, until
-from sqlalchemy import event, inspect, insert, select, text
+from sqlalchemy import event, insert, inspect, select, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, OperationalError
 from starting import say, starters
@@ -80,7 +80,8 @@ class Work:
         """Run a statement in a scope of its own, and return the scalar."""
         if self.side == "sync":
             with getattr(self.room, verb)(**options) as db:
-                return db.scalar(text(statement)) if "SELECT" in statement else self._run(db, statement)
+                result = db.execute(text(statement))
+                return result.scalar() if result.returns_rows else None
 
         async def unit() -> Any:
             async with getattr(self.manager, verb)(**options) as db:
@@ -88,9 +89,6 @@ class Work:
                 return result.scalar() if result.returns_rows else None
 
         return self.runner.run(unit())
-
-    def _run(self, db: Any, statement: str) -> None:
-        db.execute(text(statement))
 
     def fails(self, *statements: str, verb: str = "session") -> None:
         """Run statements in one scope, and leave it by an exception."""
@@ -355,8 +353,8 @@ def test_close_ends_what_runs(mysql_url: str, side: str) -> None:
 
     def is_asleep(_: Any = None) -> bool:
         with mysql_server(mysql_url) as cursor:
-            cursor.execute("SELECT info FROM information_schema.processlist WHERE info LIKE '%sleep(60)'")
-            return bool(cursor.fetchall())
+            cursor.execute("SHOW PROCESSLIST")
+            return any(str(row[7]).endswith("sleep(60)") for row in cursor.fetchall())
 
     thread = threading.Thread(target=sleep)
     thread.start()
@@ -418,7 +416,7 @@ def test_a_holder_is_named_and_when_it_is_killed_the_next_goes_on(mysql_url: str
         with Database(mysql_url, metadata=Item.metadata, schema_timeout=0.3) as database:
             with pytest.raises(SchemaLocked) as caught:
                 database.create_all()
-        (number,) = [one for one in backends(mysql_url)]
+        (number,) = backends(mysql_url)
         assert f"held by connection {number} (user root, from 127.0.0.1" in caught.value.message
         holder.kill()
         create(1, mysql_url)
@@ -527,17 +525,16 @@ def test_a_server_at_its_limit_says_so_in_its_own_words(
     mariadb.execute("SET GLOBAL max_connections = 10")
     kept: list[Any] = []
     try:
-        with Database(mysql_url, pool_size=1) as database:
-            with pytest.raises(OperationalError) as caught, database.session() as db:
-                for _ in range(12):
-                    kept.append(one_more(mysql_url))
-                db.execute(text("SELECT 1"))
+        with pytest.raises(pymysql.OperationalError, match="1040"):
+            while True:
+                kept.append(one_more(mysql_url))  # they are to be closed
+        for side in SIDES:
+            work = Work(mysql_url, side)
+            with pytest.raises(OperationalError) as caught:
+                work.unit(ONE)
             assert caught.value.orig is not None
             assert caught.value.orig.args[0] == 1040
-    except pymysql.OperationalError as error:
-        assert error.args[0] == 1040
-        with Database(mysql_url) as database, pytest.raises(OperationalError, match="1040"):
-            database.check()
+            work.close()
     finally:
         for connection in kept:
             connection.close()

@@ -60,7 +60,7 @@ class MySQL:
         def connect_sparing(*args: Any, **kw: Any) -> Any:
             opened = connect(*args, **kw)
             driver = dialect.get_driver_connection(opened)
-            driver.__class__ = sparing(type(driver))
+            driver.__class__ = sparing(driver.__class__)
             driver.another = lambda: dialect.connect(*args, **kw)
             if not dialect.is_async:
                 _read_for_ever(driver, kw.get("read_timeout"))

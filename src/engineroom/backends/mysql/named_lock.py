@@ -34,7 +34,7 @@ class NamedLock:
     that. So where it should go with the transaction, it is given back as that ends.
     """
 
-    # A server has one list of such locks for all of its databases, and a name has 64 characters. Any
+    # A server has one list of such locks for all its databases, and a name has 64 characters. Any
     # other tool can take it as well: it stands in docs/migrations.md.
     NAME: ClassVar[str] = "CONCAT('engineroom:', SHA1(DATABASE()))"
     longest_pause: float = 0.2
@@ -84,7 +84,8 @@ class NamedLock:
 
     def try_take(self, connection: Connection, *, whole_session: bool) -> bool:
         """Ask, and do not wait: who waits in a statement of the server's can be told nothing."""
-        taken = connection.exec_driver_sql(f"SELECT GET_LOCK({self.NAME}, 0)").scalar_one() == 1
+        asked = connection.exec_driver_sql(f"SELECT GET_LOCK({self.NAME}, 0)")
+        taken = bool(asked.scalar_one())
         if whole_session:
             connection.commit()
         elif taken:
@@ -93,7 +94,6 @@ class NamedLock:
 
     def _give_back_with_the_transaction(self, connection: Connection) -> None:
         """Give it back just before the transaction ends; what is in it is mostly committed."""
-
         held = [True]
 
         def give_back(connection: Connection) -> None:

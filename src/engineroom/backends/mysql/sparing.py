@@ -43,11 +43,10 @@ class Notes:
 
 
 @cache
-def sparing(driver_class: Any) -> Any:
+def sparing(driver_class: type[Any]) -> Any:
     """Return the class of a connection of this driver that spares what is not needed."""
-    return _of_asyncmy(driver_class) if hasattr(driver_class, "ensure_closed") else _of_pymysql(
-        driver_class
-    )
+    is_asyncmy = hasattr(driver_class, "ensure_closed")
+    return (_of_asyncmy if is_asyncmy else _of_pymysql)(driver_class)
 
 
 def _of_pymysql(driver_class: Any) -> Any:
