@@ -22,8 +22,8 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from starting import say, starters
 
 from engineroom import Database, DatabaseSessionManager, schema
-from engineroom.errors import InvalidURL, SandboxError, SchemaLocked
-from engineroom.testing import sandbox
+from engineroom.errors import InvalidURL, SandboxError, SchemaLocked, TemplateUnusable
+from engineroom.testing import clones, sandbox
 
 SIDES = ["sync", "async"]
 ONE, FORTY_TWO = "SELECT 1", "SELECT value FROM item"
@@ -517,6 +517,77 @@ def test_a_transaction_is_no_sandbox(mysql_url: str) -> None:
     with Database(mysql_url) as database:
         with pytest.raises(SandboxError, match="DDL"), sandbox(database):
             pass
+
+
+SHOP = """
+CREATE TABLE shelf (id int PRIMARY KEY AUTO_INCREMENT, name varchar(20) DEFAULT '50%');
+CREATE TABLE book (
+    id int PRIMARY KEY, shelf_id int NOT NULL REFERENCES shelf (id), price int,
+    double_price int AS (price * 2)
+);
+INSERT INTO shelf VALUES (7, 'low');
+INSERT INTO book (id, shelf_id, price) VALUES (1, 7, 21)
+"""
+
+
+def make_shop(url: str) -> None:
+    with Database(url) as database, database.connect() as connection:
+        for statement in SHOP.split(";"):
+            connection.execute(text(statement))
+
+
+def test_a_clone_has_the_tables_and_their_rows_and_goes(
+    mariadb: MariaServer, mysql_url: str
+) -> None:
+    with clones(mysql_url, make_shop) as template:
+        one, two = template.clone(), template.clone()
+        with Database(one) as database:
+            with database.session() as db:
+                assert db.scalar(text("SELECT double_price FROM book")) == 42
+                db.execute(text("INSERT INTO shelf (id) VALUES (NULL)"))
+                shelves = db.execute(text("SELECT id, name FROM shelf ORDER BY id")).all()
+                assert shelves == [(7, "low"), (8, "50%")]
+            with pytest.raises(DBAPIError, match="foreign key"), database.session() as db:
+                db.execute(text("INSERT INTO book (id, shelf_id) VALUES (2, 99)"))
+            template.discard(one)  # though somebody is connected
+        with Database(two) as database, database.session() as db:
+            assert db.scalar(text("SELECT count(*) FROM shelf")) == 1
+        with pytest.raises(ValueError, match="no clone"):
+            template.discard(one)
+        with pytest.raises(ValueError, match="no clone"):
+            template.discard(mysql_url)
+    assert mariadb.execute("SHOW DATABASES LIKE 'engineroom%'") == ()
+
+
+def test_what_a_clone_would_lack_is_refused(mariadb: MariaServer, mysql_url: str) -> None:
+    name = str(make_url(mysql_url).database)
+    mariadb.execute("CREATE TABLE plain (n int)", name)
+    mariadb.execute("CREATE VIEW seen AS SELECT n FROM plain", name)
+    mariadb.execute("CREATE TRIGGER t BEFORE INSERT ON plain FOR EACH ROW SET NEW.n = 1", name)
+    with pytest.raises(TemplateUnusable, match="VIEW seen, TRIGGER t"), clones(mysql_url):
+        pass
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_sandbox_is_a_database_of_its_own(
+    mariadb: MariaServer, mysql_url: str, side: str
+) -> None:
+    """What it commits, tables included, goes with it; on both sides."""
+    work = Work(mysql_url, side)
+    work.manager.sync.create_all()
+    work.unit("INSERT INTO item VALUES (1, 1)")
+    for _ in range(2):
+        with sandbox(work.manager, isolation="database"):
+            work.unit("INSERT INTO item VALUES (2, 2)")
+            work.unit("CREATE TABLE more (n int)")
+            assert work.unit("SELECT count(*) FROM item", "reader") == 2
+            with work.manager.sync_session() as db:
+                assert db.scalar(text("SELECT count(*) FROM item")) == 2
+        assert work.unit("SELECT count(*) FROM item") == 1
+    with Database(mysql_url) as database:
+        assert inspect(database.engine).get_table_names() == ["item"]
+    assert mariadb.execute("SHOW DATABASES LIKE 'engineroom%'") == ()
+    work.close()
 
 
 def test_a_server_at_its_limit_says_so_in_its_own_words(

@@ -83,7 +83,7 @@ class Alone:
         self._before[engine] = (engine.pool, vars(dialect).get("connect"))
         there = engine.url.set(database=self._database)
         (path, options) = dialect.create_connect_args(there)
-        name = {key: options[key] for key in ("database", "dbname") if key in options}
+        name = {key: options[key] for key in ("database", "dbname", "db") if key in options}
 
         def connect_there(*_: Any, **given: Any) -> Any:
             connection = connect(*path, **given | name)

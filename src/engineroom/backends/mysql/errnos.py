@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+NO_RIGHT = 1044
 NO_SUCH_THREAD = 1094
 READ_ONLY_TRANSACTION = 1792
 
