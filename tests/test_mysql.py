@@ -19,7 +19,7 @@ from scenario import LOOPS, Item, Model, backends, in_threads, mysql_server, run
 from sqlalchemy import event, insert, inspect, select, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, OperationalError
-from starting import say, starters
+from starting import FIRST, SECOND, alembic, project, say, starters, together
 
 from engineroom import Database, DatabaseSessionManager, schema
 from engineroom.errors import InvalidURL, SandboxError, SchemaLocked, TemplateUnusable
@@ -480,6 +480,23 @@ def test_create_all_leaves_no_lock_and_the_servers_guards_as_they_were(
     work.close()
 
 
+def test_creating_outlasts_the_servers_guards(mariadb: MariaServer, mysql_url: str) -> None:
+    """A server that ends who is idle would let a second starter begin."""
+
+    def dawdle(*_: Any, **__: Any) -> None:
+        time.sleep(2.5)
+
+    table = Item.metadata.tables["item"]
+    event.listen(table, "before_create", dawdle)
+    mariadb.execute("SET GLOBAL wait_timeout = 1, GLOBAL idle_transaction_timeout = 1")
+    try:
+        with Database(mysql_url, metadata=Item.metadata) as database:
+            database.create_all()
+    finally:
+        mariadb.execute("SET GLOBAL wait_timeout = 28800, GLOBAL idle_transaction_timeout = 0")
+        event.remove(table, "before_create", dawdle)
+
+
 def test_a_create_all_that_fails_gives_the_lock_back(mysql_url: str) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError
@@ -494,6 +511,42 @@ def test_a_create_all_that_fails_gives_the_lock_back(mysql_url: str) -> None:
                 assert db.scalar(text(f"SELECT IS_USED_LOCK('{name}')")) is None
     finally:
         event.remove(Item.metadata.tables["item"], "before_create", fail)
+
+
+def steps(url: str) -> list[str]:
+    """Return what the migrations did, by their side effects."""
+    with Database(url) as database, database.connect() as connection:
+        return list(connection.scalars(text("SELECT step FROM ran ORDER BY step")))
+
+
+@pytest.mark.parametrize("driver", ["pymysql", "asyncmy"])
+def test_eight_upgrade_at_once_and_each_migration_runs_once(
+    mariadb: MariaServer, mysql_database: str, tmp_path: Path, driver: str
+) -> None:
+    url = mariadb.url(mysql_database, driver)
+    ini = project(tmp_path, f"time.sleep(0.5)\n    {FIRST}", SECOND)
+    ends = together(8, alembic, str(ini), "-x", f"url={url}", "upgrade", "head")
+    assert [(code, err) for code, _, err in ends if code] == []
+    assert steps(url) == ["first", "second"]
+
+
+def test_one_is_killed_in_a_migration_and_the_others_go_on(mysql_url: str, tmp_path: Path) -> None:
+    hang = """op.execute("INSERT INTO ran VALUES ('hangs')")
+    print("hangs", flush=True)
+    time.sleep(1000)"""
+    where = ("-x", f"url={mysql_url}", "upgrade", "head")
+    with starters(1, alembic, str(project(tmp_path / "old", FIRST, hang)), *where) as (holder,):
+        holder.begin()
+        holder.says("hangs")
+        with starters(3, alembic, str(project(tmp_path / "new")), *where) as crowd:
+            for starter in crowd:
+                starter.begin()
+            time.sleep(0.5)
+            assert [starter.process.poll() for starter in crowd] == [None] * 3
+            holder.kill()
+            ends = [starter.ended() for starter in crowd]
+    assert [(code, err) for code, _, err in ends if code] == []
+    assert steps(mysql_url) == ["first", "second"]
 
 
 # -- what it cannot do -------------------------------------------------------------------------
