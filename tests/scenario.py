@@ -93,6 +93,12 @@ every_database_and_loop = sample(
     [*ASYNC_DRIVERS, "asyncmy"],
     LOOPS,
 )
+every_server_and_loop = sample(
+    "url, loop",
+    [("asyncpg", "asyncio"), ("psycopg", "uvloop"), ("asyncmy", "asyncio")],
+    [*ASYNC_DRIVERS[:2], "asyncmy"],
+    LOOPS,
+)
 every_sync_database = pytest.mark.parametrize("url", [*SYNC_DRIVERS, "pymysql"], indirect=True)
 
 

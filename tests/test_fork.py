@@ -18,6 +18,7 @@ from scenario import (
     Model,
     backends,
     every_database_and_loop,
+    every_server_and_loop,
     every_sync_database,
     fork,
     in_threads,
@@ -26,7 +27,6 @@ from scenario import (
     run,
     run_on,
     sample,
-    server_driver_and_loop,
     settled,
 )
 from sqlalchemy import func, insert, select, text, update
@@ -609,6 +609,6 @@ def outlived(url: str, loop: str) -> None:
     os.close(writing)
 
 
-@server_driver_and_loop
+@every_server_and_loop
 def test_a_child_that_outlives_its_parent_keeps_no_backend_alive(url: str, loop: str) -> None:
     run(outlived, url, loop)

@@ -64,6 +64,16 @@ def test_a_mariadb_url_speaks_mariadbs_dialect(
     work.close()
 
 
+@pytest.mark.parametrize("side", SIDES)
+def test_a_socket_is_a_parameter(mariadb: MariaServer, mysql_database: str, side: str) -> None:
+    place = mariadb.folder / "socket"
+    account = f"root:{mariadb.password}"
+    work = Work(f"mysql://{account}@/{mysql_database}?unix_socket={place}", side, pool_ping_after=0)
+    for _ in range(2):
+        assert work.unit(ONE) == 1
+    work.close()
+
+
 # -- round trips -------------------------------------------------------------------------------
 
 
@@ -495,6 +505,17 @@ def test_creating_outlasts_the_servers_guards(mariadb: MariaServer, mysql_url: s
     finally:
         mariadb.execute("SET GLOBAL wait_timeout = 28800, GLOBAL idle_transaction_timeout = 0")
         event.remove(table, "before_create", dawdle)
+
+
+def test_who_waits_in_vain_leaves_the_guards_as_they_were(mysql_url: str) -> None:
+    with mysql_server(mysql_url) as cursor:
+        cursor.execute("DO GET_LOCK(%s, 0)", [name_in_docs(mysql_url)])
+        options: dict[str, Any] = {"pool_size": 1, "max_overflow": 0, "schema_timeout": 0.1}
+        with Database(mysql_url, metadata=Item.metadata, **options) as database:
+            with pytest.raises(SchemaLocked):
+                database.create_all()
+            with database.session() as db:
+                assert db.scalar(text("SELECT @@wait_timeout")) == 28800
 
 
 def test_a_create_all_that_fails_gives_the_lock_back(mysql_url: str) -> None:

@@ -113,6 +113,8 @@ class MySQL:
         """End the connections on the server: every user may do that with their own."""
         for connection in connections:
             driver: Any = connection.driver_connection
+            if driver is None:  # it was lost meanwhile
+                continue
             try:
                 execute(f"KILL {driver.thread_id()}")
             except Exception as error:  # noqa: BLE001  # a server at its limit takes nobody

@@ -72,7 +72,7 @@ class NamedLock:
         return errno(error) == READ_ONLY_TRANSACTION
 
     def set_guards(self, connection: Connection, *, whole_session: bool) -> None:
-        """Put those out of the way that this server has.
+        """Look which this server has; they are set with the lock, for nothing else sets them back.
 
         A step that works elsewhere (in Python, on another connection) leaves this one idle, and a
         server that ended it for that would let a second starter begin.
@@ -80,12 +80,13 @@ class NamedLock:
         names = ", ".join(f"'{name}'" for name in GUARDS)
         shown = connection.exec_driver_sql(f"SHOW VARIABLES WHERE Variable_name IN ({names})")
         self._guards = {name: value for name, value in shown.all() if float(value)}
-        self._set({name: GUARDS[name] for name in self._guards}, connection)
 
     def try_take(self, connection: Connection, *, whole_session: bool) -> bool:
         """Ask, and do not wait: who waits in a statement of the server's can be told nothing."""
         asked = connection.exec_driver_sql(f"SELECT GET_LOCK({self.NAME}, 0)")
         taken = bool(asked.scalar_one())
+        if taken:
+            self._set({name: GUARDS[name] for name in self._guards}, connection)
         if whole_session:
             connection.commit()
         elif taken:
