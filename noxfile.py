@@ -76,7 +76,6 @@ def floors() -> list[str]:
 # What the corners leave to `make test` and to the whole matrix, for the time it takes.
 SLOW = (
     "abandoned",
-    "alembic",
     "bench",
     "cap",
     "celery",
@@ -90,11 +89,11 @@ SLOW = (
     "preload",
     "proxy",
     "registry",
-    "schema",
     "servers",
     "shop",
     "shop_process",
     "sqlite",
+    "starters",
     "strikes",
     "web_load",
 )

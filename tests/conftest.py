@@ -114,6 +114,19 @@ def url(request: pytest.FixtureRequest) -> str:
     return value
 
 
+@pytest.fixture(params=["pg16", "pg18", "sqlite"])
+def place(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The URL of a fresh database, on each that guarantee 13 names; with the schema `sales`."""
+    if request.param == "sqlite":
+        yield request.getfixturevalue("sqlite_url")
+        return
+    server: PostgresServer = request.getfixturevalue(request.param)
+    name = server.create_database()
+    server.execute("CREATE SCHEMA sales", name)
+    yield server.url(name)
+    server.drop_database(name)
+
+
 @pytest.fixture
 def proxy(pg18: PostgresServer) -> Iterator[WireProxy]:
     """A counting proxy in front of PostgreSQL 18; `proxy.url(postgres_url)` goes through it."""

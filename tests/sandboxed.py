@@ -35,9 +35,15 @@ class Link(Model):
 COUNT = select(func.count()).select_from(Item)
 
 
+def create_tables(url: str) -> None:
+    """Make the tables, over a connection that is gone afterwards."""
+    with Database(url) as database:
+        Model.metadata.create_all(database.engine)
+
+
 def opened(url: str) -> DatabaseSessionManager:
     """Return a manager with its tables; the test's loop closes its connections."""
-    Model.metadata.create_all(Database(url).engine)
+    create_tables(url)
     options: Any = {"metadata": Model.metadata, "sync_in_async": "allow"}
     return DatabaseSessionManager().init(url, **options)
 

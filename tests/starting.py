@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import json
 import os
@@ -9,14 +10,17 @@ import signal
 import subprocess
 import sys
 import traceback
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from scenario import run
+import pytest
+from scenario import is_postgres, run
 from sqlalchemy import (
     CheckConstraint,
     Column,
@@ -28,9 +32,14 @@ from sqlalchemy import (
     String,
     Table,
     UniqueConstraint,
+    inspect,
+    text,
 )
 
-from engineroom import Base
+from engineroom import Base, Database, DatabaseSessionManager
+
+if TYPE_CHECKING:
+    from alembic.config import Config
 
 HERE = Path(__file__).parent
 DEADLINE = 100  # seconds for a crowd of starters, on a machine that is busy
@@ -62,6 +71,33 @@ def models(schema: str | None = None) -> MetaData:
     )
     Index("orders_by_number", orders.c.number.desc(), orders.c.id)
     return metadata
+
+
+def wanted(url: str) -> MetaData:
+    return models("sales" if is_postgres(url) else None)
+
+
+def names(url: str) -> set[str]:
+    with Database(url) as database, database.connect() as connection:
+        inspector = inspect(connection)
+        found = set(inspector.get_table_names())
+        if is_postgres(url):
+            found |= set(inspector.get_table_names("sales"))
+    return found
+
+
+def create_on(side: str, url: str, **options: Any) -> None:
+    options = {"metadata": wanted(url)} | options
+    if side == "sync":
+        with Database(url, **options) as database:
+            database.create_all()
+        return
+
+    async def main() -> None:
+        async with DatabaseSessionManager().init(url, **options) as manager:
+            await manager.create_all()
+
+    asyncio.run(main())
 
 
 class Starter:
@@ -196,6 +232,11 @@ def say(word: str) -> None:
 
 # -- a project with migrations --------------------------------------------------------------------
 
+reads_toml = pytest.mark.skipif(
+    tuple(map(int, version("alembic").split(".")[:2])) < (1, 16),
+    reason="Alembic reads pyproject.toml from 1.16 on",
+)
+
 ENV = """
 from engineroom import alembic
 from starting import models
@@ -228,17 +269,44 @@ def project(
     folder: Path, *steps: str, ini: str = "", schema: str | None = None, options: str = ""
 ) -> Path:
     """Write a project whose migrations do this, and return its `alembic.ini`."""
-    versions = folder / "migrations" / "versions"
-    versions.mkdir(parents=True, exist_ok=True)
+    (folder / "migrations" / "versions").mkdir(parents=True, exist_ok=True)
     (folder / "alembic.ini").write_text(
         f"[alembic]\nscript_location = %(here)s/migrations\n{ini}\n"
     )
-    (folder / "migrations" / "env.py").write_text(ENV.format(schema=schema, options=options))
+    write_migrations(folder / "migrations", *steps, schema=schema, options=options)
+    return folder / "alembic.ini"
+
+
+def write_migrations(
+    folder: Path, *steps: str, schema: str | None = None, options: str = ""
+) -> None:
+    """Write `env.py`, and migrations that do this."""
+    (folder / "env.py").write_text(ENV.format(schema=schema, options=options))
     for number, body in enumerate(steps or (FIRST, SECOND), 1):
         down = f"r{number - 1}" if number > 1 else None
         text = STEP.format(revision=f"r{number}", down=down, body=body, imports="")
-        (versions / f"r{number}.py").write_text(text)
-    return folder / "alembic.ini"
+        (folder / "versions" / f"r{number}.py").write_text(text)
+
+
+def steps(url: str) -> list[str]:
+    """Return what the migrations did, by its side effects."""
+    with Database(url) as database, database.connect() as connection:
+        return list(connection.scalars(text("SELECT step FROM ran ORDER BY step")))
+
+
+def config(ini: Path, *arguments: str) -> Config:
+    """Return what the command line would make of `-x`."""
+    from alembic.config import Config
+
+    made = Config(str(ini))
+    made.cmd_opts = Namespace(x=list(arguments))
+    return made
+
+
+def upgrade(ini: Path, url: str) -> None:
+    from alembic import command
+
+    command.upgrade(config(ini, f"url={url}"), "heads")
 
 
 def alembic(number: int, ini: str, *arguments: str) -> None:

@@ -1,37 +1,35 @@
-"""`engineroom.alembic`: a ready `env.py`, whose migrations run once (guarantee 13)."""
+"""`engineroom.alembic`: a ready `env.py`, in one process (in many at once: `test_starters`)."""
 
 from __future__ import annotations
 
 import asyncio
+import io
 import logging
 import sqlite3
 import sys
-import time
-from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import alembic as alembic_package
 import httpx
-import psycopg
 import pytest
 from alembic import command
 from alembic.config import Config
+from alembic.config import main as command_line
 from scenario import is_postgres, run
 from sqlalchemy import create_engine, event, inspect, text
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import Engine, make_url
+from sqlalchemy.pool import NullPool
 from starting import (
     FIRST,
     SECOND,
-    Starter,
-    alembic,
-    connect_apart,
+    config,
     models,
     project,
-    starters,
-    together,
+    reads_toml,
+    steps,
+    upgrade,
+    write_migrations,
 )
 
 import engineroom.alembic
@@ -41,133 +39,13 @@ from engineroom.asgi import Readiness, lifespan
 from engineroom.errors import (
     BrokenReferences,
     InvalidOption,
+    NoDatabaseURL,
     NoMigrations,
-    SchemaLocked,
     SchemaMismatch,
 )
 from engineroom.testing import PostgresServer, sandbox
 
-
-@pytest.fixture(params=["pg16", "pg18", "sqlite"])
-def place(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The URL of a fresh database, on each that the guarantee names."""
-    if request.param == "sqlite":
-        yield request.getfixturevalue("sqlite_url")
-        return
-    server: PostgresServer = request.getfixturevalue(request.param)
-    name = server.create_database()
-    yield server.url(name)
-    server.drop_database(name)
-
-
-def steps(url: str) -> list[str]:
-    """Return what the migrations did, by its side effects."""
-    with Database(url) as database, database.connect() as connection:
-        return list(connection.scalars(text("SELECT step FROM ran ORDER BY step")))
-
-
-MEANWHILE = "time.sleep(0.5)"  # in which the others come, on a machine that is busy
-
-
-def all_upgrade(url: str, ini: Path, count: int = 16) -> None:
-    ends = together(count, alembic, str(ini), "-x", f"url={url}", "upgrade", "head")
-    assert [(code, err) for code, _, err in ends if code] == []
-    assert steps(url) == ["first", "second"]
-
-
-def test_sixteen_upgrade_at_once_and_each_migration_runs_once(place: str, tmp_path: Path) -> None:
-    all_upgrade(place, project(tmp_path, f"{MEANWHILE}\n    {FIRST}", SECOND))
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("again", range(10))
-def test_sixteen_upgrade_at_once_again_and_again(again: int, place: str, tmp_path: Path) -> None:
-    all_upgrade(place, project(tmp_path, f"{MEANWHILE}\n    {FIRST}", SECOND))
-
-
-# -- a holder that is killed, or hangs, or takes its time -----------------------------------------
-
-HANG = """op.execute("INSERT INTO ran VALUES ('hangs')")
-    print("hangs", flush=True)
-    time.sleep(1000)"""
-
-
-@contextmanager
-def hanging(url: str, ini: Path) -> Iterator[Starter]:
-    """Have a process stand in the middle of its second migration."""
-    where = f"url={url}?application_name=hanging" if is_postgres(url) else f"url={url}"
-    with starters(1, alembic, str(ini), "-x", where, "upgrade", "head") as (holder,):
-        holder.begin()
-        holder.says("hangs")
-        yield holder
-
-
-def test_one_is_killed_in_a_migration_and_the_others_go_on(place: str, tmp_path: Path) -> None:
-    with hanging(place, project(tmp_path / "old", FIRST, HANG)) as holder:
-        ini = project(tmp_path / "new")
-        with starters(4, alembic, str(ini), "-x", f"url={place}", "upgrade", "head") as crowd:
-            for starter in crowd:
-                starter.begin()
-            time.sleep(0.5)
-            assert [starter.process.poll() for starter in crowd] == [None] * 4
-            holder.kill()
-            ends = [starter.ended() for starter in crowd]
-    assert [(code, err) for code, _, err in ends if code] == []
-    assert steps(place) == ["first", "second"]
-
-
-def test_a_migration_that_hangs_is_named(
-    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DB_SCHEMA_TIMEOUT", "500ms")
-    ini = project(tmp_path, FIRST, HANG)
-    with hanging(place, ini):
-        with pytest.raises(SchemaLocked) as caught:
-            upgrade(ini, place)
-    message = caught.value.message
-    assert message.startswith("alembic has waited for 0.")
-    assert ("(application_name 'hanging', role " in message) is is_postgres(place)
-
-
-def test_a_step_longer_than_the_servers_guards_runs_once(place: str, tmp_path: Path) -> None:
-    """Idle in its transaction, and idle between two of them, while it works elsewhere."""
-    slow = connect_apart(place)
-    last = f"""with op.get_context().autocommit_block():
-        pass
-    {slow}
-    {SECOND}"""
-    if is_postgres(place):
-        name = make_url(place).database
-        with psycopg.connect(place, autocommit=True) as raw:
-            for guard in ("idle_in_transaction_session_timeout", "idle_session_timeout"):
-                raw.execute(f"ALTER DATABASE {name} SET {guard} = '1s'")
-    all_upgrade(place, project(tmp_path, f"{slow}\n    {FIRST}", last), count=3)
-
-
-def test_an_index_is_built_concurrently_while_others_wait(
-    pg18: PostgresServer, postgres_url: str, tmp_path: Path
-) -> None:
-    """One who waits with a snapshot would be waited for, and that is a deadlock."""
-    build = """with op.get_context().autocommit_block():
-        time.sleep(1)
-        op.create_index("by_step", "ran", ["step"], postgresql_concurrently=True)
-    op.execute("INSERT INTO ran VALUES ('second')")"""
-    all_upgrade(postgres_url, project(tmp_path, FIRST, build), count=4)
-
-
-# -- in one process ---------------------------------------------------------------------------
-
-
-def config(ini: Path, *arguments: str) -> Config:
-    """Return what the command line would make of `-x`."""
-    made = Config(str(ini))
-    made.cmd_opts = Namespace(x=list(arguments))
-    return made
-
-
-def upgrade(ini: Path, url: str) -> None:
-    command.upgrade(config(ini, f"url={url}"), "heads")
+# -- what it writes and does ----------------------------------------------------------------------
 
 
 def autogenerated(ini: Path, url: str) -> list[Any]:
@@ -191,9 +69,8 @@ def test_autogenerate_finds_no_difference_after_create_all(place: str, tmp_path:
         old.unlink()
     with Database(place) as database:
         with database.connect() as connection:
-            for name in ("sales", "others") if schema else ():
-                connection.execute(text(f"CREATE SCHEMA {name}"))
             if schema:
+                connection.execute(text("CREATE SCHEMA others"))
                 connection.execute(text("CREATE TABLE others.theirs (id int)"))
         database.create_all(models(schema))
         assert autogenerated(ini, place) == []
@@ -233,7 +110,7 @@ def test_a_batch_in_a_given_transaction_deletes_no_row_that_refers_to_its_table(
     given = config(project(tmp_path, made, batch))
     rows = "INSERT INTO parent VALUES (1, 'a'); INSERT INTO child VALUES (1)"
     with Database(sqlite_url) as database:
-        engine = create_engine(sqlite_url) if own_engine else database.engine
+        engine = foreign(sqlite_url) if own_engine else database.engine
         if own_engine:
             event.listen(engine, "connect", lambda raw, _: raw.execute("PRAGMA foreign_keys=ON"))
         with engine.begin() as given.attributes["connection"]:
@@ -250,7 +127,6 @@ def test_a_batch_in_a_given_transaction_deletes_no_row_that_refers_to_its_table(
         with database.connect() as connection:
             assert connection.scalar(text("SELECT count(*) FROM child")) == 1
             assert "title" in {each["name"] for each in inspect(connection).get_columns("parent")}
-        engine.dispose()
 
 
 def test_a_migration_that_breaks_a_reference_on_sqlite_is_rolled_back(
@@ -314,7 +190,83 @@ def test_a_given_connection_is_used_and_its_transaction_is_its_owners(
                 assert shown == "0"
             else:
                 assert connection.scalar(text("PRAGMA foreign_keys")) == 1
+                driver: Any = connection.connection.driver_connection
+                assert driver.in_transaction  # as a writer's of ours is, from its beginning on
     assert steps(url) == ["first", "second"]
+
+
+def foreign(url: str, **options: Any) -> Engine:
+    """Return an engine that engineroom did not make, and that keeps no connection."""
+    return create_engine(
+        url.replace("postgresql:", "postgresql+psycopg:"), poolclass=NullPool, **options
+    )
+
+
+FAILING = "raise LookupError('failed')"
+GUARDS = {"statement_timeout": "77s", "idle_in_transaction_session_timeout": "88s"}
+
+
+@pytest.mark.parametrize("last", [SECOND, FAILING], ids=["done", "failed"])
+@pytest.mark.parametrize("level", ["READ COMMITTED", "REPEATABLE READ", "AUTOCOMMIT"])
+def test_a_given_connection_of_a_server_keeps_its_settings(
+    level: str, last: str, postgres_url: str, tmp_path: Path
+) -> None:
+    given = config(project(tmp_path, FIRST, last))
+    engine = foreign(postgres_url)
+
+    def settings() -> list[Any]:
+        seen = [connection.scalar(text(f"SHOW {name}")) for name in GUARDS]
+        connection.rollback()
+        return [*seen, connection.get_isolation_level()]
+
+    with engine.connect() as connection:
+        connection.execution_options(isolation_level=level)
+        driver: Any = connection.connection.driver_connection
+        for name, value in GUARDS.items():
+            connection.execute(text(f"SET {name} = '{value}'"))
+        connection.commit()
+        before = settings()
+        assert before[0] == "77s"
+        given.attributes["connection"] = connection
+        if last == FAILING:
+            with pytest.raises(LookupError):
+                command.upgrade(given, "heads")
+        else:
+            command.upgrade(given, "heads")
+        assert settings() == before
+        assert driver.autocommit is (level == "AUTOCOMMIT")
+        assert driver is connection.connection.driver_connection
+        locks = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"
+        assert connection.scalar(text(locks)) == 0
+
+
+@pytest.mark.parametrize("last", [SECOND, FAILING], ids=["done", "failed"])
+@pytest.mark.parametrize("enforced", [0, 1])
+def test_a_given_connection_of_a_file_keeps_its_foreign_keys(
+    enforced: int, last: str, sqlite_url: str, tmp_path: Path
+) -> None:
+    given = config(project(tmp_path, FIRST, last))
+    with foreign(sqlite_url).connect() as connection:
+        connection.execute(text(f"PRAGMA foreign_keys={enforced}"))
+        connection.rollback()
+        given.attributes["connection"] = connection
+        if last == FAILING:
+            with pytest.raises(LookupError):
+                command.upgrade(given, "heads")
+        else:
+            command.upgrade(given, "heads")
+        assert connection.scalar(text("PRAGMA foreign_keys")) == enforced
+
+
+def test_a_given_transaction_in_autocommit_is_refused_for_no_lock_would_last(
+    postgres_url: str, tmp_path: Path
+) -> None:
+    given = config(project(tmp_path))
+    engine = foreign(postgres_url, isolation_level="AUTOCOMMIT")
+    with engine.begin() as given.attributes["connection"]:
+        with pytest.raises(InvalidOption, match="is in AUTOCOMMIT"):
+            command.upgrade(given, "heads")
+        assert inspect(given.attributes["connection"]).get_table_names() == []
 
 
 def test_the_ini_file_comes_before_the_environment(
@@ -332,6 +284,16 @@ def test_the_environment_comes_last_and_what_alembic_init_writes_is_none(
     monkeypatch.setenv("DATABASE_URL", sqlite_url)
     command.upgrade(Config(str(project(tmp_path, ini=written))), "heads")
     assert steps(sqlite_url) == ["first", "second"]
+
+
+@pytest.mark.parametrize("sql", [False, True])
+def test_where_no_url_is_given_the_ways_of_alembic_are_told(
+    sql: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("DATABASE_URL", "DB_URL"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(NoDatabaseURL, match=r"alembic -x url=… upgrade head.*sqlalchemy\.url in"):
+        command.upgrade(config(project(tmp_path)), "heads", sql=sql)
 
 
 @pytest.mark.parametrize("doubled", [True, False])
@@ -386,11 +348,93 @@ def test_statements_are_written_instead_of_sent(
     assert "INSERT INTO ran VALUES ('second');" in capsys.readouterr().out
 
 
-def test_current_waits_for_nobody(place: str, tmp_path: Path) -> None:
-    """Where a migration hangs, one wants to see how far it has come."""
-    ini = project(tmp_path, FIRST, HANG)
-    with hanging(place, ini):
-        command.current(config(ini, f"url={place}"))
+# -- what configures Alembic -----------------------------------------------------------------------
+
+TOML = "pyproject.toml"
+
+
+def toml_project(folder: Path, *, keeps_ini: bool) -> None:
+    """Have Alembic write what it writes for who wants it in pyproject.toml, and add migrations."""
+    (folder / TOML).write_text('[project]\nname = "shop"\nversion = "1"\n')
+    ini = folder / "alembic.ini"
+    made = Config(str(ini), toml_file=folder / TOML, stdout=io.StringIO())
+    command.init(made, str(folder / "migrations"), template="pyproject")
+    write_migrations(folder / "migrations")
+    if not keeps_ini:
+        ini.unlink()
+
+
+@reads_toml
+@pytest.mark.parametrize("keeps_ini", [True, False])
+def test_the_command_line_reads_pyproject_toml(
+    keeps_ini: bool, sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toml_project(tmp_path, keeps_ini=keeps_ini)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DATABASE_URL", sqlite_url)
+    with engineroom.alembic.same_logging():
+        command_line(argv=["upgrade", "head"])
+        command_line(argv=["current", "--check-heads"])
+    assert steps(sqlite_url) == ["first", "second"]
+
+
+@reads_toml
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("keeps_ini", "named"),
+    [(True, ""), (True, "alembic.ini"), (True, TOML), (False, ""), (False, TOML)],
+)
+async def test_a_lifespan_and_check_read_pyproject_toml(
+    keeps_ini: bool, named: str, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found in the working directory; or named, from any other."""
+    toml_project(tmp_path, keeps_ini=keeps_ini)
+    with (tmp_path / TOML).open("a") as file:
+        file.write('version_table = "versions"\n')
+    options: Any = {"alembic_ini": str(tmp_path / named)} if named else {}
+    if not named:
+        monkeypatch.chdir(tmp_path)
+    async with DatabaseSessionManager().init(url, **options) as manager:
+        with pytest.raises(SchemaMismatch, match="nothing was ever migrated there"):
+            await manager.check(schema=True)
+    async with lifespan(manager, url=url, migrate=True, **options)(None):
+        await manager.check(schema=True)
+        async with manager.connect() as connection:
+            found = await connection.run_sync(lambda sync: inspect(sync).get_table_names())
+    assert sorted(found) == ["ran", "versions"]
+
+
+def test_a_pyproject_toml_that_says_nothing_of_alembic_is_none(
+    sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / TOML).write_text('[project]\nname = "shop"\n[tool.ruff]\nline-length = 100\n')
+    monkeypatch.chdir(tmp_path)
+    with Database(sqlite_url) as database:
+        with pytest.raises(NoMigrations, match="no alembic.ini"):
+            migrate(database)
+
+
+def test_an_alembic_that_does_not_read_pyproject_toml_is_told(
+    sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / TOML).write_text('[tool.alembic]\nscript_location = "migrations"\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delattr(Config, "get_alembic_option", raising=False)  # as before 1.16
+    with Database(sqlite_url) as database:
+        with pytest.raises(InvalidOption, match="Alembic reads pyproject.toml from 1.16 on"):
+            database.check(schema=True)
+
+
+def test_the_scripts_are_found_in_a_folder_with_a_percent_sign(
+    sqlite_url: str, tmp_path: Path
+) -> None:
+    """Where the ini file names them as they were named before Alembic knew of `%(here)s`."""
+    ini = project(tmp_path / "100%")
+    ini.write_text("[alembic]\nscript_location = migrations\n")
+    with Database(sqlite_url, alembic_ini=str(ini)) as database:
+        migrate(database)
+        database.check(schema=True)
+    assert steps(sqlite_url) == ["first", "second"]
 
 
 # -- what is passed on, and what is refused --------------------------------------------------------

@@ -5,31 +5,46 @@ from __future__ import annotations
 import asyncio
 import gc
 import io
+import logging
 import os
 import random
 import re
 import signal
+import sys
 import threading
 import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import FrameType
 from typing import Any, Self
 
 import pytest
+import sqlalchemy.pool
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from scenario import backends, fork, in_threads, run, settled, until
+from scenario import (
+    backends,
+    fork,
+    in_threads,
+    loop_factory,
+    run,
+    server_driver_and_loop,
+    settled,
+    until,
+)
 from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError
 
+import engineroom
 from engineroom import Database, DatabaseSessionManager, departures
-from engineroom.cap import CAPS, Cap, process_cap, stay_of
+from engineroom.cap import CAPS, Cap, is_blocked, process_cap, stay_of
 from engineroom.engines import EngineRoom
 from engineroom.errors import InvalidOption, PoolDeadlock, PoolExhausted
 from engineroom.forks import make_immortal
@@ -79,6 +94,12 @@ class Watch:
 def watch(pg18: PostgresServer, database: str) -> Iterator[Watch]:
     with Watch(pg18, database) as one:
         yield one
+
+
+@pytest.fixture
+def url(request: pytest.FixtureRequest, pg18: PostgresServer, database: str) -> str:
+    """The URL of a fresh database for a driver."""
+    return pg18.url(database, request.param)
 
 
 def cap_of_process() -> Cap:
@@ -357,6 +378,114 @@ async def two_at_once(manager: DatabaseSessionManager) -> list[int]:
     return await asyncio.gather(one(manager), one(manager))
 
 
+@contextmanager
+def blocked_loop(manager: DatabaseSessionManager, count: int) -> Iterator[Callable[[], None]]:
+    """A loop in a thread, with so many idle connections, that stands still; what has it go on."""
+    ready, go_on, over = threading.Event(), threading.Event(), threading.Event()
+
+    async def main() -> None:
+        everyone = asyncio.Barrier(count)
+
+        async def hold() -> None:
+            async with manager.session() as db:
+                await db.scalar(text("SELECT 1"))
+                await everyone.wait()
+
+        await asyncio.gather(*(hold() for _ in range(count)))
+        ready.set()
+        block(go_on)
+        await asyncio.to_thread(over.wait)
+
+    thread = threading.Thread(target=asyncio.run, args=(main(),), name="blocked")
+    thread.start()
+    try:
+        assert ready.wait(20)
+        yield go_on.set
+    finally:
+        go_on.set()
+        over.set()
+        thread.join()
+
+
+def block(until_set: threading.Event) -> None:
+    until_set.wait()
+
+
+@pytest.mark.parametrize("limit", [0.8, 20.0])
+def test_a_blocked_loop_keeps_nobody_from_what_is_idle_elsewhere(
+    driver_url: str, limit: float
+) -> None:
+    """What it has was used longest ago, and is asked for first."""
+    first, second, third = managers = opened(driver_url, 3, 3, pool_timeout=limit)
+    with blocked_loop(first, 2):
+        assert one_sync(second) == 1
+        assert one_sync(third) == 1  # both of the first were asked by now
+        assert one_sync(second) == 1
+    asyncio.run(close_all(managers))
+
+
+def test_who_waits_beside_a_blocked_loop_has_what_comes_back(driver_url: str) -> None:
+    first, second, third = managers = opened(driver_url, 3, 2, pool_timeout=20)
+    with blocked_loop(first, 1), ThreadPoolExecutor(1) as thread:
+        with second.sync.session() as db:
+            db.execute(text("SELECT 1"))
+            waiting = thread.submit(one_sync, third)
+            until(lambda: cap_of_process().waiting, bool)
+            time.sleep(1.5)  # what the loop has was asked for more than once
+            assert not waiting.done()
+        assert waiting.result() == 1
+    asyncio.run(close_all(managers))
+
+
+def test_a_blocked_loop_gives_way_when_it_goes_on_to_who_waits_only(driver_url: str) -> None:
+    first, second, third = managers = opened(driver_url, 3, 2, pool_timeout=20)
+    with blocked_loop(first, 1) as go_on, ThreadPoolExecutor(1) as thread:
+        with second.sync.session() as db:
+            db.execute(text("SELECT 1"))
+            waiting = thread.submit(one_sync, third)
+            until(lambda: cap_of_process().waiting, bool)
+            go_on()
+            assert waiting.result() == 1  # the loop's own, for the other is in use
+        assert [pool.idle for pool in first.stats().pools] == [0]
+    with blocked_loop(first, 1) as go_on:
+        assert one_sync(second) == 1
+        assert one_sync(third) == 1  # of the second: the loop was asked in vain
+        go_on()
+        until(lambda: any(map(is_blocked, cap_of_process().pools())), lambda seen: not seen)
+        assert [pool.idle for pool in first.stats().pools if pool.loop] == [1]
+    asyncio.run(close_all(managers))
+
+
+def test_exhaustion_names_the_loop_that_is_blocked(driver_url: str) -> None:
+    first, second = managers = opened(driver_url, 2, 2, pool_timeout=1.5)
+    with blocked_loop(first, 2):
+        with pytest.raises(PoolExhausted) as caught:
+            one_sync(second)
+    told = str(caught.value)
+    assert "all 2 that DB_MAX_CONNECTIONS allows are open" in told
+    assert "none of them idle" not in told
+    assert "Held by ." not in told
+    assert re.search(
+        r"are open, 2 of them idle in the event loop of thread blocked "
+        rf"\(at {re.escape(__file__)}:\d+ in block\), which has not answered for 1\.\d s ",
+        told,
+    )
+    asyncio.run(close_all(managers))
+
+
+def test_a_loop_that_is_blocked_by_who_waits_gives_way(driver_url: str) -> None:
+    """A synchronous session in asynchronous code, which stands still for it."""
+
+    async def main() -> None:
+        manager = DatabaseSessionManager().init(driver_url, max_connections=1, pool_timeout=20)
+        for _ in range(2):
+            assert await one(manager) == 1
+            assert one_sync(manager) == 1
+        await manager.close()
+
+    asyncio.run(main())
+
+
 def test_what_a_closed_loop_had_lent_is_taken_back(driver_url: str) -> None:
     """Its tasks will never return it."""
     manager = DatabaseSessionManager().init(driver_url, max_connections=1, pool_timeout=20)
@@ -570,6 +699,28 @@ def test_a_loop_that_ends_while_a_connection_gives_way_costs_no_place(driver_url
     assert all_can_be_used(driver_url, 2)
 
 
+def ended_as_it_is_asked(url: str, kind: str) -> list[int]:
+    """What is asked of a loop between two of its runs, it hears in the one that ends it."""
+    first, second = managers = opened(url, 2, 2, pool_timeout=30, sync_in_async="allow")
+    with ThreadPoolExecutor(2) as threads:
+        for _ in range(5):
+            loop = loop_factory(kind)()
+            loop.run_until_complete(two_at_once(first))
+            waiting = [threads.submit(one_sync, second) for _ in range(2)]
+            until(lambda: cap_of_process().waiting, lambda count: count == 2)
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.close()
+            assert [one.result() for one in waiting] == [1, 1]
+            gc.collect()
+    asyncio.run(close_all(managers))
+    return settled(url)
+
+
+@server_driver_and_loop
+def test_a_loop_that_ends_just_as_it_is_asked_to_give_way(url: str, loop: str) -> None:
+    assert run(ended_as_it_is_asked, url, loop) == []
+
+
 def interrupted_while_waiting(url: str) -> bool:
     managers = [Database(url, max_connections=1, pool_timeout=60) for _ in range(2)]
     main_thread = threading.get_ident()
@@ -607,6 +758,87 @@ def interrupted_while_waiting(url: str) -> bool:
 
 def test_ctrl_c_in_a_waiting_thread_costs_no_place(postgres_url: str) -> None:
     assert run(interrupted_while_waiting, postgres_url.replace("://", "+psycopg://"))
+
+
+HERE = (str(Path(engineroom.__file__).parent), str(Path(sqlalchemy.pool.__file__).parent))
+
+
+def is_struck(step: int, unit: Callable[[], object]) -> bool:
+    """Run a unit of work, and raise what Ctrl-C does at one of its lines; False if it has fewer."""
+    lines = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal lines
+        if not frame.f_code.co_filename.startswith(HERE):
+            return None
+        if event == "line":
+            lines += 1
+            if lines == step:
+                raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        unit()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(None)
+    return lines >= step
+
+
+def struck_at_each_line(url: str, every: int, what: str) -> int:
+    """Strike a unit that has another's connection give way, or waits for one, or returns one."""
+    sys.unraisablehook = lambda _: None  # it may strike in a destructor
+    logging.disable()  # of SQLAlchemy's pool, which logs what interrupts it
+    step, goes_on = 1, True
+    while goes_on:
+        managers = [Database(url, max_connections=2, pool_timeout=20) for _ in range(3)]
+        cap, over = cap_of_process(), threading.Event()
+        unit: Callable[[], object] = partial(one_sync, managers[2])
+        held = [manager.engine.connect() for manager in managers[:2]]
+        with ThreadPoolExecutor(2) as threads:
+            beside = []
+            if what == "waits":
+                beside = [threads.submit(return_to, cap, over, held.pop()) for _ in range(2)]
+            elif what != "gives way":
+                mine = partial(one_sync, managers[0])
+                beside = [threads.submit(mine if what == "hands over" else unit)]
+                until(cap.info, lambda seen: seen.waiting == 1)
+                unit = held[0].close
+            else:
+                held.pop().close()
+                held.pop().close()
+            goes_on = is_struck(step, unit)
+            over.set()
+            del held, unit
+            gc.collect()
+            for one in beside:
+                one.result()
+        with ExitStack() as stack:
+            for manager in managers[:2]:
+                stack.enter_context(manager.engine.connect())
+            assert (cap.info().open, cap.waiting) == (2, 0), f"at line {step}"
+        for manager in managers:
+            manager.close()
+        until(is_empty(cap), bool)
+        step += every
+    return step
+
+
+def return_to(cap: Cap, over: threading.Event, held: Any) -> None:
+    """Return a connection as soon as somebody waits for one."""
+    while not (cap.waiting or over.is_set()):
+        time.sleep(0.001)
+    held.close()
+
+
+@pytest.mark.parametrize("what", ["gives way", "waits", "returns", "hands over"])
+@pytest.mark.parametrize(
+    "every", [23, pytest.param(1, marks=[pytest.mark.soak, pytest.mark.timeout(1200)])]
+)
+def test_ctrl_c_at_a_line_costs_no_place(sqlite_url: str, every: int, what: str) -> None:
+    assert run(struck_at_each_line, sqlite_url, every, what, deadline=1000) > 50
 
 
 def interrupted_anywhere(url: str) -> bool:
@@ -728,6 +960,25 @@ def test_however_a_connection_ends_its_place_is_free(
         assert cap.info().open <= 1
     until(is_empty(cap), bool)
     assert all_can_be_used(url, 3)
+
+
+@pytest.mark.parametrize("way", ["close", "terminate"])
+def test_a_place_is_free_though_somebody_keeps_the_drivers_object(
+    driver_url: str, way: str
+) -> None:
+    async def main() -> None:
+        manager = DatabaseSessionManager().init(driver_url, max_connections=1, pool_timeout=10)
+        async with manager.engine.connect() as connection:
+            kept = (await connection.get_raw_connection()).driver_connection
+            if way == "terminate":
+                await connection.invalidate()
+        if way == "close":
+            await manager.engine.dispose()
+        await asyncio.to_thread(until, is_empty(cap_of_process()), bool)
+        assert kept is not None
+        await manager.close()
+
+    asyncio.run(main())
 
 
 def test_a_manager_that_is_dropped_gives_its_places_back(postgres_url: str) -> None:
@@ -1008,3 +1259,17 @@ def test_no_cap_is_kept_that_nobody_asks() -> None:
     known = weakref.ref(cap)
     del cap
     assert known() is None
+
+
+def test_what_an_owner_was_about_to_connect_with_is_taken_back(sqlite_url: str) -> None:
+    """His tickets and his places, but not those of the connections that are open."""
+    with Database(sqlite_url, max_connections=2) as database:
+        assert one_sync(database) == 1
+        cap = cap_of_process()
+        mine = cap.take("me")
+        cap.queue("me", lambda: None)
+        assert (mine is not None, cap.info().open, cap.waiting) == (True, 2, 1)
+        cap.forsake("me")
+        assert (cap.info().open, cap.waiting) == (1, 0)
+        assert cap.take("you") is mine
+        cap.forsake("you")

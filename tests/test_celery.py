@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -23,11 +24,12 @@ from celery.backends.database import DatabaseBackend as CelerysBackend
 from celery.backends.database.models import Task
 from celery.backends.database.session import ResultModelBase
 from scenario import Item, in_threads, settled
-from sqlalchemy import inspect, text
-from sqlalchemy.engine import make_url
+from sqlalchemy import event, inspect, text
+from sqlalchemy.engine import Engine, make_url
 
 from engineroom import Database, DatabaseSessionManager, SessionClosed, UsageError
 from engineroom.celery import DatabaseBackend, ResultSessionManager, delay_on_commit
+from engineroom.errors import SchemaMismatch
 
 HERE = Path(__file__).parent
 WORKER = "engineroom-worker"  # the application_name of its connections
@@ -349,29 +351,64 @@ def test_an_older_worker_meets_a_newer_table(app: Celery, url: str) -> None:
     assert "invented" in columns(url)
 
 
-def test_columns_that_may_not_be_added_are_named_in_the_log(
-    postgres_url: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_who_may_not_add_columns_is_told_who_must_and_how(folder: Path, postgres_url: str) -> None:
+    """By the first who needs the tables, which is the worker at its start, and not by every job."""
     an_old_table(postgres_url)
     owner = make_url(postgres_url)
     with Database(postgres_url) as database, database.connect() as connection:
         ResultModelBase.metadata.tables["celery_tasksetmeta"].create(connection)
-        connection.execute(text(f"CREATE ROLE clerk_{owner.database} LOGIN PASSWORD 'secret'"))
-        connection.execute(
-            text(f"GRANT ALL ON ALL TABLES IN SCHEMA public TO clerk_{owner.database}")
-        )
-    clerk = owner.set(username=f"clerk_{owner.database}", password="secret")
-    manager = ResultSessionManager()
+        connection.execute(text(f"CREATE ROLE clerk_{owner.database} LOGIN PASSWORD 'hunter2'"))
+        for kind in ("TABLES", "SEQUENCES"):
+            connection.execute(
+                text(f"GRANT ALL ON ALL {kind} IN SCHEMA public TO clerk_{owner.database}")
+            )
+    clerk = owner.set(username=f"clerk_{owner.database}", password="hunter2")
+    url = clerk.render_as_string(hide_password=False)
     try:
-        with caplog.at_level(logging.WARNING, "engineroom"):
-            manager.session_factory(clerk.render_as_string(hide_password=False)).close()
-        assert "lack celery_taskmeta.children" in caplog.text
-        assert "must be owner of table" in caplog.text
+        with worker(folder, url, "--pool", "solo") as process:
+            assert process.wait(30) != 0
+        log = (folder / "worker.log").read_text()
+        app = celery_jobs.make_app(folder, f"engineroom+{url}")
+        with pytest.raises(SchemaMismatch) as caught:
+            app.backend.store_result("one", 1, states.SUCCESS)
+        told = str(caught.value)
+        assert told.partition(" are of an older")[2] in log  # (its URL has one parameter more)
+        assert "hunter2" not in log
+        assert "they lack celery_taskmeta.children, " in told
+        assert "must be owner of table" in told
+        assert caught.value.missing[0] == "celery_taskmeta.children"
+        cure = told.partition("Have their owner run: ")[2].removesuffix(" [schema-mismatch]")
+        with Database(postgres_url) as database, database.connect() as connection:
+            connection.exec_driver_sql(cure)
+        app.backend.store_result("one", 1, states.SUCCESS)
+        assert app.backend.get_result("one") == 1
+        app.backend.session_manager.close()
     finally:
-        manager.close()
         with Database(postgres_url) as database, database.connect() as connection:
             connection.execute(text(f"DROP OWNED BY clerk_{owner.database}"))
             connection.execute(text(f"DROP ROLE clerk_{owner.database}"))
+
+
+def test_of_a_file_that_may_not_be_changed_results_are_read(
+    folder: Path, sqlite_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    an_old_table(sqlite_url)
+    with Database(sqlite_url) as database, database.connect() as connection:
+        ResultModelBase.metadata.tables["celery_tasksetmeta"].create(connection)
+
+    def deny(action: int, *_: object) -> int:
+        return sqlite3.SQLITE_DENY if action == sqlite3.SQLITE_ALTER_TABLE else sqlite3.SQLITE_OK
+
+    def frozen(engine: Engine) -> None:
+        event.listen(engine, "connect", lambda raw, _: raw.set_authorizer(deny))
+
+    app = celery_jobs.make_app(folder, f"engineroom+{sqlite_url}")
+    app.conf.update(database_engine_callback=frozen, result_extended=False)
+    with caplog.at_level(logging.WARNING, "engineroom"):
+        assert app.backend.get_state("old") == states.SUCCESS
+    assert "they lack celery_taskmeta.children, " in caplog.text
+    assert "ADD COLUMN children" in caplog.text
+    app.backend.session_manager.close()
 
 
 def test_a_new_users_path_is_what_the_page_says(tmp_path: Path) -> None:

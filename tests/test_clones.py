@@ -317,8 +317,11 @@ def test_a_half_made_template_is_made_again(
         assert add(template.clone()) == [1]
 
 
-def test_a_forked_child_leaves_the_template_alone(postgres_url: str) -> None:
-    with clones(postgres_url, prepare) as template:
+@pytest.mark.parametrize("kind", ["sqlite_url", "postgres_url"])
+def test_a_forked_child_leaves_the_template_alone(
+    request: pytest.FixtureRequest, kind: str
+) -> None:
+    with clones(request.getfixturevalue(kind), prepare) as template:
         url = template.clone()
         child = os.fork()
         if child == 0:

@@ -673,6 +673,61 @@ def test_close_ends_the_sessions_of_get_session_too(url: str) -> None:
     run(loose, url, deadline=LONG // 2)
 
 
+def disposed_of(url: str, loop: str, sync: bool) -> None:
+    """What is lent while its engine is disposed of comes back, before `close()` or after it."""
+    gc.disable()
+    manager = opened(url)
+
+    async def main() -> None:
+        lent = [await manager.engine.connect() for _ in range(3)]
+        for connection in lent:
+            await connection.execute(text("SELECT 1"))
+        await manager.engine.dispose()
+        async with manager.session() as db:
+            await db.execute(text("SELECT 1"))
+        await lent[0].close()
+        assert len(settled(url, 4)) == 4  # two that are lent, and one in each side's pool
+        assert sum(pool.lent for pool in manager.stats().pools) == 2
+        await asyncio.to_thread(manager.sync.close) if sync else await manager.close()
+        assert is_left(url)
+        for connection in lent[1:]:
+            with suppress(DBAPIError):
+                await connection.close()
+
+    run_on(loop, main())
+    assert is_left(url)
+
+
+@pytest.mark.parametrize("sync", [False, True], ids=["close", "sync.close"])
+@server_driver_and_loop
+def test_close_ends_what_was_lent_before_a_dispose(url: str, loop: str, sync: bool) -> None:
+    run(disposed_of, url, loop, sync)
+
+
+def sync_disposed_of(url: str) -> None:
+    gc.disable()
+    database = Database(url, metadata=Model.metadata)
+    lent = [database.engine.connect() for _ in range(3)]
+    for connection in lent:
+        connection.execute(text("SELECT 1"))
+    database.engine.dispose()
+    with database.session() as db:
+        db.execute(text("SELECT 1"))
+    lent[0].close()
+    assert len(settled(url, 3)) == 3
+    assert sum(pool.lent for pool in database.stats().pools) == 2
+    database.close()
+    assert is_left(url)
+    for connection in lent[1:]:
+        with suppress(DBAPIError):
+            connection.close()
+
+
+@pytest.mark.parametrize("url", ["psycopg", "psycopg2"], indirect=True)
+def test_synchronous_close_ends_what_was_lent_before_a_dispose(url: str) -> None:
+    run(sync_disposed_of, url)
+
+
 # -- who waits for a connection, or for one to be opened ---------------------------------------
 
 

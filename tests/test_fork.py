@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import multiprocessing
 import os
 import threading
@@ -30,8 +31,10 @@ from scenario import (
     settled,
 )
 from sqlalchemy import func, insert, select, text, update
+from sqlalchemy.orm import Session
 
 from engineroom import Database, DatabaseSessionManager, SessionClosed, UsageError
+from engineroom.registry import SessionManager
 from engineroom.testing import PostgresServer
 
 GHOST = 13  # the row that the parent rolls back
@@ -186,6 +189,8 @@ def sync_fork(url: str, held: str, end: str) -> None:
                 session.execute(select(Item))
         if scope is not None:
             leave(scope)
+        elif session is not None:
+            session.close()
         work_in_child(manager, "asyncio", CHILD, reads)
         close_what_is_ours(manager, end)
 
@@ -241,7 +246,101 @@ def test_a_child_that_exits_through_the_with_of_its_parent(url: str) -> None:
     run(leaves_by_system_exit, url)
 
 
+def closes_what_it_inherited(url: str, end: str) -> None:
+    """Let go of what no scope ends: sessions and connections, of a disposed engine, too."""
+    manager, registry = opened(url), SessionManager(metadata=Model.metadata)
+    before = manager.sync_engine.connect()
+    ask = select(text("42"))
+    assert before.scalar(ask) == 42
+    manager.sync_engine.dispose()
+    passing = registry.session_factory(url)
+    registry.forked = True
+    inherited: list[Any] = [
+        before,
+        manager.sync_engine.connect(),
+        manager.sync.get_session(),
+        passing,
+        registry.session_factory(url),
+    ]
+    for one in inherited:
+        assert one.scalar(ask) == 42
+    seen = backends(url)
+
+    def child() -> None:
+        for one in inherited:
+            if isinstance(one, Session):
+                with pytest.raises(SessionClosed, match="fork"):
+                    one.execute(ask)
+            one.close()
+        inherited.clear()
+        gc.collect()
+        work_in_child(manager, "asyncio", CHILD, reads=False)
+        registry.close()
+        close_what_is_ours(manager, end)
+
+    wait = fork(child, end)
+    wait()
+    for one in inherited:
+        assert one.scalar(ask) == 42
+    assert backends(url) == seen
+    for one in inherited:
+        one.close()
+    registry.close()
+    manager.sync.close()
+    assert settled(url) == []
+
+
+@pytest.mark.parametrize("end", ["_exit", "return"])
+@pytest.mark.parametrize("url", ["psycopg", "psycopg2"], indirect=True)
+def test_a_child_closes_what_it_inherited_without_a_word(url: str, end: str) -> None:
+    run(closes_what_it_inherited, url, end)
+
+
 # -- asynchronous ------------------------------------------------------------------------------
+
+
+def closes_in_a_loop_of_its_own(url: str, loop: str) -> None:
+    async def main() -> None:
+        manager, registry = opened(url), SessionManager(metadata=Model.metadata)
+        ask = select(text("42"))
+        before = await manager.engine.connect()
+        assert await before.scalar(ask) == 42
+        await manager.engine.dispose()
+        inherited: list[Any] = [
+            before,
+            await manager.engine.connect(),
+            await registry.async_session_factory(url),
+        ]
+        for one in inherited:
+            assert await one.scalar(ask) == 42
+
+        async def close() -> None:
+            with pytest.raises(SessionClosed, match="fork"):
+                await inherited[2].execute(ask)
+            for one in inherited:
+                await one.close()
+            inherited.clear()
+            gc.collect()
+
+        def child() -> None:
+            run_on(loop, close())
+            work_in_child(manager, loop, CHILD, reads=True)
+
+        wait = fork(child)
+        await asyncio.to_thread(wait)
+        for one in inherited:
+            assert await one.scalar(ask) == 42
+            await one.close()
+        await registry.aclose()
+        await manager.close()
+
+    run_on(loop, main())
+    assert settled(url) == []
+
+
+@server_driver_and_loop
+def test_a_child_closes_what_it_inherited_in_a_loop_of_its_own(url: str, loop: str) -> None:
+    run(closes_in_a_loop_of_its_own, url, loop)
 
 
 def fork_in_task(url: str, loop: str, held: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from starting import reads_toml
 
 from engineroom.testing import PostgresServer
 from engineroom.testing.plugin import find_manager
@@ -346,7 +347,10 @@ def migrations(pytester: pytest.Pytester) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("source", ["sqlalchemy.url", "environment", "manager"])
+@pytest.mark.parametrize(
+    "source",
+    ["sqlalchemy.url", "environment", "manager", pytest.param("pyproject.toml", marks=reads_toml)],
+)
 def test_the_projects_migrations_make_the_tables(
     source: str, run: Run, migrations: Path, server_url: str
 ) -> None:
@@ -361,6 +365,11 @@ def test_the_projects_migrations_make_the_tables(
             "create_engine(URL, poolclass=pool.NullPool)", "session_manager.init().sync_engine"
         )
         env = f"from app import session_manager\n{env}"
+    elif source == "pyproject.toml":  # which says nothing of logging
+        (migrations.parent / "alembic.ini").unlink()
+        toml = migrations.parent / "pyproject.toml"
+        toml.write_text('[tool.alembic]\nscript_location = "migrations"\n')
+        env = env.replace("fileConfig(context.config.config_file_name)", "")
     (migrations / "env.py").write_text(env)
     run(url=server_url, test_it=MIGRATED, test_too=SYNC_TEST).assert_outcomes(passed=7)
 

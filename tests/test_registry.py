@@ -20,12 +20,12 @@ from celery.backends.database.session import ResultModelBase
 from celery.backends.database.session import SessionManager as CelerysSessionManager
 from scenario import fork, in_threads, run, settled, until
 from sqlalchemy import NullPool, QueuePool, create_engine, event, inspect, text
-from sqlalchemy.engine import Engine
+from sqlalchemy.engine import Engine, make_url
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 from test_cap import Watch
 
-from engineroom import UsageError, on_commit
+from engineroom import Database, Stats, UsageError, on_commit
 from engineroom.engines import ROOMS
 from engineroom.errors import (
     CloseInsideScope,
@@ -38,6 +38,7 @@ from engineroom.errors import (
 from engineroom.registry import SessionManager
 from engineroom.sessions import guarded
 from engineroom.testing import PostgresServer
+from engineroom.urls import masked
 
 SECRET = "hunter2"
 CELERYS = ResultModelBase.metadata
@@ -277,6 +278,36 @@ def test_a_url_is_prepared_once_and_anew_after_it_was_invalidated(
     session = manager.session_factory(sqlite_url)
     assert session.query(Task).all() == []
     session.close()
+
+
+def spellings(url: str) -> list[Any]:
+    """Return other ways to write a URL of PostgreSQL, all of one database."""
+    plain = make_url(url).set(drivername="postgresql")
+    rest = plain.render_as_string(hide_password=False).partition("://")[2]
+    return [plain, f"postgres://{rest}", f"postgresql+psycopg2://{rest}", f" {url}"]
+
+
+def test_however_a_url_is_written_invalidating_it_reaches_all_of_its_engines(
+    manager: SessionManager, postgres_url: str
+) -> None:
+    for other in spellings(postgres_url):
+        for url in (postgres_url, other):
+            session = manager.session_factory(url)
+            session.scalar(text("SELECT 1"))
+            session.close()
+        with manager.get_engine(postgres_url).begin() as connection:
+            connection.exec_driver_sql("DROP TABLE celery_taskmeta")
+        manager.invalidate(other)
+        assert (manager._engines, manager._sessions) == ({}, {})
+        assert settled(postgres_url) == []
+        for url in (postgres_url, other):
+            session = manager.session_factory(url)
+            assert session.query(Task).all() == []
+            session.close()
+    another = f"{postgres_url}?application_name=another"
+    work(manager, another)
+    manager.invalidate(postgres_url)
+    assert set(manager._engines) == {another}
 
 
 def notices(url: str) -> list[bool]:
@@ -605,6 +636,27 @@ def test_there_is_one_cap_over_all_urls_forked_or_not(close_all: Any, postgres_u
         stats = manager.database(urls[0]).stats()
         assert [(cap.limit, cap.open <= 2) for cap in stats.caps] == [(2, True)]
     assert most == [0, 2]
+
+
+def test_stats_are_those_of_every_url(manager: SessionManager, postgres_url: str) -> None:
+    assert manager.stats() == Stats(state="open", scopes=(), pools=())
+    first, second = names(postgres_url, 2)
+    work(manager, first)
+    with manager.database(second).sync.session() as db, manager.database(first).sync.session():
+        db.execute(text("SELECT 1"))
+        stats = manager.stats()
+        assert [scope.connected for scope in stats.scopes] == [True, False]  # oldest first
+        seen = {pool.url: (pool.lent, pool.idle) for pool in stats.pools}
+        assert seen == {masked(first): (0, 1), masked(second): (1, 0)}
+    manager.close()
+    assert manager.stats().state == "closed"
+    with SessionManager(max_connections=3) as another, Database(first, max_connections=5):
+        work(another, first)
+        until(lambda: [(cap.limit, cap.open) for cap in another.stats().caps], is_three_and_five)
+
+
+def is_three_and_five(caps: list[tuple[int, int]]) -> bool:
+    return caps == [(3, 0), (5, 0)]
 
 
 def test_a_session_has_hooks(manager: SessionManager, url: str) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +25,7 @@ from sandboxed import (
     add,
     assert_nothing_left,
     count,
+    create_tables,
     opened,
     sync_add,
 )
@@ -39,6 +42,7 @@ from engineroom.errors import (
     SandboxEnded,
     SandboxError,
     SessionClosed,
+    TemplateUnusable,
 )
 from engineroom.fastapi import lifespan, session_dependency
 from engineroom.testing import PostgresServer, outer, sandbox
@@ -501,7 +505,7 @@ GOOD = ["commits", "opens_its_own", "rolls_back_and_goes_on", "in_the_threadpool
 
 def test_an_application_in_a_test_client(driver_url: str) -> None:
     """Its own thread and loop, and a lifespan that opens and closes the manager."""
-    Model.metadata.create_all(Database(driver_url).engine)
+    create_tables(driver_url)
     manager = DatabaseSessionManager().init(driver_url, metadata=Model.metadata)
     app = application(manager, driver_url)
     with sandbox(manager):
@@ -614,7 +618,7 @@ async def test_one_that_waits_for_its_turn_can_be_cancelled(
 
 
 def test_a_fork_inside_leaves_every_manager_alone(driver_url: str) -> None:
-    Model.metadata.create_all(Database(driver_url).engine)
+    create_tables(driver_url)
     url = driver_url.replace("asyncpg", "psycopg")
     others = [Database(url) for _ in range(3)]
     pid = text("SELECT pg_backend_pid()")
@@ -767,7 +771,7 @@ async def test_locks_of_the_session_end_with_the_sandbox(manager: DatabaseSessio
 async def test_the_guard_does_not_strike_the_sandbox(driver_url: str) -> None:
     """A server that ends idle transactions ends a long test's neither."""
     url = driver_url
-    Model.metadata.create_all(Database(url).engine)
+    create_tables(url)
     async with DatabaseSessionManager().init(url) as manager:
         async with manager.connect(isolation_level="AUTOCOMMIT") as connection:
             name = await connection.scalar(text("SELECT current_database()"))
@@ -841,6 +845,42 @@ async def test_on_sqlite_a_sandbox_is_a_clone_of_the_file(sqlite_url: str, where
                 with manager.sync_session() as session:
                     assert session.scalar(COUNT) == 19
             assert await count(manager) == 1
+
+
+def test_the_copies_of_a_file_share_a_folder_that_goes_with_its_manager(
+    sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(copies))
+    database = Database(sqlite_url, metadata=Model.metadata)
+    database.create_all()
+    for url in (sqlite_url, "sqlite://"):  # the second has a folder of its own
+        database.close()
+        database.init(url, metadata=Model.metadata)
+        database.create_all()
+        seen = set()
+        for _ in range(2):
+            with sandbox(database), database.session() as db:
+                db.add(Item(id=1))
+                db.flush()
+                seen |= {path.parent for path in copies.rglob("*.db") if path.name != "memory.db"}
+        (kept,) = seen
+        assert list(kept.iterdir()) == []
+    database.close()
+    del database, db
+    gc.collect()
+    assert list(copies.rglob("*")) == []
+
+
+def test_a_file_that_was_removed_after_a_sandbox_is_missed(sqlite_url: str) -> None:
+    with Database(sqlite_url, metadata=Model.metadata) as database:
+        database.create_all()
+        with sandbox(database):
+            pass
+        Path(sqlite_url.removeprefix("sqlite:///")).unlink()
+        with pytest.raises(TemplateUnusable, match="There is no SQLite file"), sandbox(database):
+            pass
 
 
 @pytest.mark.parametrize("isolation", ["transaction", "database"])

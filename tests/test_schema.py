@@ -1,4 +1,4 @@
-"""Guarantee 13: however many start at once, all succeed, and the schema is made once."""
+"""The schema, made once: who waits, who need not, on any engine (in processes: `test_starters`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from scenario import Item, in_threads, is_postgres, run, until
+from scenario import Item, in_threads, is_postgres, run, server, until
 from sqlalchemy import (
     DDL,
     Column,
@@ -31,176 +31,16 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ENUM
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import NullPool
 from sqlalchemy.util import greenlet_spawn
-from starting import Starter, models, say, starters, together
+from starting import create_on, models, names
 
 from engineroom import Database, DatabaseSessionManager, schema
 from engineroom.backends.postgresql import without_literals
-from engineroom.errors import SchemaLocked, SchemaMismatch, SelfDeadlock
-from engineroom.testing import PostgresServer, sandbox
-
-TABLES = 2
-MEANWHILE = 0.2  # seconds, in which the others come
-GUARD = "idle_in_transaction_session_timeout"
-
-
-@pytest.fixture(params=["pg16", "pg18", "sqlite"])
-def place(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The URL of a fresh database, on each that the guarantee names; with a schema by name."""
-    if request.param == "sqlite":
-        yield request.getfixturevalue("sqlite_url")
-        return
-    server: PostgresServer = request.getfixturevalue(request.param)
-    name = server.create_database()
-    server.execute("CREATE SCHEMA sales", name)
-    yield server.url(name)
-    server.drop_database(name)
-
-
-def wanted(url: str) -> MetaData:
-    return models("sales" if is_postgres(url) else None)
-
-
-def names(url: str) -> set[str]:
-    with Database(url) as database, database.connect() as connection:
-        inspector = inspect(connection)
-        found = set(inspector.get_table_names())
-        if is_postgres(url):
-            found |= set(inspector.get_table_names("sales"))
-    return found
-
-
-# -- many at once ------------------------------------------------------------------------------
-
-
-def create(number: int, url: str) -> None:
-    """Create all, on one side or the other, and say what was created here."""
-    metadata = wanted(url)
-    for table in metadata.tables.values():
-        event.listen(table, "after_create", lambda *_, **__: say("created"))
-    orders = metadata.tables["orders"]
-    event.listen(orders, "before_create", lambda *_, **__: time.sleep(MEANWHILE))
-    if number % 2:
-        with Database(url, metadata=metadata) as database:
-            database.create_all()
-    else:
-
-        async def main() -> None:
-            async with DatabaseSessionManager().init(url, metadata=metadata) as manager:
-                await manager.create_all()
-
-        asyncio.run(main())
-
-
-def all_create(url: str, count: int = 16) -> None:
-    ends = together(count, create, url)
-    assert [(code, err) for code, _, err in ends if code] == []
-    assert sum(out.count("created") for _, out, _ in ends) == TABLES
-    assert {"customer", "orders"} <= names(url)
-
-
-def test_sixteen_start_at_once_and_the_tables_are_created_once(place: str) -> None:
-    all_create(place)
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("again", range(10))
-def test_sixteen_start_at_once_again_and_again(again: int, place: str) -> None:
-    all_create(place)
-
-
-# -- a holder that is killed, or hangs, or takes its time -----------------------------------------
-
-
-def create_and_hang(number: int, url: str) -> None:
-    """Hold the lock, and do nothing: in the middle of `create_all`."""
-    metadata = wanted(url)
-
-    def hang(*_: Any, **__: Any) -> None:
-        say("hangs")
-        time.sleep(1000)
-
-    event.listen(metadata.tables["orders"], "before_create", hang)
-    with Database(f"{url}?application_name=hanging" if is_postgres(url) else url) as database:
-        database.create_all(metadata)
-
-
-@contextmanager
-def hanging(url: str) -> Iterator[Starter]:
-    with starters(1, create_and_hang, url) as (holder,):
-        holder.begin()
-        holder.says("hangs")
-        yield holder
-
-
-def test_one_is_killed_while_it_holds_the_lock_and_the_others_go_on(place: str) -> None:
-    with hanging(place) as holder, starters(4, create, place) as crowd:
-        for starter in crowd:
-            starter.begin()
-        time.sleep(0.5)  # they may ask already; whether they do changes nothing that is asserted
-        assert [starter.process.poll() for starter in crowd] == [None] * 4
-        holder.kill()
-        ends = [starter.ended() for starter in crowd]
-    assert [(code, err) for code, _, err in ends if code] == []
-    assert sum(out.count("created") for _, out, _ in ends) == TABLES  # nothing of the killed one's
-
-
-@pytest.mark.parametrize("side", ["sync", "async"])
-def test_a_holder_that_hangs_is_named(place: str, side: str, caplog: Any) -> None:
-    """In the log after a moment, in the error at the deadline."""
-    with hanging(place):
-        with pytest.raises(SchemaLocked) as caught:
-            create_on(side, place, schema_timeout=schema.TELL_AFTER + 0.5)
-        pid = backend_of(place, "hanging") if is_postgres(place) else 0
-    message = caught.value.message
-    waits = [r.getMessage() for r in caplog.records if "waits for the lock" in r.getMessage()]
-    assert len(waits) == 1
-    for told in (message, waits[0]):
-        if is_postgres(place):
-            assert pid
-            assert f"backend {pid} (application_name 'hanging', role " in told
-            assert "in a transaction since 20" in told
-            assert "is idle in transaction for" in told
-            assert "CREATE TABLE sales.customer" in told
-        else:
-            assert make_url(place).database in told
-    assert "DB_SCHEMA_TIMEOUT=2.5" in message
-
-
-def create_on(side: str, url: str, **options: Any) -> None:
-    if side == "sync":
-        with Database(url, metadata=wanted(url), **options) as database:
-            database.create_all()
-        return
-
-    async def main() -> None:
-        async with DatabaseSessionManager().init(url, metadata=wanted(url), **options) as manager:
-            await manager.create_all()
-
-    asyncio.run(main())
-
-
-def backend_of(url: str, application: str) -> int:
-    with psycopg.connect(url) as raw:
-        (pid,) = raw.execute(
-            "SELECT pid FROM pg_stat_activity WHERE application_name = %s", [application]
-        ).fetchone() or (0,)
-    return int(pid)
-
-
-def test_creating_outlasts_the_servers_guards(place: str) -> None:
-    """A server that ends who is idle in a transaction would let a second one begin."""
-    if is_postgres(place):
-        with psycopg.connect(place, autocommit=True) as raw:
-            raw.execute(f"ALTER DATABASE {make_url(place).database} SET {GUARD} = '1s'")
-    metadata = wanted(place)
-    event.listen(metadata.tables["orders"], "before_create", lambda *_, **__: time.sleep(1.6))
-    with Database(place, metadata=metadata) as database:
-        database.create_all()
-    assert {"customer", "orders"} <= names(place)
-
+from engineroom.errors import InvalidOption, SchemaLocked, SchemaMismatch, SelfDeadlock
+from engineroom.testing import sandbox
 
 # -- who waits, and who need not ------------------------------------------------------------------
 
@@ -257,11 +97,69 @@ def test_where_nothing_is_missing_nobody_is_waited_for(url: str, side: str) -> N
         create_items()
 
 
-def with_foreign(url: str, work: Callable[[Engine], object]) -> None:
+def with_foreign(url: str, work: Callable[[Engine], object], **options: Any) -> None:
     """Work on an engine that engineroom did not make."""
-    engine = create_engine(url.replace("postgresql:", "postgresql+psycopg2:"))
-    work(engine)
-    engine.dispose()
+    engine = create_engine(url.replace("postgresql:", "postgresql+psycopg2:"), **options)
+    try:
+        work(engine)
+    finally:
+        engine.dispose()
+
+
+LEVELS = ["AUTOCOMMIT", "REPEATABLE READ", "SERIALIZABLE"]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("side", ["sync", "async", "foreign"])
+def test_at_any_isolation_level_of_an_engine_nothing_is_created_without_the_lock(
+    side: str, level: str, postgres_url: str
+) -> None:
+    """The look whether there is anything to create must not create it, nor wait for the lock."""
+    metadata = models()
+    at_level: Any = {"engine_options": {"isolation_level": level}}
+
+    def create_tables() -> None:
+        if side == "foreign":
+            work = partial(schema.create_all, metadata=metadata, timeout=0.2)
+            with_foreign(postgres_url, work, isolation_level=level)
+        else:
+            create_on(side, postgres_url, metadata=metadata, schema_timeout=0.2, **at_level)
+
+    with another_tool(postgres_url):
+        with pytest.raises(SchemaLocked):
+            create_tables()
+    assert names(postgres_url) == set()
+    create_tables()
+    assert names(postgres_url) == {"customer", "orders"}
+    with another_tool(postgres_url):
+        create_tables()
+        ENUM("one", "two", name="loose", metadata=metadata)  # which only SQLAlchemy can miss
+        with pytest.raises(SchemaLocked):
+            create_tables()
+
+
+def test_on_an_engine_that_only_reads_the_look_serves_where_nothing_is_missing(
+    postgres_url: str,
+) -> None:
+    def create_items(engine: Engine) -> None:
+        schema.create_all(engine.execution_options(postgresql_readonly=True), Item.metadata, 0.2)
+
+    with pytest.raises(DBAPIError) as caught:
+        with_foreign(postgres_url, create_items)
+    assert getattr(caught.value.orig, "pgcode", None) == "25006"
+    create_on("sync", postgres_url, metadata=Item.metadata)
+    with another_tool(postgres_url):
+        with_foreign(postgres_url, create_items)
+
+
+def test_a_connection_in_autocommit_is_refused_for_no_lock_would_last(postgres_url: str) -> None:
+    def create_items(engine: Engine) -> None:
+        with engine.begin() as connection:
+            schema.create_missing(connection, Item.metadata)
+
+    with pytest.raises(InvalidOption, match="is in AUTOCOMMIT"):
+        with_foreign(postgres_url, create_items, isolation_level="AUTOCOMMIT")
+    assert names(postgres_url) == set()
 
 
 def test_a_type_a_sequence_and_what_events_add_are_created_though_no_table_is_missing(
@@ -310,6 +208,41 @@ def test_one_who_waits_is_cancelled_and_leaves_nothing(url: str) -> None:
         asyncio.run(main())
 
 
+@pytest.mark.parametrize("cancels", [1, 2])
+def test_one_who_holds_the_lock_is_cancelled_and_the_next_goes_on(
+    cancels: int, driver_url: str
+) -> None:
+    """In the middle of a statement, which the server stops; and cancelled again meanwhile."""
+    metadata = models()
+    orders = metadata.tables["orders"]
+    event.listen(
+        orders, "before_create", lambda _, on, **__: on.execute(text("SELECT pg_sleep(60)"))
+    )
+
+    def locks() -> int:
+        with server(driver_url) as raw:
+            (count,) = raw.execute(
+                "SELECT count(*) FROM pg_locks JOIN pg_stat_activity USING (pid) "
+                "WHERE locktype = 'advisory' AND query LIKE '%pg_sleep%'"
+            ).fetchone() or (0,)
+        return int(count)
+
+    async def main() -> None:
+        async with DatabaseSessionManager().init(driver_url, metadata=metadata) as manager:
+            creating = asyncio.create_task(manager.create_all())
+            await asyncio.to_thread(until, locks, bool)
+            for _ in range(cancels):
+                creating.cancel()
+                await asyncio.sleep(0)
+            with pytest.raises(asyncio.CancelledError):
+                await creating
+            await asyncio.to_thread(until, locks, lambda count: count == 0)
+            assert [pool.lent for pool in manager.stats().pools] == [0]
+            await manager.create_all(models())
+
+    asyncio.run(main())
+
+
 def test_inside_of_a_writer_of_the_same_file_it_says_so_at_once(sqlite_url: str) -> None:
     with Database(sqlite_url, metadata=Item.metadata) as database:
         with database.connect():
@@ -336,6 +269,43 @@ def test_engines_of_others_create_once_too(driver: str, request: pytest.FixtureR
 
     in_threads(8, work)
     assert sorted(made) == ["customer", "orders"]
+
+
+def test_transactions_of_others_that_begin_without_the_lock_of_the_file_wait_for_it(
+    sqlite_url: str,
+) -> None:
+    """SQLAlchemy's docs have SQLite's begin so; the first write of all but one would fail."""
+    made: list[str] = []
+    metadata = models()
+    for table in metadata.tables.values():
+        event.listen(table, "after_create", lambda target, *_, **__: made.append(target.name))
+    event.listen(metadata, "before_create", lambda *_, **__: time.sleep(0.05))
+
+    def work(number: int) -> None:
+        with as_in_the_docs(sqlite_url).begin() as connection:
+            schema.create_missing(connection, metadata)
+
+    in_threads(8, work)
+    assert sorted(made) == ["customer", "orders"]
+
+
+def test_a_transaction_that_has_read_what_is_old_by_now_waits_for_nothing(sqlite_url: str) -> None:
+    with Database(sqlite_url) as database:
+        database.create_all(Item.metadata)
+        with as_in_the_docs(sqlite_url).connect() as connection:
+            assert connection.scalar(text("SELECT count(*) FROM item")) == 0
+            with database.session() as db:
+                db.add(Item(id=1))
+            with pytest.raises(sqlite3.OperationalError, match="database is locked"):
+                schema.create_missing(connection, models(), 1)
+
+
+def as_in_the_docs(url: str) -> Engine:
+    """Return an engine whose transactions begin as SQLAlchemy's docs have SQLite's begin."""
+    engine = create_engine(url, poolclass=NullPool)
+    event.listen(engine, "connect", lambda raw, _: setattr(raw, "isolation_level", None))
+    event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
+    return engine
 
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg", "aiosqlite"])

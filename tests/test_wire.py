@@ -38,18 +38,15 @@ def manager(proxy: WireProxy, async_url: str) -> DatabaseSessionManager:
 
 @pytest.fixture
 def database_(proxy: WireProxy, sync_url: str) -> Iterator[Database]:
-    # On a connection of its own: SQLAlchemy 2.0 has one that was asked for an isolation level, or
-    # for read-only, say so at each BEGIN from then on.
-    with Database(sync_url, metadata=Model.metadata) as database:
-        database.create_all()
     with Database(proxy.url(sync_url), metadata=Model.metadata, pool_ping_after=60) as database:
+        database.create_all()
         with database.session() as db:
             db.add(Item(id=1, value=7))
         yield database
 
 
 async def prepare(manager: DatabaseSessionManager) -> None:
-    await asyncio.to_thread(manager.sync.create_all)  # on a connection of its own, as above
+    await manager.create_all()
     async with manager.session() as db:
         db.add(Item(id=1, value=7))
 

@@ -23,10 +23,10 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from .backends import Role, Side, find_schema_lock
 from .database import Database
-from .errors import DriverNotInstalled, InvalidOption, NoMigrations
+from .errors import DriverNotInstalled, InvalidOption, NoDatabaseURL, NoMigrations
 from .manager import DatabaseSessionManager
 from .models import Base
-from .schema import Revisions, find_ini, locked, place_scripts, refuse_unknown
+from .schema import Revisions, find_ini, locked, read_config, read_option, refuse_unknown
 from .settings import read_settings
 from .urls import read_url
 
@@ -100,7 +100,7 @@ def run(
     elif url is None and given is not None:
         _on_connection(given, work)
     else:
-        own = DatabaseSessionManager().init(url)
+        own = DatabaseSessionManager().init(url or _url_of(None))
         try:
             _on_connection(own, work)
         finally:
@@ -113,7 +113,7 @@ def _mind_options(options: dict[str, Any], config: Config) -> None:
             f"alembic.run() sets {name} of context.configure() itself: say {SAID_OTHERWISE[name]}."
         )
     for name in ("version_table", "version_table_schema"):  # `check(schema=True)` reads them there
-        if (value := config.get_main_option(name)) is not None:
+        if (value := read_option(config, name)) is not None:
             options.setdefault(name, value)
 
 
@@ -133,9 +133,10 @@ def upgrade(manager: Manager, ini: Path | None = None) -> None:
     ini = ini or find_ini(settings)
     if ini is None:
         raise NoMigrations(
-            f"There are no migrations to run: no {settings.alembic_ini} in {Path.cwd()}. Make them "
-            "(alembic init migrations), or say where they are: init(alembic_ini=…), "
-            "DB_ALEMBIC_INI. Without migrations, create_all() makes the tables."
+            f"There are no migrations to run: no alembic.ini in {Path.cwd()}, and no "
+            "[tool.alembic] in its pyproject.toml. Make them (alembic init migrations), or say "
+            "where they are: init(alembic_ini=…), DB_ALEMBIC_INI. Without migrations, create_all() "
+            "makes the tables."
         )
     config = config_for(ini, settings.url)
     config.attributes[MANAGER] = manager
@@ -154,8 +155,7 @@ def upgrade(manager: Manager, ini: Path | None = None) -> None:
 
 def config_for(ini: Path, url: URL) -> Config:
     """Return Alembic's configuration with a URL in it, for whichever `env.py` reads it there."""
-    config = Config(str(ini))
-    place_scripts(config, ini)
+    config = read_config(ini)
     written = _written_url(config)
     known = None if written is None else read_url(written)
     if known is not None and known.get_backend_name() == url.get_backend_name():
@@ -167,16 +167,24 @@ def config_for(ini: Path, url: URL) -> Config:
 
 def _written_url(config: Config) -> str | None:
     """Return what the ini file says; a `%` need not be doubled there, as configparser has it."""
+    read = partial(
+        config.file_config.get, config.config_ini_section, "sqlalchemy.url", fallback=None
+    )
     try:
-        written = config.get_main_option("sqlalchemy.url")
+        written = read()
     except InterpolationError:
-        section = config.config_ini_section
-        written = config.file_config.get(section, "sqlalchemy.url", raw=True)
+        written = read(raw=True)
     return None if written in (None, "", PLACEHOLDER) else written
 
 
 def _url_of(manager: Manager | None) -> URL:
-    return (read_settings() if manager is None else manager._room.settings).url
+    try:
+        return (read_settings() if manager is None else manager._room.settings).url
+    except NoDatabaseURL as error:
+        raise NoDatabaseURL(
+            f"{error.message} Alembic takes it from its command line as well (alembic -x url=… "
+            "upgrade head), or from sqlalchemy.url in alembic.ini."
+        ) from None
 
 
 def _on_connection(manager: Manager, work: Callable[..., None]) -> None:
@@ -194,9 +202,9 @@ def _on_connection(manager: Manager, work: Callable[..., None]) -> None:
 
 def _work_and_part(connection: Connection, work: Callable[[Connection], None]) -> None:
     """Work, and keep the connection from being lent again: who knows what a migration has set."""
-    lock = find_schema_lock(connection.dialect.name)
-    if lock is not None and _only_looks():
-        connection = connection.execution_options(**lock.look_options())
+    if (lock := find_schema_lock(connection.dialect.name)) is not None:
+        options = lock.look_options() if _only_looks() else lock.options()
+        connection = connection.execution_options(**options)
     try:
         work(connection)
     finally:
@@ -338,7 +346,7 @@ class Progress:
 
 def _configure_logging(ini: str) -> None:
     """Set up logging as the ini file of the command line says, if it says anything."""
-    if "[loggers]" in Path(ini).read_text():
+    if Path(ini).is_file() and "[loggers]" in Path(ini).read_text():
         fileConfig(ini, disable_existing_loggers=False)
 
 

@@ -8,14 +8,16 @@ from __future__ import annotations
 import os
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, cast
 
+from . import departures
 from .departures import DEPARTURES
 from .errors import Holder, InvalidOption
-from .ledger import describe, has_ended
+from .ledger import current_owner, describe, has_ended
 from .slots import Permit, Slots, Ticket
 
 VARIABLE = "DB_MAX_CONNECTIONS"
@@ -25,6 +27,7 @@ VARIABLE = "DB_MAX_CONNECTIONS"
 TURN = 10
 LONGEST_TURN = 1.0  # seconds
 STUCK_AFTER = 0.9  # seconds in which a connection that was asked to give way should be closed
+ANSWERS_WITHIN = 0.1  # seconds in which an event loop begins with that, if nothing blocks it
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +58,27 @@ class Pool(Protocol):
     def put_back(self, stay: Stay) -> None:
         """Put back what was taken out."""
 
-    def give_way(self, stay: Stay, again: bool) -> bool:
-        """Close an idle connection, where it belongs; False if it is lent or gone.
+    def give_way(self, stay: Stay) -> bool:
+        """Close an idle connection, where it belongs; False if it is lent or gone."""
 
-        Args:
-            again: It was asked before, and nothing has come of it.
-        """
+    def has(self, stay: Stay) -> bool:
+        """Whether it lies here, idle."""
+
+    @property
+    def unanswered_since(self) -> float | None:
+        """Since when its event loop owes an answer to that; None if it owes none."""
 
     def reap_ended(self) -> None:
         """Part with what belongs to an event loop that was closed."""
+
+    def whereabouts(self) -> str:
+        """Name the event loop whose connections these are, and the line at which it stands."""
+
+
+def is_blocked(pool: Pool | None) -> bool:
+    """Whether its event loop stands still: something blocks it, or it does not run."""
+    since = None if pool is None else pool.unanswered_since
+    return since is not None and time.monotonic() - since > ANSWERS_WITHIN
 
 
 class Berth(Protocol):
@@ -104,6 +119,7 @@ class Stay:
         "key",
         "places",
         "record",
+        "taken_by",
         "turn_ends",
     )
 
@@ -111,6 +127,7 @@ class Stay:
         self.key: int | None = None  # the identity of SQLAlchemy's connection
         self.record: Callable[[], Any] = weakref.ref(record)
         self.kept: Any = None  # the record, while it is out of its pool and lent to nobody
+        self.taken_by: Any = None  # who takes it out just now, or has
         self.places: list[tuple[Cap, Place]] = []
         self.asked: float | None = None  # when it was asked to give way, or closed
         self.began: float = 0.0  # when it began to be opened
@@ -160,6 +177,7 @@ class Stay:
 
     def put_back(self) -> None:
         """Go back into the pool."""
+        self.asked = self.taken_by = None
         self.settle()
         if (pool := self.pool) is not None:
             pool.put_back(self)
@@ -168,14 +186,13 @@ class Stay:
 
     @property
     def is_idle(self) -> bool:
-        """Whether it may be asked to give way."""
+        """Whether it lies in its pool."""
         berth, record = self.berth, self.record()
         return (
             berth is not None
             and berth.permit is None
             and berth.returned > 0
             and self.kept is None
-            and not self.is_leaving
             and record is not None
             and record.dbapi_connection is not None
             and record.info.get("berth") is berth
@@ -184,7 +201,14 @@ class Stay:
     @property
     def is_leaving(self) -> bool:
         """Whether its places will be free in a moment."""
-        return self.asked is not None and time.monotonic() - self.asked < STUCK_AFTER
+        if self.asked is None or time.monotonic() - self.asked >= STUCK_AFTER:
+            return False
+        return self.key is None or not is_blocked(self.pool)
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether somebody waits for a place."""
+        return any(cap.waiting for cap, _ in self.places)
 
     def come_back(self) -> None:
         """Be there for those who wait, if any do."""
@@ -200,11 +224,11 @@ class Stay:
 
     def end(self) -> None:
         """Give the places back as soon as the server has let go of the connection."""
+        self.asked = time.monotonic()
         try:
             descriptor = self._socket.pop()
         except IndexError:
             return
-        self.asked = time.monotonic()
         self.key = self.kept = None
         for _, place in self.places:
             place.owner = GONE
@@ -212,6 +236,23 @@ class Stay:
             self._vacate()
         else:
             DEPARTURES.see_off(descriptor, self._vacate)
+
+    def salvage(self) -> None:
+        """Go back, if the caller was interrupted as it was taking this one out: at any line."""
+        if self.taken_by == current_owner():
+            self.taken_by = None
+            record, pool = self.record(), self.pool
+            if pool is None or record is None or record.dbapi_connection is None:
+                self.end()
+            elif self._socket and not pool.has(self):
+                self.kept = record
+                self.put_back()
+
+    def vacate_if_overdue(self) -> None:
+        """Give the places back if its end was interrupted: it would have by now."""
+        long_since = time.monotonic() - 2 * departures.GONE_LIMIT
+        if not self._socket and self.asked is not None and self.asked < long_since:
+            self._vacate()
 
     def _vacate(self) -> None:
         while self.places:
@@ -256,16 +297,11 @@ class Cap(Slots):
         """Take a snapshot."""
         return CapInfo(self.name, self.size, len(self.held), self.waiting)
 
-    def queue(self, owner: object, wake: Callable[[], object], lender: object = None) -> Ticket:
-        """Stand in the queue, and have idle connections give way."""
-        ticket = super().queue(owner, wake, lender)
-        self.make_room()
-        return ticket
-
     def give(self, permit: Permit) -> None:
         """Give a place back, whatever has become of it."""
         stay = stay_of(permit)
-        if stay is None:
+        if stay is None or not stay.places:
+            cast(Place, permit).stay = None
             super().give(permit)
         elif stay.kept is None:  # it was being opened
             stay.end()
@@ -290,8 +326,16 @@ class Cap(Slots):
         for place in self.permits:
             if has_ended(place.owner):
                 self.give(place)
+        for stay in self.stays():
+            stay.vacate_if_overdue()
         super().recover()
         self.make_room()
+
+    def is_lost(self, permit: Permit) -> bool:
+        """Whether it is nobody's: not an open connection's either, nor one's that is leaving."""
+        stay = stay_of(permit)
+        is_free = permit.owner is GONE and (stay is None or not stay.places)
+        return is_free or super().is_lost(permit)
 
     def offer(self, stay: Stay, place: Place) -> None:
         """Let those who wait have what has come back: in its own pool without connecting."""
@@ -305,29 +349,64 @@ class Cap(Slots):
 
     def _hand_over(self, stay: Stay, place: Place, ticket: Ticket) -> None:
         pool = stay.pool
-        if pool is not None and pool.take_out(stay) and not self.serve(ticket, place):
-            stay.put_back()  # it has given up meanwhile
+        try:
+            if pool is not None and pool.take_out(stay) and not self.serve(ticket, place):
+                stay.put_back()  # it has given up meanwhile
+        except BaseException:
+            if ticket.waits:
+                stay.salvage()
+            raise
 
     def make_room(self) -> None:
-        """Have idle connections give way to those who wait, the one used longest ago first."""
+        """Have idle connections give way to those who wait, the one used longest ago first.
+
+        Those of an event loop that is blocked come last: they may come never.
+        """
         if not self._queue:
             return
-        stays = [stay for stay in map(stay_of, self.permits) if stay is not None]
-        missing = self.waiting - sum(stay.is_leaving for stay in stays)
-        idle = [(stay.berth.returned, stay) for stay in stays if stay.is_idle and stay.berth]
-        for _, stay in sorted(idle, key=lambda pair: pair[0]):
+        stays = self.stays()
+        leaving = [stay.is_leaving for stay in stays]
+        missing = self.waiting - sum(leaving)
+        idle = [
+            (is_blocked(stay.pool), stay.berth.returned, stay)
+            for stay, is_leaving in zip(stays, leaving, strict=True)
+            if not is_leaving and stay.is_idle and stay.berth
+        ]
+        for *_, stay in sorted(idle, key=lambda one: one[:2]):
             if missing <= 0:
                 break
-            again, stay.asked = stay.asked is not None, time.monotonic()
-            if (pool := stay.pool) is not None and pool.give_way(stay, again):
-                missing -= 1
-            else:
-                stay.asked = None
+            stay.asked = stay.asked or time.monotonic()
+            try:
+                if (pool := stay.pool) is not None and pool.give_way(stay):
+                    missing -= 1
+                else:
+                    stay.asked = None
+            except BaseException:
+                stay.salvage()
+                raise
+
+    def stays(self) -> list[Stay]:
+        """Return the connections that have places."""
+        return [stay for stay in map(stay_of, self.permits) if stay is not None]
 
     def pools(self) -> list[Pool]:
         """Return the pools that have connections open."""
-        pools = [stay.pool for stay in map(stay_of, self.permits) if stay is not None]
+        pools = [stay.pool for stay in self.stays()]
         return list(dict.fromkeys(pool for pool in pools if pool is not None))
+
+    def idle(self, now: float) -> str:
+        """Say what is idle, and why it has not given way."""
+        told = []
+        for pool, count in Counter(stay.pool for stay in self.stays() if stay.is_idle).items():
+            since = None if pool is None else pool.unanswered_since
+            if pool is None or since is None:
+                told.append(f"{count} of them idle and about to give way")
+            else:
+                told.append(
+                    f"{count} of them idle in {pool.whereabouts()}, which has not answered for "
+                    f"{now - since:.1f} s (move what blocks it to a thread)"
+                )
+        return ", ".join(told) or "none of them idle"
 
     def holders(self, now: float) -> list[Holder]:
         """Say who has the connections, and in which pool; those that are idle are nobody's."""
@@ -342,9 +421,8 @@ class Cap(Slots):
 
     def disown(self) -> None:
         """Start afresh in a forked child: the parent's connections are none of its own."""
-        for stay in map(stay_of, self.permits):
-            if stay is not None:
-                stay.disown()
+        for stay in self.stays():
+            stay.disown()
         super().__init__(self.size)
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from celery.backends.database.session import ResultModelBase
 from sqlalchemy import Column, inspect
-from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine import Connection, Dialect, Engine
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
@@ -23,8 +23,10 @@ from sqlalchemy.schema import CreateColumn
 
 from . import schema
 from .backends import find_schema_lock
+from .errors import SchemaMismatch
 from .hooks import Callback, register
 from .registry import SessionManager
+from .urls import masked
 
 if TYPE_CHECKING:
 
@@ -76,21 +78,30 @@ class ResultSessionManager(SessionManager):
         self.forked = True
 
     def _prepare(self, engine: Engine) -> None:
-        """Create what is missing, columns in tables of older versions of Celery too."""
+        """Create what is missing, columns in tables of older versions of Celery too.
+
+        Raises:
+            SchemaMismatch: they could not be added, for want of a right, say.
+        """
         super()._prepare(engine)
         with engine.connect() as connection:
             missing = missing_columns(connection)
         if missing:
             try:
                 add_missing_columns(engine)
-            except DBAPIError as error:  # for want of a right, say; the worker starts, as Celery's
-                names = ", ".join(f"{column.table.name}.{column.name}" for column in missing)
-                logger.warning(
-                    "The result tables are of an older version of Celery, and lack %s, which could "
-                    "not be added: %s. Have somebody add them who may.",
-                    names,
-                    error.orig,
+            except DBAPIError as error:
+                names = [f"{column.table.name}.{column.name}" for column in missing]
+                cure = "; ".join(additions(missing, engine.dialect))
+                told = (
+                    f"The result tables of {masked(engine.url)} are of an older version of Celery: "
+                    f"they lack {', '.join(names)}, which could not be added: "
+                    f"{str(error.orig).strip()}. Have their owner run: {cure}"
                 )
+                # Celery reads around them, in a second statement. PostgreSQL refuses that after the
+                # first has failed, so that nothing would work.
+                if engine.dialect.name == "postgresql":
+                    raise SchemaMismatch(told, missing=names) from error
+                logger.warning(told)
 
 
 def missing_columns(connection: Connection) -> list[Column[Any]]:
@@ -110,10 +121,17 @@ def add_missing_columns(engine: Engine) -> None:
         return
     with engine.execution_options(**lock.options()).begin() as connection:
         schema.take(lock, connection, "adding columns to result tables", schema.TIMEOUT)
-        for column in missing_columns(connection):
-            table = connection.dialect.identifier_preparer.format_table(column.table)
-            added = CreateColumn(column).compile(dialect=connection.dialect)
-            connection.exec_driver_sql(f"ALTER TABLE {table} ADD COLUMN {added}")
+        for statement in additions(missing_columns(connection), connection.dialect):
+            connection.exec_driver_sql(statement)
+
+
+def additions(columns: list[Column[Any]], dialect: Dialect) -> list[str]:
+    """Write down the statements that add columns."""
+    return [
+        f"ALTER TABLE {dialect.identifier_preparer.format_table(column.table)} "
+        f"ADD COLUMN {CreateColumn(column).compile(dialect=dialect)}"
+        for column in columns
+    ]
 
 
 # One for each application and callback, whichever of its threads asks.

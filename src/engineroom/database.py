@@ -14,7 +14,7 @@ from sqlalchemy.orm import DeclarativeBase, Session
 from . import drain, models
 from .backends import Role, Side
 from .engines import EngineRoom, Stats
-from .schema import Probe, SchemaScope, ask, create_missing, is_complete
+from .schema import Probe, SchemaScope, ask, create_once
 from .scopes import ConnectScope, LooseScope, SessionScope
 from .settings import Options
 
@@ -135,11 +135,8 @@ class Database:
             SchemaLocked: another one who does so was not ready within `schema_timeout`.
         """
         wanted = self._room.metadata if metadata is None else metadata
-        with ConnectScope(self._room, "create_all", Role.PRIMARY, read_only=True) as connection:
-            complete = is_complete(connection, wanted)
-        if not complete:
-            with SchemaScope(self._room, "create_all") as connection:
-                create_missing(connection, wanted, self._room.settings.schema_timeout)
+        with SchemaScope(self._room, "create_all") as connection:
+            create_once(connection, wanted, self._room.settings.schema_timeout)
 
     def stats(self) -> Stats:
         """Take a snapshot: the open scopes with their lines, and the pools. Nothing is asked."""

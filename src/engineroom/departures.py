@@ -8,7 +8,6 @@ from __future__ import annotations
 import _thread
 import logging
 import os
-import select
 import socket
 import threading
 import time
@@ -17,9 +16,6 @@ from collections.abc import Callable
 from contextlib import suppress
 
 logger: logging.Logger = logging.getLogger("engineroom.pool")
-
-# POLLRDHUP, where the platform has it: the other side has closed its half of the connection.
-HUNG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR | select.POLLNVAL
 
 GONE_LIMIT = 1.0  # seconds that a server has to let go
 UNSEEN = 0.05  # seconds for a connection that failed on its way: its socket was never seen
@@ -53,6 +49,7 @@ class Departures:
             self._watch((None, time.monotonic() + UNSEEN, then))
             return
         shut(descriptor)
+        os.set_blocking(descriptor, False)
         if hung_up(descriptor):
             os.close(descriptor)
             then()
@@ -103,10 +100,18 @@ class Departures:
 
 
 def hung_up(descriptor: int) -> bool:
-    """Whether the other side has closed the connection."""
-    watcher = select.poll()
-    watcher.register(descriptor, HUNG_UP)
-    return bool(watcher.poll(0))
+    """Whether the other side has closed the connection: nothing more can be read.
+
+    (`select.poll` could tell; but gevent puts one of its own there, which does not.)
+    """
+    try:
+        while os.read(descriptor, 4096):  # its last words are for nobody
+            pass
+    except BlockingIOError:
+        return False
+    except OSError:  # it was reset
+        pass
+    return True
 
 
 def shut(descriptor: int) -> None:

@@ -79,6 +79,8 @@ class PoolInfo:
     """Callers that wait for a connection."""
     holders: tuple[Holder, ...]
     """Who has the connections in use."""
+    url: str
+    """Where they lead to, with its secrets masked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +120,10 @@ class EngineRoom:
         self._engines: dict[tuple[Side, Role], Engine] = {}
         self.binds: dict[tuple[Side, Role, bool, str | None], Any] = {}
         self.derived: weakref.WeakSet[Engine] = weakref.WeakSet()  # by `execution_options()`
+        # Pools that are no engine's any more: it was disposed of, or their event loop ended.
+        self._parted: weakref.WeakKeyDictionary[Lender, tuple[Side, Role]] = (
+            weakref.WeakKeyDictionary()
+        )
         self._arguments: tuple[str | URL | None, Options] = (None, {})  # of the last `open`
         self.sandbox: Any = None  # what a test has put around the engines: testing.sandbox
         ROOMS.add(self)
@@ -221,6 +227,7 @@ class EngineRoom:
             "backend": self.backend,
             "caps": staticmethod(self.caps),
             "name": f"{side} {role} of {masked(self.settings.url)}",
+            "note_parted": staticmethod(partial(self._note_parted, side, role)),
             "end_apart": staticmethod(partial(self.end_apart, role)),
             "least": settings.pool_min if role is Role.PRIMARY and apart is None else 0,
             "spare": settings.max_overflow if apart is None else 0,
@@ -255,6 +262,9 @@ class EngineRoom:
             event.listen(engine, "handle_error", self._break_off_cancelled)
         return engine
 
+    def _note_parted(self, side: Side, role: Role, lender: Lender) -> None:
+        self._parted[lender] = side, role
+
     def _note_derived(self, engine: Any) -> None:
         """Remember the engines that are made of this one with options: a sandbox takes them in.
 
@@ -273,14 +283,16 @@ class EngineRoom:
     def _limit_connect(self, engine: Engine) -> None:
         """Tell a synchronous driver how long it may connect: nobody can stop it from outside.
 
-        Around the dialect's verb, for one `do_connect` event makes every statement slower.
+        Around the dialect's verb, for one `do_connect` event makes every statement slower. Mappers
+        remember dialects: this one must not keep engine and manager for as long.
         """
         dialect: Any = engine.dialect
-        connect = dialect.connect
+        connect, limit, known = dialect.connect, self.backend.limit_connect, weakref.ref(engine)
 
         def connect_in_time(*args: Any, **kw: Any) -> Any:
-            if isinstance(engine.pool, Lender):
-                self.backend.limit_connect(kw, engine.pool.seconds_left())
+            pool = getattr(known(), "pool", None)
+            if isinstance(pool, Lender):
+                limit(kw, pool.seconds_left())
             return connect(*args, **kw)
 
         dialect.connect = connect_in_time
@@ -338,7 +350,13 @@ class EngineRoom:
     # -- watching -----------------------------------------------------------------------------
 
     def lenders(self) -> Iterator[tuple[Side, Role, asyncio.AbstractEventLoop | None, Lender]]:
-        """Yield every pool, with the event loop that its connections belong to."""
+        """Yield every pool, with the event loop that its connections belong to.
+
+        Of those that are no engine's any more, yield what has connections lent still.
+        """
+        for lender, (side, role) in list(self._parted.items()):
+            if lender.slots.held:
+                yield side, role, lender.loop if isinstance(lender, Shelf) else None, lender
         for (side, role), engine in list(self._engines.items()):
             pool = getattr(engine.pool, "behind", engine.pool)  # a sandbox stands in front of it
             if isinstance(pool, LoopPool):
@@ -364,6 +382,7 @@ class EngineRoom:
                     idle=lender.checkedin(),
                     waiting=lender.slots.waiting,
                     holders=describe_held(lender.slots.permits, now),
+                    url=masked(self.settings.url),
                 )
                 for side, role, loop, lender in self.lenders()
             ),
@@ -461,6 +480,7 @@ class EngineRoom:
     def clear(self) -> None:
         """Forget the engines, whose pools have been ended, and what the backend made."""
         self._engines.clear()
+        self._parted.clear()
         self.binds.clear()
         self.backend.dispose()
         release_process(self)
@@ -480,6 +500,7 @@ class EngineRoom:
         self.ledger.clear()
         for _, _, _, lender in self.lenders():
             lender.disown()
+        self._parted.clear()
         if self.sandbox is not None:
             self.sandbox.disown()
         for engine in self._engines.values():

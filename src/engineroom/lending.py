@@ -19,7 +19,6 @@ from sqlalchemy.util.queue import Empty, Full
 
 from .backends import Backend
 from .cap import CAPS, CameBack, Cap, Stay, stay_of
-from .departures import HUNG_UP
 from .errors import Holder, ManagerClosed, PoolDeadlock, PoolExhausted
 from .forks import make_immortal
 from .ledger import current_owner, describe, describe_held, has_ended
@@ -28,6 +27,8 @@ from .slots import WAITING, Permit, Slots, Ticket
 logger: logging.Logger = logging.getLogger("engineroom.pool")
 
 SPOKE = select.POLLIN
+# POLLRDHUP, where the platform has it: the other side has closed its half of the connection.
+HUNG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR | select.POLLNVAL
 
 T = TypeVar("T")
 
@@ -44,10 +45,21 @@ class Berth:
     It lies in the connection's `info`, from its opening to the next one in that place.
     """
 
-    __slots__ = ("__weakref__", "driver", "lent", "permit", "poll", "returned", "slots", "stay")
+    __slots__ = (
+        "__weakref__",
+        "driver",
+        "lent",
+        "permit",
+        "poll",
+        "record",
+        "returned",
+        "slots",
+        "stay",
+    )
 
     driver: Callable[[], Any]  # a weak reference; of a driver without them, what returns None
     poll: Callable[[int], list[tuple[int, int]]] | None  # None: it has no socket to look at
+    record: Callable[[], ConnectionPoolEntry | None]  # a weak reference to its place in the pool
 
     def __init__(self, slots: Slots, driver: Callable[[], Any], descriptor: int | None) -> None:
         self.slots: Slots = slots
@@ -125,6 +137,7 @@ class Opener:
         try:
             opened = lender.open_in_time(partial(self.creator, record), lender.seconds_left())
             record.info["berth"] = berth = lender.berth_of(opened)
+            berth.record = weakref.ref(record)
             if stay is not None:
                 berth.stay = stay
                 lender.begin(stay, opened, berth)
@@ -165,6 +178,7 @@ class Lender(QueuePool):
     spare: ClassVar[int]  # `max_overflow`; SQLAlchemy's own queue is told: no limit (-1)
     end_apart: ClassVar[Any]  # takes connections, and ends over another one what runs on them
     name: ClassVar[str]  # for reports
+    note_parted: ClassVar[Any]  # takes the pool, once it is no engine's any more
     least: ClassVar[int]  # connections kept open from the first use on
     slow_after: ClassVar[float]  # seconds lent, before the log says so
 
@@ -267,13 +281,15 @@ class Lender(QueuePool):
 
     def take_out(self, stay: Stay) -> bool:
         """Take an idle connection out; False if it is lent or gone."""
-        record = stay.record()
+        record, before, stay.taken_by = stay.record(), stay.taken_by, current_owner()
         try:
             self.rack.items.remove(record)
         except ValueError:
+            stay.taken_by = before
             return False
         if record.info.get("berth") is not stay.berth or record.dbapi_connection is None:
             self.rack.items.append(record)  # there is another one in its place by now
+            stay.taken_by = before
             return False
         stay.kept = record
         return True
@@ -285,7 +301,7 @@ class Lender(QueuePool):
         if self.ended and self.take_out(stay):
             self.part_with(stay)
 
-    def give_way(self, stay: Stay, again: bool = False) -> bool:
+    def give_way(self, stay: Stay) -> bool:
         """Close an idle connection, where it belongs; False if it is lent or gone."""
         if not self.take_out(stay):
             return False
@@ -300,6 +316,19 @@ class Lender(QueuePool):
 
     def reap_ended(self) -> None:
         """Part with what belongs to an event loop that was closed; threads end nothing."""
+
+    def has(self, stay: Stay) -> bool:
+        """Whether it lies here, idle."""
+        return stay.record() in self.rack.items
+
+    @property
+    def unanswered_since(self) -> float | None:
+        """Since when an event loop owes an answer; threads do at once what they are asked."""
+        return None
+
+    def whereabouts(self) -> str:
+        """Name the pool: its connections belong to every thread."""
+        return self.name
 
     def fill_beside(self) -> None:
         """Open what is missing to the least number of connections, beside the caller."""
@@ -341,7 +370,10 @@ class Lender(QueuePool):
         berth: Berth | None = record.info.get("berth")
         now = time.monotonic()
         if berth is None or (permit := berth.permit) is None:  # it was never lent
-            return super()._do_return_conn(record)
+            super()._do_return_conn(record)
+            if berth is not None:
+                berth.returned = now
+            return
         berth.permit, berth.returned = None, now
         try:
             try:
@@ -450,6 +482,7 @@ class Lender(QueuePool):
         try:
             if ticket.waits and not self.refusal:  # (who comes later is not sent away by it)
                 WAITING.update(dict.fromkeys(keys, ticket))
+                slots.make_room()
                 self._refuse_deadlock(slots, ticket)
                 bell.wait(slots)
             if self.refusal:
@@ -497,12 +530,13 @@ class Lender(QueuePool):
 
     def _exhausted(self, slots: Slots) -> PoolExhausted:
         holders = self._holders([slots])
+        held = f"Held by {'; '.join(map(str, holders))}. " if holders else ""
         if isinstance(slots, Cap):
             return PoolExhausted(
                 f"No connection could be opened within {self.limit:g} s: all {slots.size} that "
-                f"{slots.name} allows are open and none is idle, and {slots.waiting} more callers "
-                f"wait. Held by {'; '.join(map(str, holders))}. Hold connections for a shorter "
-                f"time, or raise {slots.name}.",
+                f"{slots.name} allows are open, {slots.idle(time.monotonic())}, and "
+                f"{slots.waiting} more callers wait. {held}Hold connections for a shorter time, or "
+                f"raise {slots.name}.",
                 slots.size,
                 0,
                 slots.waiting,
@@ -518,8 +552,7 @@ class Lender(QueuePool):
         )
         return PoolExhausted(
             f"No connection came free within {self.limit:g} s: {counted}, and {slots.waiting} more "
-            f"callers wait. Held by {'; '.join(map(str, holders))}. Hold connections for a shorter "
-            "time, or raise pool_size.",
+            f"callers wait. {held}Hold connections for a shorter time, or raise pool_size.",
             slots.size,
             slots.overflow,
             slots.waiting,
@@ -604,18 +637,29 @@ class Lender(QueuePool):
         """Close what is idle, and from now on whatever comes back."""
         if not self.ended:
             self.ended = True
-            self.dispose()
+            super().dispose()
+
+    def dispose(self) -> None:
+        """Close what is idle, and from now on whatever comes back: the engine has another pool."""
+        self.note_parted(self)
+        self.end()
 
     def disown(self) -> None:
         """Forget every connection after a fork: they are the parent's.
 
         No destructor of theirs may run, since it would write to the parent's sockets: the objects
-        are kept for ever.
+        are kept for ever. Who has one lent finds it lost, and closes it without a word.
         """
         self.ended = True
         self.backend.disown(list(self._drivers))
-        for inherited in (self, *self.lent()):
-            make_immortal(inherited)
+        make_immortal(self)
+        inherited: Any
+        for inherited in self.lent():
+            berth: Berth = inherited.info["berth"]
+            record: Any = berth.record()
+            for kept in (inherited, inherited.dbapi_connection, record):
+                make_immortal(kept)
+            inherited.dbapi_connection = record.dbapi_connection = berth.permit = None
 
     def reap(self, loop: asyncio.AbstractEventLoop) -> None:
         """Cut every connection of a loop that does not run any more, and end what runs on them."""

@@ -17,7 +17,7 @@ from . import drain
 from .backends import Role, Side
 from .database import Database
 from .engines import EngineRoom, Stats
-from .schema import AsyncSchemaScope, Probe, ask, create_missing, is_complete
+from .schema import AsyncSchemaScope, Probe, ask, create_once
 from .scopes import AsyncConnectScope, AsyncSessionScope, SessionScope
 from .settings import Options
 
@@ -127,13 +127,9 @@ class DatabaseSessionManager:
             SchemaLocked: another one who does so was not ready within `schema_timeout`.
         """
         wanted = self._room.metadata if metadata is None else metadata
-        looking = AsyncConnectScope(self._room, "create_all", Role.PRIMARY, read_only=True)
-        async with looking as connection:
-            complete = await connection.run_sync(is_complete, wanted)
-        if not complete:
-            async with AsyncSchemaScope(self._room, "create_all") as connection:
-                timeout = self._room.settings.schema_timeout
-                await connection.run_sync(create_missing, wanted, timeout)
+        async with AsyncSchemaScope(self._room, "create_all") as connection:
+            timeout = self._room.settings.schema_timeout
+            await connection.run_sync(create_once, wanted, timeout)
 
     def stats(self) -> Stats:
         """Take a snapshot: the open scopes with their lines, and the pools. Nothing is asked."""

@@ -24,11 +24,11 @@ from sqlalchemy.pool import (
 from sqlalchemy.util import await_only, greenlet_spawn
 
 from .cancellation import settle
-from .cap import Stay, stay_of
+from .cap import STUCK_AFTER, Stay, stay_of
 from .errors import ConnectTimeout, PoolDeadlock, PoolExhausted
-from .ledger import REQUEST, Entry, current_owner, has_ended
+from .ledger import REQUEST, Entry, current_owner, has_ended, line_of, name_of
 from .lending import Berth, Lender
-from .slots import GROW_AFTER, RECOVER_AFTER, Reservation, Slots
+from .slots import GROW_AFTER, RECOVER_AFTER, WAITING, Reservation, Slots
 
 logger: logging.Logger = logging.getLogger("engineroom.pool")
 
@@ -37,11 +37,11 @@ GROW_ANYWAY = 0.5  # seconds that the first in the queue waits, on a loop that a
 
 def steps(limit: float, slots: Slots) -> Iterator[float]:
     """Yield how long to wait, again and again until the limit; see to growth after each."""
-    step = min(GROW_AFTER, limit / 4)
+    step, look = min(GROW_AFTER, limit / 4), min(RECOVER_AFTER, limit / 4)
     end = time.monotonic() + limit
     growing = slots.may_grow
     while (left := end - time.monotonic()) > 0:
-        yield min(left, step if growing else RECOVER_AFTER)
+        yield min(left, step if growing else look)
         growing = slots.grow()
         if not growing:
             slots.recover()
@@ -229,7 +229,9 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
     def __init__(self, creator: Any, *args: Any, **kw: Any) -> None:
         super().__init__(creator, *args, **kw)
         self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
-        self._partings: set[asyncio.Task[None]] = set()  # (a loop holds its tasks weakly)
+        self.thread: int = threading.get_ident()  # that runs the loop
+        self._asked: dict[Stay, float] = {}  # what was asked to give way, and has not heard of it
+        self.partings: set[asyncio.Task[None]] = set()  # (a loop holds its tasks weakly)
 
     def end_here(self) -> None:
         """Close what is idle, and from now on whatever comes back."""
@@ -262,39 +264,65 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
 
     # -- giving way to others ---------------------------------------------------------------------
 
-    def give_way(self, stay: Stay, again: bool = False) -> bool:
-        """Close an idle connection in its loop; where that runs no more, cut it.
+    def give_way(self, stay: Stay) -> bool:
+        """Close an idle connection in its loop; cut it where that stands still, and will not go on.
 
         Between two of its runs, one of which ends it, a loop stands still for a moment.
         """
-        if asyncio._get_running_loop() is self.loop:
-            return super().give_way(stay)
-        if self.loop.is_running() or not again:
-            with suppress(RuntimeError):  # it is closed
-                self.loop.call_soon_threadsafe(self._asked_to_give_way, stay)
+        if asyncio._get_running_loop() is not self.loop:
+            if self._will_hear(stay):
                 return True
+        elif self.loop not in WAITING:  # or who asks has the loop stand still for that
+            return super().give_way(stay)
+        self._asked.pop(stay, None)
         if not self.take_out(stay):
             return False
         self.backend.cut(stay.driver(), self.loop)
         stay.end()
         return True
 
+    def _will_hear(self, stay: Stay) -> bool:
+        """Ask from another thread; False where the loop is closed, or does not run."""
+        now = time.monotonic()
+        try:
+            if (asked := self._asked.setdefault(stay, now)) < now:
+                return self.loop.is_running() or now - asked < STUCK_AFTER
+            self.loop.call_soon_threadsafe(self._asked_to_give_way, stay)
+        except RuntimeError:  # it is closed
+            return False
+        except BaseException:
+            self._asked.pop(stay, None)
+            raise
+        return True
+
     def _asked_to_give_way(self, stay: Stay) -> None:
-        if not super().give_way(stay):
+        self._asked.pop(stay, None)
+        stay.asked = time.monotonic()
+        if not (stay.is_wanted and super().give_way(stay)):
             stay.stay_on()
+
+    @property
+    def unanswered_since(self) -> float | None:
+        """Since when the loop owes an answer; None if it owes none."""
+        return min(list(self._asked.values()), default=None)
+
+    def whereabouts(self) -> str:
+        """Name the loop by its thread, and the line at which that is."""
+        return f"the event loop of {name_of(self.thread)} (at {line_of(self.thread)})"
 
     def part_with(self, stay: Stay) -> None:
         """Close what was taken out, in a task: nobody waits for that."""
         self._dec_overflow()
         parting = self.loop.create_task(self._close_apart(stay.kept))
-        self._partings.add(parting)
+        self.partings.add(parting)
         parting.add_done_callback(partial(self._parted, stay))
+        stay.taken_by = None  # the task has it now
 
     async def _close_apart(self, record: ConnectionPoolEntry) -> None:
         await settle(greenlet_spawn(record.close))
 
     def _parted(self, stay: Stay, parting: asyncio.Task[None]) -> None:
-        self._partings.discard(parting)
+        self.partings.discard(parting)
         if stay.kept is not None:  # the loop's end came first
             stay.put_back()
         if not parting.cancelled() and (error := parting.exception()) is not None:
@@ -432,7 +460,10 @@ class LoopPool(AsyncAdaptedQueuePool):
             yield
         finally:
             self.shelves.pop(loop, None)
+            shelf.note_parted(shelf)
             await greenlet_spawn(shelf.end_here)
+            while shelf.partings:
+                await asyncio.wait(shelf.partings)
 
     def reap(self) -> None:
         """Part with the loops that were closed by hand, of which no hook told us."""

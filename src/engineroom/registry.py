@@ -10,9 +10,8 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from difflib import get_close_matches
 from types import TracebackType
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Self
 
 from sqlalchemy import MetaData
 from sqlalchemy.engine import URL, Engine
@@ -23,128 +22,21 @@ from sqlalchemy.util import await_only, greenlet_spawn
 
 from . import drain, schema
 from .backends import Role, Side
-from .cap import Cap
+from .cap import Cap, process_cap
 from .database import Database
-from .engines import EngineRoom
-from .errors import InvalidOption, ManagerClosed, UnknownOption
+from .engines import EngineRoom, Stats
+from .errors import InvalidOption, ManagerClosed
 from .ledger import applications_line
+from .lifecycle import State
 from .manager import DatabaseSessionManager
 from .models import Base
-from .pool import PassingPool, Shelf, ThreadPool
-from .scopes import mind_the_loop
-from .sessions import guarded
-from .settings import Options
+from .pool import PassingPool
+from .tenants import Factory, Masked, Tenant, place_of
 from .urls import masked
-
-V = TypeVar("V")
 
 MAX_ENGINES = 256
 RETRIES = 10  # of `prepare_models`, where somebody without our lock creates the same tables
-CURE = "Take `await async_session_factory(…)`, or move it to a thread: await asyncio.to_thread(…)"
 LONGEST_PAUSE = 1.0  # seconds between two of them; the first is a hundredth of it
-
-# What of `create_engine`'s arguments is a setting here. The others go to `create_engine`.
-SETTINGS = {"pool_size", "max_overflow", "pool_timeout", "pool_recycle", "pool_pre_ping", "echo"}
-
-
-class Masked(dict[str | URL, V]):
-    """A dictionary by URL, whose text shows no secret of them."""
-
-    def __repr__(self) -> str:
-        shown = (f"{masked(url)!r}: {type(value).__name__}" for url, value in self.items())
-        return f"{{{', '.join(shown)}}}"
-
-
-class Tenant(EngineRoom):
-    """What a manager keeps for one URL: the engines of both sides, made when they are needed."""
-
-    def __init__(
-        self, url: str | URL, arguments: dict[str, Any], cap: Cap | None, metadata: MetaData
-    ) -> None:
-        super().__init__(f"SessionManager's {masked(url)}", cap)
-        self.url: str | URL = url
-        self.arguments: dict[str, Any] = arguments
-        self.used: float = time.monotonic()
-        self.callback: Callable[[Engine], object] | None = None
-        self.has_warned: bool = False
-        self._making = threading.RLock()
-        options: Any = {name: arguments[name] for name in SETTINGS & arguments.keys()}
-        options["engine_options"] = {
-            name: value for name, value in arguments.items() if name not in SETTINGS
-        }
-        options["metadata"] = metadata
-        self.open(url, None, cast(Options, options))
-
-    def engine(self, side: Side, role: Role = Role.PRIMARY) -> Engine:
-        """Return the engine of a side and role; threads that come at once get the same."""
-        with self._making:
-            return super().engine(side, role)
-
-    def _make_engine(self, side: Side, role: Role, *, apart: float | None = None) -> Engine:
-        try:
-            engine = super()._make_engine(side, role, apart=apart)
-        except TypeError as error:
-            raise self._unknown(error) or error from None
-        if apart is None and self.callback is not None:
-            try:
-                self.callback(engine)
-            except BaseException:
-                if isinstance(engine.pool, ThreadPool):
-                    engine.pool.end()
-                    for connection in engine.pool.lent():  # which the traceback may hold
-                        connection.invalidate()
-                raise
-        return engine
-
-    def _unknown(self, error: TypeError) -> UnknownOption | None:
-        """Name what `create_engine` does not take; None if that was not what it complained of."""
-        unknown = [name for name in self._engine_options if f"'{name}'" in str(error)]
-        if not unknown:
-            return None
-        near = [match for name in unknown for match in get_close_matches(name, SETTINGS, 1)]
-        hint = f"Did you mean {' and '.join(near)}?" if near else "Leave them out."
-        return UnknownOption(
-            f"create_engine() takes no {' and no '.join(unknown)} for {masked(self.settings.url)}. "
-            f"{hint}"
-        )
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether nobody uses it: no scope is open, and no connection is lent."""
-        lent = any(lender.slots.held for _, _, _, lender in self.lenders())
-        return not lent and not self.ledger
-
-    def let_go(self) -> None:
-        """Close what is idle, and what is in use when it comes back; who holds it may go on."""
-        for _, _, loop, lender in list(self.lenders()):
-            if not isinstance(lender, Shelf):
-                lender.end()
-            elif loop is not None and loop.is_running():
-                asyncio.run_coroutine_threadsafe(lender.keeper.aclose(), loop)
-            elif loop is not None:
-                lender.reap(loop)
-
-    def disown(self) -> None:
-        """Start afresh in a forked child."""
-        self._making = threading.RLock()
-        super().disown()
-
-
-class Factory(sessionmaker[Session]):
-    """A `sessionmaker` whose sessions are known to what closes them: the manager, or a fork."""
-
-    def __init__(self, room: EngineRoom | None, engine: Engine) -> None:
-        super().__init__(bind=engine, class_=guarded(Session))
-        self.room: EngineRoom | None = room
-
-    def __call__(self, **local_kw: Any) -> Session:
-        """Return a new session, which the caller commits and closes."""
-        session = super().__call__(**local_kw)
-        if self.room is not None:
-            self.room.loose.add(session)
-            if asyncio._get_running_loop() is not None:
-                mind_the_loop(self.room, "session_factory", *applications_line(), CURE)
-        return session
 
 
 class SessionManager:
@@ -204,8 +96,8 @@ class SessionManager:
         self._owners: weakref.WeakKeyDictionary[Engine, weakref.ref[Tenant]] = (
             weakref.WeakKeyDictionary()
         )
-        # What is prepared, oldest first, and under which URL it was asked for.
-        self._prepared: dict[tuple[URL, MetaData], str | URL] = {}
+        # What is prepared, oldest first, and which place that is.
+        self._prepared: dict[tuple[URL, MetaData], URL | None] = {}
         self._has_prepared = False
         self._is_closed = False
         self._lock = threading.RLock()
@@ -299,7 +191,7 @@ class SessionManager:
         with self._lock:
             self._has_prepared = True
             if not self._is_closed:
-                self._prepared[key] = engine.url if owner is None else owner.url
+                self._prepared[key] = place_of(engine.url) if owner is None else owner.place
                 while len(self._prepared) > self.max_engines:
                     del self._prepared[next(iter(self._prepared))]
 
@@ -310,13 +202,20 @@ class SessionManager:
         schema.create_all(engine, self.metadata, timeout)
 
     def invalidate(self, dburi: str | URL) -> None:
-        """Forget a URL, and close its connections: those in use as soon as they come back."""
+        """Forget a URL, and close its connections: those in use as soon as they come back.
+
+        However it is written: other spellings of it, and other drivers, are forgotten as well.
+        """
+        place = place_of(dburi)
         with self._lock:
-            tenant, engine = self._forget(dburi)
-        if tenant is not None:
-            tenant.let_go()
-        if engine is not None and self._owner(engine) is None:  # it was put there by others
-            engine.dispose()
+            known = {*self._tenants, *self._engines}
+            spellings = [url for url in known if place is not None and place_of(url) == place]
+            forgotten = [self._forget(url) for url in {dburi, *spellings}]
+        for tenant, engine in forgotten:
+            if tenant is not None:
+                tenant.let_go()
+            if engine is not None and self._owner(engine) is None:  # it was put there by others
+                engine.dispose()
 
     # -- and beyond ----------------------------------------------------------------------------
 
@@ -337,6 +236,17 @@ class SessionManager:
         manager.sync = Database.__new__(Database)
         manager._room = manager.sync._room = tenant
         return manager
+
+    def stats(self) -> Stats:
+        """Take a snapshot of the ledgers and the pools of every URL; each pool names its own."""
+        each = [tenant.stats() for tenant in list(self._rooms)]
+        scopes = [scope for one in each for scope in one.scopes]
+        return Stats(
+            state=(State.CLOSED if self._is_closed else State.OPEN).value,
+            scopes=tuple(sorted(scopes, key=lambda scope: -scope.seconds)),
+            pools=tuple(pool for one in each for pool in one.pools),
+            caps=tuple(cap.info() for cap in (self._cap, process_cap()) if cap is not None),
+        )
 
     async def async_session_factory(self, dburi: str | URL, **kwargs: Any) -> AsyncSession:
         """Return a new session on a URL whose tables exist; the caller commits and closes it.
@@ -503,7 +413,8 @@ class SessionManager:
 
     def _forget(self, url: str | URL) -> tuple[Tenant | None, Engine | None]:
         self._sessions.pop(url, None)
-        for key in [key for key, asked in self._prepared.items() if asked == url]:
+        place = place_of(url)
+        for key in [key for key, where in self._prepared.items() if where == place]:
             del self._prepared[key]
         return self._tenants.pop(url, None), self._engines.pop(url, None)
 

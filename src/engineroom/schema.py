@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from sqlalchemy import Column, MetaData, String, Table, inspect, select
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.util import await_only
 
 from .backends import SchemaLock, find_schema_lock
@@ -34,25 +33,21 @@ TIMEOUT = 300.0  # seconds; the default of the setting `schema_timeout`
 TELL_AFTER = 2.0  # seconds of waiting, before the log says for whom
 FIRST_PAUSE = 0.01  # seconds; each that follows is half as long again
 
+PROJECT = "pyproject.toml"  # which Alembic reads beside its ini file, or without one
+
 
 class SchemaScope(ConnectScope):
-    """A connection on which the schema is changed."""
+    """A connection on which `create_once` begins."""
 
     __slots__ = ()
-
-    def _open(self, engine: Engine) -> Connection:
-        lock = find_schema_lock(engine.dialect.name)
-        return super()._open(engine.execution_options(**(lock.options() if lock else {})))
+    begins = False
 
 
 class AsyncSchemaScope(AsyncConnectScope):
-    """A connection on which the schema is changed."""
+    """A connection on which `create_once` begins."""
 
     __slots__ = ()
-
-    async def _open(self, engine: AsyncEngine) -> AsyncConnection:
-        lock = find_schema_lock(engine.dialect.name)
-        return await super()._open(engine.execution_options(**(lock.options() if lock else {})))
+    begins = False
 
 
 def create_all(engine: Engine, metadata: MetaData, timeout: float = TIMEOUT) -> None:
@@ -68,38 +63,47 @@ def create_all(engine: Engine, metadata: MetaData, timeout: float = TIMEOUT) -> 
     Raises:
         SchemaLocked: it was not.
     """
-    lock = find_schema_lock(engine.dialect.name)
+    with engine.connect() as connection:
+        create_once(connection, metadata, timeout)
+        connection.commit()
+
+
+def create_once(connection: Connection, metadata: MetaData, timeout: float = TIMEOUT) -> None:
+    """Look what is missing, and create it in a transaction of its own, which the caller commits.
+
+    Args:
+        connection: In no transaction yet.
+        timeout: Seconds for another one to be ready with the same.
+
+    Raises:
+        SchemaLocked: it was not.
+    """
+    lock = find_schema_lock(connection.dialect.name)
     if lock is None:
-        metadata.create_all(engine)
-        return
-    with engine.execution_options(**lock.look_options()).connect() as connection:
-        complete = is_complete(connection, metadata)
-    if not complete:
-        with engine.execution_options(**lock.options()).begin() as connection:
-            create_missing(connection, metadata, timeout)
+        metadata.create_all(connection)
+    elif not is_complete(lock, connection, metadata):
+        lock.begin(connection, writes=True)
+        create_missing(connection, metadata, timeout)
 
 
-def is_complete(connection: Connection, metadata: MetaData) -> bool:
+def is_complete(lock: SchemaLock, connection: Connection, metadata: MetaData) -> bool:
     """Whether there is nothing to create; nothing is written, and no lock is taken.
 
     Where all tables are there, `create_all` itself is asked, in a transaction that refuses writes:
     types, sequences, and what the application's own events add, only SQLAlchemy knows.
-
-    Args:
-        connection: In a read-only transaction, which is over where the answer is no.
     """
-    lock = find_schema_lock(connection.dialect.name)
-    if lock is None or missing_tables(connection, metadata):
-        return False
-    try:
-        with lock.looking(connection):
-            metadata.create_all(connection)
-    except DBAPIError as error:
-        if not lock.is_refusal(error.orig):
-            raise
-        connection.rollback()
-        return False
-    return True
+    lock.begin(connection, writes=False)
+    complete = not missing_tables(connection, metadata)
+    if complete:
+        try:
+            with lock.looking(connection):
+                metadata.create_all(connection)
+        except DBAPIError as error:
+            if not lock.is_refusal(error.orig):
+                raise
+            complete = False
+    connection.rollback()
+    return complete
 
 
 def missing_tables(connection: Connection, metadata: MetaData) -> list[str]:
@@ -141,7 +145,7 @@ def locked(connection: Connection, what: str, timeout: float = TIMEOUT) -> Gener
     a transaction already the lock belongs to that, and goes with it.
 
     Args:
-        connection: It belongs to whoever migrates, alone.
+        connection: It belongs to whoever migrates, alone; what is set on it is put back.
         what: Who waits, for the log and the error.
         timeout: Seconds for another one to be ready.
 
@@ -156,7 +160,6 @@ def locked(connection: Connection, what: str, timeout: float = TIMEOUT) -> Gener
         with lock.minding_drops(connection):
             yield
     else:
-        connection = connection.execution_options(**lock.options())
         try:
             take(lock, connection, what, timeout, whole_session=True)
             yield
@@ -264,15 +267,64 @@ def find_ini(settings: DatabaseSettings) -> Path | None:
     Raises:
         InvalidOption: the setting names one that is not there.
     """
+    if not settings.alembic_ini:
+        return None
+    if "alembic_ini" not in settings.model_fields_set:
+        return find_ini_in(Path.cwd())
     ini = Path(settings.alembic_ini)
-    if settings.alembic_ini and ini.is_file():
-        return ini.absolute()
-    if settings.alembic_ini and "alembic_ini" in settings.model_fields_set:
+    if not ini.is_file():
         raise InvalidOption(
             f"DB_ALEMBIC_INI={settings.alembic_ini!r} cannot be used: there is no such file in "
             f"{Path.cwd()}. Name Alembic's file, or leave it out where there are no migrations."
         )
-    return None
+    return ini.absolute()
+
+
+def find_ini_in(folder: Path) -> Path | None:
+    """Find the file that configures Alembic there: alembic.ini, or a pyproject.toml that does."""
+    if (ini := folder / "alembic.ini").is_file():
+        return ini
+    toml = folder / PROJECT
+    if not toml.is_file():
+        return None
+    import tomllib  # only for who has such a file
+
+    return toml if "alembic" in tomllib.loads(toml.read_text()).get("tool", {}) else None
+
+
+def read_config(ini: Path) -> Config:
+    """Read Alembic's configuration, as its command line does in the folder of that file.
+
+    Raises:
+        InvalidOption: it stands in a pyproject.toml, which this Alembic does not read.
+    """
+    from alembic.config import Config
+
+    toml = ini.with_name(PROJECT)
+    ini = ini.with_name("alembic.ini") if ini == toml else ini
+    name = str(ini) if ini.is_file() else None
+    if hasattr(Config, "get_alembic_option"):
+        config = Config(name, toml_file=str(toml))
+    elif name is None:
+        raise InvalidOption(
+            f"{toml} cannot be used: Alembic reads pyproject.toml from 1.16 on, and an older one "
+            f"is installed. Install that, or write an alembic.ini."
+        )
+    else:
+        config = Config(name)
+    # Have the migrations be found from any working directory.
+    location = read_option(config, "script_location") or ""
+    if location and ":" not in location and not Path(location).exists():
+        placed = str(toml.absolute().parent / location)
+        config.set_main_option("script_location", placed.replace("%", "%%"))
+    return config
+
+
+def read_option(config: Config, name: str) -> str | None:
+    """Read an option of Alembic: of the ini file, or else of pyproject.toml."""
+    read: Callable[[str], str | None]
+    read = getattr(config, "get_alembic_option", config.get_main_option)
+    return read(name)
 
 
 @cache
@@ -283,7 +335,6 @@ def read_revisions(ini: Path) -> Revisions:
         ModuleNotFoundError: Alembic is not installed.
     """
     try:
-        from alembic.config import Config
         from alembic.script import ScriptDirectory
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
@@ -291,18 +342,10 @@ def read_revisions(ini: Path) -> Revisions:
             'install "engineroom[alembic]".',
             name=error.name,
         ) from None
-    config = Config(str(ini))
-    place_scripts(config, ini)
-    table = config.get_main_option("version_table") or "alembic_version"
-    schema = config.get_main_option("version_table_schema")
+    config = read_config(ini)
+    table = read_option(config, "version_table") or "alembic_version"
+    schema = read_option(config, "version_table_schema")
     return Revisions.of(ScriptDirectory.from_config(config), table, schema)
-
-
-def place_scripts(config: Config, ini: Path) -> None:
-    """Have migrations be found from any working directory."""
-    location = config.get_main_option("script_location") or ""
-    if location and ":" not in location and not Path(location).exists():
-        config.set_main_option("script_location", str(ini.absolute().parent / location))
 
 
 def revisions_of(settings: DatabaseSettings) -> Revisions | None:

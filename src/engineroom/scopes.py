@@ -400,6 +400,7 @@ class ConnectScope(SyncScope[Connection]):
     """A connection in a transaction, without the ORM."""
 
     __slots__ = ()
+    begins: ClassVar[bool] = True
 
     def _open(self, engine: Engine) -> Connection:
         return begin(engine.connect(), self)
@@ -409,6 +410,7 @@ class AsyncConnectScope(AsyncScope[AsyncConnection]):
     """A connection in a transaction, without the ORM."""
 
     __slots__ = ()
+    begins: ClassVar[bool] = True
 
     async def _open(self, engine: AsyncEngine) -> AsyncConnection:
         connection = await engine.connect()
@@ -429,10 +431,11 @@ class AsyncConnectScope(AsyncScope[AsyncConnection]):
         await super().__aexit__(kind, error, traceback)
 
 
-def begin(connection: Connection, scope: Scope) -> Connection:
+def begin(connection: Connection, scope: ConnectScope | AsyncConnectScope) -> Connection:
     """Begin on a new connection, and tell the scope which one it is."""
     try:
-        connection.begin()
+        if scope.begins:
+            connection.begin()
         scope.hold(connection.connection)
     except BaseException:
         connection.close()

@@ -241,7 +241,7 @@ class Slots:
         For a moment a permit is nobody's whenever it changes hands. So it must have been for long.
         """
         ours = {*self._free, *self._spare}
-        lost: list[Any] = [one for one in self.permits if one.owner is None and one not in ours]
+        lost: list[Any] = [one for one in self.permits if self.is_lost(one) and one not in ours]
         if self._queue and self._free:
             lost.append(self._handing_out)
         now = time.monotonic()
@@ -254,6 +254,10 @@ class Slots:
                 else:  # it was left locked
                     self._handing_out = threading.Lock()
                     self._hand_out()
+
+    def is_lost(self, permit: Permit) -> bool:
+        """Whether it is nobody's, who would give it back."""
+        return permit.owner is None
 
     def give(self, permit: Permit) -> None:
         """Give a permit back, and with it serve whoever waits longest."""
@@ -272,6 +276,9 @@ class Slots:
     def _shrink(self) -> None:
         with suppress(IndexError):  # a `take` was faster
             self._spare.append(self._free.pop())
+
+    def make_room(self) -> None:
+        """Have others give way to those who wait; in one pool there is nobody who could."""
 
     def dismiss(self) -> None:
         """Send everyone in the queue away, without a permit."""

@@ -133,6 +133,13 @@ class SchemaLock(Protocol):
     def look_options(self) -> dict[str, Any]:
         """Return those of a connection that only looks whether there is anything to do."""
 
+    def begin(self, connection: Connection, *, writes: bool) -> None:
+        """Begin a transaction to take the lock in, or one that only looks.
+
+        Nothing of that stays on the connection, which is lent again: each of its transactions would
+        state it from then on.
+        """
+
     def looking(self, connection: Connection) -> AbstractContextManager[None]:
         """Have the database refuse whatever would be written meanwhile."""
 
@@ -143,7 +150,7 @@ class SchemaLock(Protocol):
         """Keep the server's deadlines from the work that is done under the lock.
 
         Args:
-            whole_session: For more than the transaction, until `release`.
+            whole_session: For more than the transaction, until `release` puts back what was there.
         """
 
     def try_take(self, connection: Connection, *, whole_session: bool) -> bool:
@@ -152,6 +159,9 @@ class SchemaLock(Protocol):
         Args:
             whole_session: Keep it until `release`; where a transaction is needed for that, it is
                 begun here, and otherwise none is left open.
+
+        Raises:
+            InvalidOption: it would go at once, for the connection is in AUTOCOMMIT.
         """
 
     def minding_drops(self, connection: Connection) -> AbstractContextManager[None]:
@@ -161,7 +171,7 @@ class SchemaLock(Protocol):
         """Commit what was done while the whole session had it, if it may be."""
 
     def release(self, connection: Connection) -> None:
-        """Give back what `whole_session` had taken; no transaction is open any more."""
+        """Give back what `whole_session` had taken, if it was; no transaction is open any more."""
 
     def holder(self, connection: Connection) -> str:
         """Say who holds the lock: since when, and doing what, as far as the database tells."""

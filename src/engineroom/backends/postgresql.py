@@ -19,6 +19,7 @@ from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.util import await_only
 
 from ..cancellation import settle
+from ..errors import InvalidOption
 from . import Role, Side, choose_driver, refuse_unknown_driver
 
 logger: logging.Logger = logging.getLogger("engineroom")
@@ -28,6 +29,7 @@ DRIVERS = {
     Side.SYNC: {"psycopg": "psycopg", "psycopg2": "psycopg2"},
 }
 READ_ONLY = "default_transaction_read_only"
+LEVEL = "READ COMMITTED"  # of who changes the schema
 
 BAD = 1  # libpq's CONNECTION_BAD
 IDLE = 0  # libpq's PQTRANS_IDLE
@@ -206,13 +208,26 @@ class AdvisoryLock:
     KEY: ClassVar[int] = int.from_bytes(b"engnroom", "big")
     longest_pause: float = 0.2
 
+    def __init__(self) -> None:
+        self._before: dict[str, str] = {}  # what the guards of the session were
+        self._stood_alone = False
+        self._is_held = False
+
     def options(self) -> dict[str, Any]:
         """See what others have committed while one waited, though the snapshot would be older."""
-        return {"isolation_level": "READ COMMITTED"}
+        return {"isolation_level": LEVEL}
 
     def look_options(self) -> dict[str, Any]:
         """Begin a transaction in which the server refuses writes, on an AUTOCOMMIT engine too."""
-        return {"postgresql_readonly": True, "isolation_level": "READ COMMITTED"}
+        return {"postgresql_readonly": True, "isolation_level": LEVEL}
+
+    def begin(self, connection: Connection, *, writes: bool) -> None:
+        """Begin at the level that is needed, which is what most connections begin at anyhow."""
+        if _stands_alone(connection) or (writes and connection.get_isolation_level() != LEVEL):
+            connection.execution_options(**self.options())
+        connection.begin()
+        if not writes:
+            connection.exec_driver_sql("SET TRANSACTION READ ONLY")
 
     def looking(self, connection: Connection) -> AbstractContextManager[None]:
         """The transaction is read-only."""
@@ -228,18 +243,34 @@ class AdvisoryLock:
         A step that works elsewhere (in Python, on another connection) leaves this one idle, and a
         server that ended it for that would let a second starter begin.
         """
-        self._guards(connection, f"set_config(name, '0', {not whole_session})")
+        if whole_session and _stands_alone(connection):
+            self._stood_alone = True
+            connection.execution_options(**self.options())
+        guards = connection.exec_driver_sql(
+            f"SELECT name, setting, set_config(name, '0', {not whole_session}) "  # noqa: S608
+            "FROM pg_catalog.pg_settings WHERE name IN ('idle_in_transaction_session_timeout', "
+            "'idle_session_timeout', 'statement_timeout', 'transaction_timeout')"
+        )
+        self._before = {name: setting for name, setting, _ in guards}
 
     def try_take(self, connection: Connection, *, whole_session: bool) -> bool:
         """Ask, and do not wait: a statement that waits has a snapshot.
 
         CREATE INDEX CONCURRENTLY, of who holds the lock, would wait for that snapshot to end.
         """
+        if not whole_session and _stands_alone(connection):
+            raise InvalidOption(
+                "The lock under which the schema is changed cannot be taken: the connection is in "
+                "AUTOCOMMIT, and would lose it with the statement that takes it. Give one in a "
+                'transaction (isolation_level="READ COMMITTED"); to Alembic, one that nothing has '
+                "begun on: engine.connect()."
+            )
         verb = "pg_try_advisory_lock" if whole_session else "pg_try_advisory_xact_lock"
-        row = connection.exec_driver_sql(f"SELECT {verb}({self.KEY})").one()
+        taken = bool(connection.exec_driver_sql(f"SELECT {verb}({self.KEY})").scalar_one())
         if whole_session:
             connection.commit()
-        return bool(row[0])
+            self._is_held = taken
+        return taken
 
     def minding_drops(self, connection: Connection) -> AbstractContextManager[None]:
         """The server itself refuses to drop what is referred to."""
@@ -250,17 +281,14 @@ class AdvisoryLock:
         connection.rollback()
 
     def release(self, connection: Connection) -> None:
-        """Unlock, and have the guards as the session began with them."""
-        connection.exec_driver_sql(f"SELECT pg_advisory_unlock({self.KEY})")
-        self._guards(connection, "set_config(name, reset_val, false)")
+        """Unlock, and have the guards as the session had them."""
+        calls = [f"set_config('{name}', '{was}', false)" for name, was in self._before.items()]
+        if self._is_held:
+            calls.append(f"pg_advisory_unlock({self.KEY})")
+        connection.exec_driver_sql(f"SELECT {', '.join(calls)}")
         connection.commit()
-
-    def _guards(self, connection: Connection, expression: str) -> None:
-        connection.exec_driver_sql(
-            f"SELECT {expression} FROM pg_catalog.pg_settings WHERE name IN "  # noqa: S608
-            "('idle_in_transaction_session_timeout', 'idle_session_timeout', 'statement_timeout', "
-            "'transaction_timeout')"
-        )
+        if self._stood_alone:
+            connection.execution_options(isolation_level="AUTOCOMMIT")
 
     def holder(self, connection: Connection) -> str:
         """Ask the server; of another role's backends it tells but the half to most."""
@@ -285,6 +313,12 @@ class AdvisoryLock:
     def cure(self) -> str:
         """Say how a backend is ended."""
         return "end it (SELECT pg_terminate_backend(…) with that number)"
+
+
+def _stands_alone(connection: Connection) -> bool:
+    """Whether each of its statements does, whatever has been begun (AUTOCOMMIT)."""
+    lent: Any = connection.connection.dbapi_connection
+    return connection.dialect.detect_autocommit_setting(lent)
 
 
 WHO_HOLDS = """

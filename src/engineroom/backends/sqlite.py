@@ -41,6 +41,7 @@ WHERE t.type = 'table' AND lower(f."table") = lower(?) AND lower(t.name) <> lowe
 """
 
 SQLITE_BUSY, SQLITE_READONLY = 5, 8  # of SQLite's result codes
+SQLITE_BUSY_SNAPSHOT = SQLITE_BUSY | 2 << 8  # an extended one: others have written meanwhile
 # Seconds between two tries for a lock, the last for all that follow. SQLite's own begin like this,
 # but go on to 0.1, with which a caller who waits through an event loop would come too late.
 PAUSES = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.025)
@@ -104,7 +105,7 @@ class SQLite:
             self._records.add(record)
             connection.isolation_level = None  # or the driver begins, where and when it likes
             cursor = connection.cursor()
-            self._use_wal(connection, cursor, engine)
+            self._use_wal(connection, cursor, engine.dialect)
             cursor.close()
             pragmas = ["PRAGMA foreign_keys=ON"]
             if self._in_memory:
@@ -118,7 +119,7 @@ class SQLite:
         event.listen(engine, "connect", connect)
         if role is Role.PRIMARY:
             event.listen(engine, "begin", partial(self._begin, before_write))
-            self._wait_for_the_lock_here(engine)
+            self._wait_for_the_lock_here(engine.dialect)
 
     def _begin(self, before_write: Callable[[Connection], None], connection: Connection) -> None:
         """Begin as the session asks for: to read, to write, or not at all."""
@@ -143,9 +144,11 @@ class SQLite:
             if not options.get(BEGINS_LATER):
                 connection.exec_driver_sql(BEGIN_WRITE)
 
-    def _wait_for_the_lock_here(self, engine: Engine) -> None:
-        """Wait for the lock in SQLite's place: its waiting ends for no cancellation, nor Ctrl-C."""
-        dialect: Any = engine.dialect
+    def _wait_for_the_lock_here(self, dialect: Any) -> None:
+        """Wait for the lock in SQLite's place: its waiting ends for no cancellation, nor Ctrl-C.
+
+        Mappers remember dialects: what is put on this one must not keep its engine for as long.
+        """
         execute, busy = dialect.do_execute, dialect.loaded_dbapi.OperationalError
 
         def waiting(cursor: Any, error: Any, context: Any) -> Any:
@@ -153,7 +156,7 @@ class SQLite:
             lent = context.root_connection.connection
             if _code(error) != SQLITE_BUSY or not lent.info.get(WAITS_HERE):
                 raise error
-            insist = partial(self._insist, lent.dbapi_connection, engine)
+            insist = partial(self._insist, lent.dbapi_connection, dialect)
             return SimpleNamespace(
                 execute=lambda *what: insist(partial(cursor.execute, *what)),
                 executemany=lambda *what: insist(partial(cursor.executemany, *what)),
@@ -163,7 +166,7 @@ class SQLite:
             if statement == BEGIN_WRITE:
                 lent = context.root_connection.connection
                 if not lent.driver_connection.in_transaction:  # else SQLite refuses it at once
-                    begin = partial(self._begin_write, lent.dbapi_connection, engine)
+                    begin = partial(self._begin_write, lent.dbapi_connection, dialect)
                     cursor = SimpleNamespace(execute=begin)
             try:
                 execute(cursor, statement, parameters, context)
@@ -185,18 +188,18 @@ class SQLite:
         dialect.do_executemany = patient(dialect.do_executemany)
         dialect.do_execute_no_params = patient(dialect.do_execute_no_params)
 
-    def _begin_write(self, connection: Any, engine: Engine, *_: object) -> None:
+    def _begin_write(self, connection: Any, dialect: Any, *_: object) -> None:
         """Take the lock in one call: each would cost the asynchronous side a turn of the loop."""
         usual = self._busy_pragma(self._busy_timeout)
         script = f"PRAGMA busy_timeout=0; {BEGIN_WRITE}; {usual}"
         try:
-            self._insist(connection, engine, partial(_run_script, connection, script))
+            self._insist(connection, dialect, partial(_run_script, connection, script))
         except Exception:  # (after any other SQLAlchemy parts with the connection)
             with suppress(Exception):
                 _run_script(connection, usual)
             raise
 
-    def _use_wal(self, connection: Any, cursor: Any, engine: Engine) -> None:
+    def _use_wal(self, connection: Any, cursor: Any, dialect: Any) -> None:
         """Switch the file to WAL; the switch ignores the busy timeout, so the wait is here."""
 
         def switch() -> None:
@@ -205,21 +208,21 @@ class SQLite:
                 cursor.execute("PRAGMA journal_mode=WAL")
 
         try:
-            self._insist(connection, engine, switch)
-        except engine.dialect.loaded_dbapi.OperationalError as error:
+            self._insist(connection, dialect, switch)
+        except dialect.loaded_dbapi.OperationalError as error:
             if _code(error) != SQLITE_READONLY:  # somebody opened it so, and reads
                 raise
 
     def _busy_pragma(self, seconds: float) -> str:
         return f"PRAGMA busy_timeout={int(seconds * 1000)}"
 
-    def _insist(self, connection: Any, engine: Engine, attempt: Callable[[], None]) -> None:
+    def _insist(self, connection: Any, dialect: Any, attempt: Callable[[], None]) -> None:
         """Try until nobody holds the lock, or the busy timeout is over."""
         deadline = time.monotonic() + self._busy_timeout
         for pause in chain(PAUSES, repeat(PAUSES[-1])):
             try:
                 return attempt()
-            except engine.dialect.loaded_dbapi.OperationalError as error:
+            except dialect.loaded_dbapi.OperationalError as error:
                 left = deadline - time.monotonic()
                 if _code(error) != SQLITE_BUSY or left <= 0:
                     raise
@@ -349,8 +352,11 @@ class SQLite:
 class FileLock:
     """The lock that each writer of a SQLite file holds, from BEGIN IMMEDIATE to its end."""
 
-    _changes: int
     longest_pause: float = PAUSES[-1]  # every writer asks for it: one who comes less often loses
+
+    def __init__(self) -> None:
+        self._changes = 0
+        self._before: tuple[bool, int] = (False, 0)  # whether it begins later, and foreign keys
 
     def options(self) -> dict[str, Any]:
         """Have engineroom's own connections not begin by themselves, nor wait in their own way."""
@@ -359,6 +365,11 @@ class FileLock:
     def look_options(self) -> dict[str, Any]:
         """Have engineroom's own begin as readers."""
         return {READ_ONLY: True}
+
+    def begin(self, connection: Connection, *, writes: bool) -> None:
+        """Begin, where engineroom's own connections do: for a look now, for the lock later."""
+        connection.execution_options(**{READ_ONLY: not writes, BEGINS_LATER: writes})
+        connection.begin()
 
     @contextmanager
     def looking(self, connection: Connection) -> Generator[None]:
@@ -381,25 +392,31 @@ class FileLock:
         SQLite ignores this: here none has begun.
         """
         if whole_session:
+            begins_later = bool(connection.get_execution_options().get(BEGINS_LATER))
+            connection.execution_options(**self.options())
+            self._before = (begins_later, _run_apart(connection, "PRAGMA foreign_keys")[0])
             _run_apart(connection, "PRAGMA foreign_keys=OFF")
             self._changes = _changes(connection)
 
     def try_take(self, connection: Connection, *, whole_session: bool) -> bool:
-        """Begin as a writer, unless somebody has begun already; without waiting."""
+        """Begin as a writer, or become one where somebody has begun already; without waiting."""
         if not connection.in_transaction():
             connection.begin()
         lent: Any = connection.connection
-        if lent.driver_connection.in_transaction:
-            return True
+        has_begun = lent.driver_connection.in_transaction
         cursor = lent.dbapi_connection.cursor()
         try:
             cursor.execute("PRAGMA busy_timeout")
             (usual,) = cursor.fetchone()
             cursor.execute("PRAGMA busy_timeout=0")
             try:
-                cursor.execute(BEGIN_WRITE)
+                if has_begun:
+                    _write_nothing(cursor)
+                else:
+                    cursor.execute(BEGIN_WRITE)
             except connection.dialect.loaded_dbapi.OperationalError as error:
-                if _code(error) != SQLITE_BUSY:
+                is_stale = getattr(error, "sqlite_errorcode", 0) == SQLITE_BUSY_SNAPSHOT
+                if is_stale or _code(error) != SQLITE_BUSY:  # waiting makes no snapshot newer
                     raise
                 return False
             finally:
@@ -444,9 +461,10 @@ class FileLock:
         connection.commit()
 
     def release(self, connection: Connection) -> None:
-        """The lock has gone with the transaction; foreign keys are enforced again."""
-        connection.execution_options(**{BEGINS_LATER: False})
-        _run_apart(connection, "PRAGMA foreign_keys=ON")
+        """The lock has gone with the transaction; foreign keys are enforced as they were."""
+        begins_later, enforced = self._before
+        connection.execution_options(**{BEGINS_LATER: begins_later})
+        _run_apart(connection, f"PRAGMA foreign_keys={enforced}")
 
     def holder(self, connection: Connection) -> str:
         """Name the file: SQLite does not know its holder."""
@@ -476,17 +494,28 @@ def _refuse_if_referred_to(connection: Connection, table: str) -> None:
             )
 
 
+def _write_nothing(cursor: Any) -> None:
+    """Have a transaction that has begun, as a reader perhaps, be a writer's."""
+    cursor.execute("SAVEPOINT engineroom")
+    try:
+        cursor.execute("CREATE TABLE engineroom_writes (one)")
+    finally:
+        cursor.execute("ROLLBACK TO engineroom")
+        cursor.execute("RELEASE engineroom")
+
+
 def _changes(connection: Connection) -> int:
     """Return how many rows the connection has ever changed."""
     driver: Any = connection.connection.driver_connection
     return int(driver.total_changes)
 
 
-def _run_apart(connection: Connection, statement: str) -> None:
-    """Run a statement without the transaction that SQLAlchemy would begin for it."""
+def _run_apart(connection: Connection, statement: str) -> Any:
+    """Run a statement without the transaction that SQLAlchemy would begin; return its first row."""
     cursor = connection.connection.cursor()
     try:
         cursor.execute(statement)
+        return cursor.fetchone()
     finally:
         cursor.close()
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import weakref
+from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
-from sqlalchemy.engine import Engine, make_url
+from sqlalchemy.engine import URL, Engine, make_url
 
 from .. import drain
 from ..backends import Role
@@ -43,8 +47,11 @@ class Alone:
     def _clone(self) -> None:
         template = self._template
         if template is None:
-            own = clones(self._url.set(drivername=self._url.get_backend_name()))
-            template = self._stack.enter_context(own)
+            url = self._url.set(drivername=self._url.get_backend_name())
+            if self._needs_quiet:
+                template = self._stack.enter_context(clones(url))
+            else:
+                template = kept_template(self._room, url)
         url_of_clone = template.clone()
         self._stack.callback(template.discard, url_of_clone)
         self._database = make_url(url_of_clone).database
@@ -106,3 +113,28 @@ class Alone:
                 dialect.connect = connect
             engine.pool = pool.recreate() if self._needs_quiet else pool  # that one has ended
         self._before.clear()
+
+
+class Kept(NamedTuple):
+    """A manager's own file as a template."""
+
+    process: int
+    url: URL
+    template: Template
+    close: Callable[[], object]
+
+
+# To make a folder for each copy, and to remove it, would cost a test as much as the copy itself.
+_kept: WeakKeyDictionary[EngineRoom, Kept] = WeakKeyDictionary()
+
+
+def kept_template(room: EngineRoom, url: URL) -> Template:
+    """Return the manager's own file as a template, which goes with the manager or the process."""
+    process, kept = os.getpid(), _kept.get(room)
+    if kept is not None and (kept.process, kept.url) == (process, url):
+        return kept.template
+    if kept is not None:
+        kept.close()
+    template = clones(url).__enter__()
+    _kept[room] = Kept(process, url, template, weakref.finalize(room, template.close))
+    return template

@@ -116,6 +116,8 @@ class FileTemplate(Template):
         """Copy the file; what was prepared for it was copied ahead."""
         if self._folder is None:
             raise TemplateUnusable(NOT_ENTERED)
+        if self._prepare is None:
+            self._check_file(self._url.database)
         copy = partial(self._copy, self._folder)
         if self._worker is None or self._next is None or os.getpid() != self._owner:
             path = copy()
@@ -164,12 +166,12 @@ class FileTemplate(Template):
 
     def close(self) -> None:
         """Remove the folder."""
-        if self._worker is not None and os.getpid() == self._owner:
-            self._worker.shutdown()
-        self._worker = None
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
+        worker, folder, self._worker, self._folder = self._worker, self._folder, None, None
+        if os.getpid() == self._owner:  # a forked child has no such thread, and the folder no more
+            if worker is not None:
+                worker.shutdown()
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 class PostgresTemplate(Template):

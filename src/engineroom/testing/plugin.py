@@ -22,6 +22,7 @@ from engineroom.database import Database
 from engineroom.ledger import Entry
 from engineroom.manager import DatabaseSessionManager
 from engineroom.models import Base
+from engineroom.schema import find_ini_in
 from engineroom.scopes import SessionScope
 from engineroom.settings import Options
 from engineroom.testing.clones import Template, clones
@@ -75,8 +76,8 @@ def db_prepare(
     room = _db_manager._room
     metadata = room.metadata if room.life.is_usable else Base.metadata
     metadata = db_options.get("metadata", metadata)
-    ini = pytestconfig.rootpath / "alembic.ini"
-    if not ini.exists():
+    ini = find_ini_in(pytestconfig.rootpath)
+    if ini is None:
         return partial(create_tables, metadata=metadata)
 
     def run_migrations(url: str) -> None:
