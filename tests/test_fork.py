@@ -338,7 +338,7 @@ def closes_in_a_loop_of_its_own(url: str, loop: str) -> None:
     assert settled(url) == []
 
 
-@server_driver_and_loop
+@every_server_and_loop
 def test_a_child_closes_what_it_inherited_in_a_loop_of_its_own(url: str, loop: str) -> None:
     run(closes_in_a_loop_of_its_own, url, loop)
 

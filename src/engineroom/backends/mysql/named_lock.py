@@ -51,6 +51,10 @@ class NamedLock:
         """Return none: `looking` is enough."""
         return {}
 
+    def begin(self, connection: Connection, *, writes: bool) -> None:
+        """Begin; GET_LOCK reads no table, so there is no snapshot from before."""
+        connection.begin()
+
     @contextmanager
     def looking(self, connection: Connection) -> Generator[None]:
         """Have the server refuse writes: a connection that engineroom did not make knows no option.
