@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Generator, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 from mariadb_server import MariaServer, find_mariadbd
 
 from engineroom.testing import PostgresServer, WireProxy, postgres
+
+if TYPE_CHECKING:
+    from tls import Certificates, TLSProxy
 
 collect_ignore = ["shop"]  # a suite of its own, which test_shop_suite.py runs
 
@@ -37,6 +40,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("anyio_backend", loops, ids=["asyncio", "uvloop"], scope="session")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Fail a test in whose output or log the password of a server is, whatever it tests."""
+    report = yield
+    for server in SERVERS:
+        for name, printed in report.sections:
+            if server.password in printed and report.passed:
+                report.outcome = "failed"
+                report.longrepr = f"The password of {server!r} is in its {name}."
+    return report
+
+
+SERVERS: list[PostgresServer] = []
+
+
 @pytest.fixture(scope="session")
 def anyio_backend() -> tuple[str, dict[str, Any]]:
     """Run `@pytest.mark.anyio` tests on asyncio; `@pytest.mark.both_loops` adds uvloop."""
@@ -47,6 +67,7 @@ def anyio_backend() -> tuple[str, dict[str, Any]]:
 def pg18() -> Iterator[PostgresServer]:
     """PostgreSQL 18, one for the run."""
     with postgres(18) as server:
+        SERVERS.append(server)
         yield server
 
 
@@ -54,6 +75,7 @@ def pg18() -> Iterator[PostgresServer]:
 def pg16() -> Iterator[PostgresServer]:
     """PostgreSQL 16, one for the run."""
     with postgres(16) as server:
+        SERVERS.append(server)
         yield server
 
 
@@ -132,6 +154,23 @@ def proxy(pg18: PostgresServer) -> Iterator[WireProxy]:
     """A counting proxy in front of PostgreSQL 18; `proxy.url(postgres_url)` goes through it."""
     with WireProxy(pg18.host, pg18.port) as wire:
         yield wire
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    """Certificates of an authority of their own."""
+    from tls import Certificates  # only for who needs any
+
+    return Certificates(tmp_path_factory.mktemp("certificates"))
+
+
+@pytest.fixture(scope="module")
+def tls(pg18: PostgresServer, certificates: Certificates) -> Iterator[TLSProxy]:
+    """A server with TLS, whose name is localhost."""
+    from tls import TLSProxy
+
+    with TLSProxy(pg18.host, pg18.port, certificates.server) as proxy:
+        yield proxy
 
 
 @pytest.fixture

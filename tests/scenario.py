@@ -355,6 +355,7 @@ def fork(child: Callable[[], object], end: str = "_exit") -> Callable[[], None]:
     """
     pid = os.fork()
     if pid == 0:
+        faulthandler.register(signal.SIGALRM, chain=True)  # says where it hangs
         signal.alarm(CHILD_DEADLINE)
         try:
             child()

@@ -702,16 +702,22 @@ def test_a_loop_that_ends_while_a_connection_gives_way_costs_no_place(driver_url
 def ended_as_it_is_asked(url: str, kind: str) -> list[int]:
     """What is asked of a loop between two of its runs, it hears in the one that ends it."""
     first, second = managers = opened(url, 2, 2, pool_timeout=30, sync_in_async="allow")
+    cap, met = cap_of_process(), 0
     with ThreadPoolExecutor(2) as threads:
         for _ in range(5):
             loop = loop_factory(kind)()
             loop.run_until_complete(two_at_once(first))
             waiting = [threads.submit(one_sync, second) for _ in range(2)]
-            until(lambda: cap_of_process().waiting, lambda count: count == 2)
+            until(  # that both wait, or were served already: after a while what is idle is cut
+                lambda ones=waiting: cap.waiting + sum(one.done() for one in ones),
+                lambda count: count == 2,
+            )
+            met += cap.waiting == 2
             loop.run_until_complete(loop.shutdown_asyncgens())
             loop.close()
             assert [one.result() for one in waiting] == [1, 1]
             gc.collect()
+    assert met, "the loop never ended while both waited"
     asyncio.run(close_all(managers))
     return settled(url)
 

@@ -13,6 +13,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from engineroom import errors
 from engineroom.errors import (
     ConfigurationError,
+    CredentialsFailed,
     EngineroomError,
     PoolTimeout,
     SchemaError,
@@ -69,7 +70,8 @@ def test_every_class_is_explained(kind: type) -> None:
 def test_the_two_branches() -> None:
     """Misuse is a `RuntimeError` too, configuration a `ValueError`, exhaustion SQLAlchemy's own.
 
-    What goes wrong at run time is one of two: no connection, or tables that are not right.
+    What goes wrong at run time is one of three: no connection, nobody who may connect, or tables
+    that are not right.
     """
     assert issubclass(UsageError, RuntimeError)
     assert issubclass(ConfigurationError, UsageError)
@@ -77,7 +79,7 @@ def test_the_two_branches() -> None:
     assert issubclass(PoolTimeout, PoolTimeoutError)
     assert not issubclass(PoolTimeout, UsageError)
     assert all(
-        issubclass(kind, (UsageError, PoolTimeout, SchemaError))
+        issubclass(kind, (UsageError, PoolTimeout, CredentialsFailed, SchemaError))
         for kind in ERRORS
         if kind is not EngineroomError
     )

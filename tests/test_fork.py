@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import gc
 import multiprocessing
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -603,6 +605,26 @@ def fork_under_load(url: str, forks: int) -> None:
 @pytest.mark.parametrize("url", ["psycopg", "psycopg2"], indirect=True)
 def test_forks_while_other_threads_work(url: str) -> None:
     run(fork_under_load, url, 20)
+
+
+def thread_about_to_end(url: str) -> list[int]:
+    """Fork while a thread is there that Python has done with, and again beside one that stays."""
+    manager = opened(url)
+    warm(manager)
+    seen = []
+    for seconds in (0.1, 60):
+        _thread.start_new_thread(time.sleep, (seconds,))  # `threading` does not know it
+        for _ in range(3):
+            fork(lambda: unit(manager, 1))()
+            seen.append(len(list(Path("/proc/self/task").iterdir())))
+    manager.sync.close()
+    return seen
+
+
+@pytest.mark.parametrize("url", ["psycopg", "psycopg2"], indirect=True)
+def test_a_fork_waits_for_a_thread_that_is_about_to_end(url: str) -> None:
+    """What C libraries do at its end would be left half done in the child."""
+    assert run(thread_about_to_end, url) == [1, 1, 1, 2, 2, 2]
 
 
 def grandchild(url: str) -> None:

@@ -104,6 +104,7 @@ LEAKS = [  # what people paste; the secret must not come back out
     f"host=db.example user=user password={SECRET} dbname=app",
     f"jdbc:postgresql://db.example/app?user=user&password={SECRET}",
     f"postgresql+:{SECRET}@db.example/app",
+    f"postgresql://user:p@x/{SECRET}@db.example/app",
 ]
 
 
@@ -139,7 +140,6 @@ UNSUPPORTED = [
     f"oracle+oracledb://user:{SECRET}@db.example/app",
     f"nonsense://user:{SECRET}@db.example/app?password={SECRET}",
     f"oracle://user:p@{SECRET}@db.example/app",
-    f"oracle://user:p@x/{SECRET}@db.example/app",
 ]
 
 

@@ -203,7 +203,7 @@ def test_what_a_pool_class_is_given_is_what_recreate_passes_on() -> None:
 
 
 def test_asyncpgs_transport_leads_to_the_socket(postgres_url: str) -> None:
-    """Relied on by `backends.postgresql._asyncpg_transport`: liveness, forks, closed loops."""
+    """Relied on by `backends.postgresql.sockets.asyncpg_transport`: liveness, forks, keepalives."""
 
     async def main() -> None:
         connection = await asyncpg.connect(postgres_url)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 from sqlalchemy import event, text
 from sqlalchemy.exc import OperationalError
 
@@ -44,6 +45,8 @@ SAMPLES: dict[
     "pool_timeout": (90.0, "1.5min"),
     "pool_recycle": (-1, "-1"),
     "pool_pre_ping": (True, "true"),
+    "username": ("shop", "shop"),
+    "password": (SecretStr("known"), "known"),
     "echo": (True, "1"),
     "expire_on_commit": (True, "yes"),
     "autoflush": (True, "on"),

@@ -119,10 +119,12 @@ def add_missing_columns(engine: Engine) -> None:
     lock = find_schema_lock(engine.dialect.name)
     if lock is None:
         return
-    with engine.execution_options(**lock.options()).begin() as connection:
+    with engine.connect() as connection:
+        lock.begin(connection, writes=True)
         schema.take(lock, connection, "adding columns to result tables", schema.TIMEOUT)
         for statement in additions(missing_columns(connection), connection.dialect):
             connection.exec_driver_sql(statement)
+        connection.commit()
 
 
 def additions(columns: list[Column[Any]], dialect: Dialect) -> list[str]:

@@ -16,6 +16,7 @@ from .backends import Role, Side
 from .engines import EngineRoom, Stats
 from .schema import Probe, SchemaScope, ask, create_once
 from .scopes import ConnectScope, LooseScope, SessionScope
+from .secrecy import unseen
 from .settings import Options
 
 
@@ -32,6 +33,7 @@ class Database:
 
     Base: ClassVar[type[DeclarativeBase]] = models.Base
 
+    @unseen
     def __init__(
         self,
         database_url: str | URL | None = None,
@@ -52,7 +54,9 @@ class Database:
         """
         self._room = EngineRoom(type(self).__name__)
         self._room.open(database_url, url, options)
+        self._room.credentials.refuse_coroutines()
 
+    @unseen
     def init(
         self,
         database_url: str | URL | None = None,

@@ -27,9 +27,11 @@ from sqlalchemy.util import await_only, greenlet_spawn
 from .backends import Backend, Role, Side, find_backend
 from .cancellation import settle
 from .cap import CAPS, Cap, CapInfo, limit_process, note_closings, process_cap, release_process
+from .connecting import watch_connects
+from .credentials import Credentials
 from .departures import DEPARTURES
 from .errors import Holder, InvalidOption, SelfDeadlock
-from .forks import make_immortal, part_event_loops
+from .forks import let_threads_end, make_immortal, part_event_loops
 from .ledger import (
     REQUEST,
     Entry,
@@ -46,6 +48,7 @@ from .lifecycle import Life, State
 from .models import Base
 from .pool import LoopPool, Shelf, ThreadPool
 from .retiring import retire
+from .secrecy import Sealed
 from .sessions import Guarded, guarded
 from .settings import DatabaseSettings, Options, read_settings
 from .slots import WAITING
@@ -101,6 +104,7 @@ class EngineRoom:
     """What both front doors of one database share: its state, its ledger and its engines."""
 
     backend: Backend
+    credentials: Credentials
     settings: DatabaseSettings
     metadata: MetaData = Base.metadata
     new_session: Callable[[Engine], Guarded]
@@ -124,7 +128,7 @@ class EngineRoom:
         self._parted: weakref.WeakKeyDictionary[Lender, tuple[Side, Role]] = (
             weakref.WeakKeyDictionary()
         )
-        self._arguments: tuple[str | URL | None, Options] = (None, {})  # of the last `open`
+        self.given: Sealed[tuple[str | URL | None, Options]] = Sealed((None, {}))  # at `open`
         self.sandbox: Any = None  # what a test has put around the engines: testing.sandbox
         ROOMS.add(self)
 
@@ -147,10 +151,11 @@ class EngineRoom:
             raise InvalidOption("The URL was given twice, as database_url= and as url=. Give one.")
         where = url if database_url is None else database_url
         if where is None and not options and self.life.state is State.CLOSED:
-            where, options = self._arguments
-        self._arguments = (where, options)
+            where, options = self.given.reveal()
+        self.given = Sealed((where, options))
         self.settings = read_settings(where, **options)
         self.backend = find_backend(self.settings.url, self.settings)
+        self.credentials = Credentials(self.settings.username, self.settings.password)
         self.metadata = options.get("metadata", Base.metadata)
         self._engine_options = options.get("engine_options", {})
         async_session_class = options.get("async_session_class", AsyncSession)
@@ -235,6 +240,8 @@ class EngineRoom:
             "ping_after": 0.0 if settings.pool_pre_ping else settings.pool_ping_after,
         }
         # What a pool must know and `recreate()` does not pass on stands on a class of its own.
+        if side is Side.SYNC:
+            self.credentials.refuse_coroutines()
         if side is Side.ASYNC:
             lender: type[Lender] = type("Shelf", (Shelf,), knows)
             shelves = type("LoopPool", (LoopPool,), {"shelf_class": lender})
@@ -255,8 +262,7 @@ class EngineRoom:
         self._note_derived(engine)
         note_statements(engine.dialect)
         note_closings(engine.dialect)
-        if side is Side.SYNC and "connect_timeout" not in {**url.query, **arguments}:
-            self._limit_connect(engine)
+        watch_connects(engine, side, self.backend, self.credentials)
         self.backend.attach(engine, role, self._refuse_self_deadlock)
         if side is Side.ASYNC:
             event.listen(engine, "handle_error", self._break_off_cancelled)
@@ -279,23 +285,6 @@ class EngineRoom:
             return made
 
         engine.execution_options = execution_options
-
-    def _limit_connect(self, engine: Engine) -> None:
-        """Tell a synchronous driver how long it may connect: nobody can stop it from outside.
-
-        Around the dialect's verb, for one `do_connect` event makes every statement slower. Mappers
-        remember dialects: this one must not keep engine and manager for as long.
-        """
-        dialect: Any = engine.dialect
-        connect, limit, known = dialect.connect, self.backend.limit_connect, weakref.ref(engine)
-
-        def connect_in_time(*args: Any, **kw: Any) -> Any:
-            pool = getattr(known(), "pool", None)
-            if isinstance(pool, Lender):
-                limit(kw, pool.seconds_left())
-            return connect(*args, **kw)
-
-        dialect.connect = connect_in_time
 
     def _break_off_cancelled(self, context: ExceptionContext) -> None:
         """End on the server what a cancelled call began there; its connection is lost anyway."""
@@ -354,9 +343,10 @@ class EngineRoom:
 
         Of those that are no engine's any more, yield what has connections lent still.
         """
-        for lender, (side, role) in list(self._parted.items()):
-            if lender.slots.held:
-                yield side, role, lender.loop if isinstance(lender, Shelf) else None, lender
+        for known in self._parted.keyrefs():  # in one step: other threads add theirs meanwhile
+            lender = known()
+            if lender is not None and lender.slots.held and (place := self._parted.get(lender)):
+                yield *place, lender.loop if isinstance(lender, Shelf) else None, lender
         for (side, role), engine in list(self._engines.items()):
             pool = getattr(engine.pool, "behind", engine.pool)  # a sandbox stands in front of it
             if isinstance(pool, LoopPool):
@@ -510,6 +500,11 @@ class EngineRoom:
 ROOMS: weakref.WeakSet[EngineRoom] = weakref.WeakSet()
 
 
+def _before_fork() -> None:
+    if ROOMS:
+        let_threads_end()
+
+
 def _after_fork_in_child() -> None:
     rooms = list(ROOMS)
     WAITING.clear()
@@ -541,7 +536,7 @@ def _dump(number: int, frame: object) -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+    os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child)
 
 
 def mind_isolation_level(engine: Engine, name: str) -> None:

@@ -7,7 +7,9 @@
     │   ├── ConfigurationError     a setting, an option or a URL (also a `ValueError`)
     │   │   ├── NoDatabaseURL      no URL was given anywhere
     │   │   ├── InvalidURL         the URL is none, or names a database that is not supported
+    │   │   ├── InvalidCertificate its file cannot be read, or is none
     │   │   ├── DriverNotInstalled the URL's driver is not there
+    │   │   ├── UnsupportedByDriver the URL asks for what its driver cannot do
     │   │   ├── UnknownOption      an option that does not exist
     │   │   ├── InvalidOption      an option or a variable with a value it cannot have
     │   │   ├── InvalidPath        a SQLite file that cannot be opened or written
@@ -36,6 +38,7 @@
     │   ├── ConnectTimeout         none was opened
     │   └── PoolExhausted          none came free
     │       └── PoolDeadlock       none ever would: every holder waits for another one
+    ├── CredentialsFailed          `username=` or `password=` gave none
     └── SchemaError                the tables of the database, and who makes them
         ├── SchemaLocked           another starter has not finished with them in time
         ├── BrokenReferences       rows would refer to nothing after a migration (SQLite)
@@ -92,6 +95,18 @@ class InvalidURL(ConfigurationError):
     """The URL is none, or names a database that is not supported."""
 
     code = "invalid-url"
+
+
+class InvalidCertificate(ConfigurationError):
+    """A certificate or a key of TLS that is missing, cannot be read, or is none."""
+
+    code = "invalid-certificate"
+
+
+class UnsupportedByDriver(ConfigurationError):
+    """The URL asks for what its driver cannot do; to do less would be to lower the guard."""
+
+    code = "unsupported-by-driver"
 
 
 class DriverNotInstalled(ConfigurationError):
@@ -314,6 +329,12 @@ class PoolDeadlock(PoolExhausted):
     """No connection would ever come free: every holder waits for another one."""
 
     code = "pool-deadlock"  # type: ignore[misc]
+
+
+class CredentialsFailed(EngineroomError):
+    """A function that was asked who connects raised, did not answer in time, or gave no text."""
+
+    code = "credentials-failed"
 
 
 class SchemaError(EngineroomError):

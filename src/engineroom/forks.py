@@ -5,7 +5,30 @@ from __future__ import annotations
 import ctypes
 import os
 import select
+import threading
+import time
 from pathlib import Path
+
+TASKS = Path("/proc/self/task")  # the threads of this process, as Linux counts them
+LEAVE_WITHIN = 0.25  # seconds that a thread has to go, once Python has done with it
+STRANGERS = {"seen": 0}  # threads that are not Python's: nobody waits for them a second time
+
+
+def let_threads_end() -> None:
+    """Wait, before a fork, for threads that have ended and yet are there.
+
+    `Thread.join()` returns when Python has done with a thread; what C libraries do at its end comes
+    after that. OpenSSL, which libpq uses, takes a lock there: a fork at that moment would leave it
+    locked in the child, whose first connect would wait for it for ever.
+    """
+    deadline = time.monotonic() + LEAVE_WITHIN
+    while TASKS.exists():
+        more = len(list(TASKS.iterdir())) - threading.active_count()
+        if time.monotonic() > deadline:
+            STRANGERS["seen"] = more
+        if more <= STRANGERS["seen"]:
+            return
+        time.sleep(0.001)
 
 
 def part_event_loops() -> None:

@@ -283,11 +283,15 @@ def is_known_to_a_thread(opened: object, code: CodeType) -> bool:
     Call it from no such method.
     """
     return any(
-        (frame.f_code is code or frame.f_code.co_varnames[:1] == ("self",))
-        and any(value is opened for value in frame.f_locals.values())
+        (frame.f_code is code or frame.f_code.co_varnames[:1] == ("self",)) and has(frame, opened)
         for running in sys._current_frames().values()
         for frame, _ in walk_stack(running)
     )
+
+
+def has(frame: FrameType, opened: object) -> bool:
+    """Whether `opened` is in a variable of this frame."""
+    return any(value is opened for value in frame.f_locals.values())
 
 
 def applications_line() -> tuple[CodeType, int]:

@@ -19,6 +19,7 @@ from .database import Database
 from .engines import EngineRoom, Stats
 from .schema import AsyncSchemaScope, Probe, ask, create_once
 from .scopes import AsyncConnectScope, AsyncSessionScope, SessionScope
+from .secrecy import unseen
 from .settings import Options
 
 
@@ -43,6 +44,7 @@ class DatabaseSessionManager:
         self.sync = Database.__new__(Database)
         self.sync._room = self._room
 
+    @unseen
     def init(
         self,
         database_url: str | URL | None = None,

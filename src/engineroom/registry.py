@@ -31,6 +31,7 @@ from .lifecycle import State
 from .manager import DatabaseSessionManager
 from .models import Base
 from .pool import PassingPool
+from .secrecy import unseen
 from .tenants import Factory, Masked, Tenant, place_of
 from .urls import masked
 
@@ -115,6 +116,7 @@ class SessionManager:
         """Whether tables were prepared, anywhere; which these were is remembered for each URL."""
         return self._has_prepared
 
+    @unseen
     def get_engine(self, dburi: str | URL, **kwargs: Any) -> Engine:
         """Return the engine of a URL.
 
@@ -137,6 +139,7 @@ class SessionManager:
             return engine
         return self._keep(dburi, kwargs, Side.SYNC)
 
+    @unseen
     def create_session(
         self, dburi: str | URL, short_lived_sessions: bool = False, **kwargs: Any
     ) -> tuple[Engine, sessionmaker[Session]]:
@@ -154,6 +157,7 @@ class SessionManager:
             factory = self._sessions.setdefault(dburi, Factory(self._owner(engine), engine))
         return engine, factory
 
+    @unseen
     def session_factory(self, dburi: str | URL, **kwargs: Any) -> Session:
         """Return a new session on a URL whose tables exist; the caller commits and closes it.
 
@@ -167,6 +171,7 @@ class SessionManager:
         self.prepare_models(engine)
         return make_session()
 
+    @unseen
     def prepare_models(self, engine: Engine) -> None:
         """Create the tables that are not there yet, once for each URL.
 
@@ -206,10 +211,9 @@ class SessionManager:
 
         However it is written: other spellings of it, and other drivers, are forgotten as well.
         """
-        place = place_of(dburi)
         with self._lock:
-            known = {*self._tenants, *self._engines}
-            spellings = [url for url in known if place is not None and place_of(url) == place]
+            place, known = self._place_of(dburi), {*self._tenants, *self._engines}
+            spellings = [url for url in known if place is not None and self._place_of(url) == place]
             forgotten = [self._forget(url) for url in {dburi, *spellings}]
         for tenant, engine in forgotten:
             if tenant is not None:
@@ -219,6 +223,7 @@ class SessionManager:
 
     # -- and beyond ----------------------------------------------------------------------------
 
+    @unseen
     def database(self, dburi: str | URL, **kwargs: Any) -> DatabaseSessionManager:
         """Return the database of a URL, with all verbs of both sides: ask for it at each use.
 
@@ -248,6 +253,7 @@ class SessionManager:
             caps=tuple(cap.info() for cap in (self._cap, process_cap()) if cap is not None),
         )
 
+    @unseen
     async def async_session_factory(self, dburi: str | URL, **kwargs: Any) -> AsyncSession:
         """Return a new session on a URL whose tables exist; the caller commits and closes it.
 
@@ -411,9 +417,13 @@ class SessionManager:
                 evicted += [tenant] if tenant is not None else []
         return evicted
 
+    def _place_of(self, url: str | URL) -> URL | None:
+        tenant = self._tenants.get(url)
+        return place_of(url) if tenant is None else tenant.place
+
     def _forget(self, url: str | URL) -> tuple[Tenant | None, Engine | None]:
         self._sessions.pop(url, None)
-        place = place_of(url)
+        place = self._place_of(url)
         for key in [key for key, where in self._prepared.items() if where == place]:
             del self._prepared[key]
         return self._tenants.pop(url, None), self._engines.pop(url, None)

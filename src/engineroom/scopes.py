@@ -41,12 +41,14 @@ from .ledger import (
     Entry,
     Request,
     applications_line,
+    has,
     is_inside,
     is_known_to_a_thread,
     place,
 )
 from .lending import forfeit
 from .retiring import ENDED, retire
+from .secrecy import hide_values
 from .sessions import Guarded, in_use, recall, used_by_another_thread
 from .statements import permit_of
 
@@ -130,6 +132,12 @@ class Scope(Entry):
             self.hooks.doubt(error)
         return error is not None or self.is_rollback_only or bool(self.obituary)
 
+    def _hide_values(self) -> None:
+        """Empty the frames of an error that has the values of its statement, unless echo is on."""
+        error = sys.exception()
+        if isinstance(error, Exception) and not self._room.settings.shows_statements:
+            hide_values(error)
+
     def _take_hooks(self) -> Any:
         """Take what is called after its end: entered again, it begins afresh."""
         hooks, self.hooks, self.is_rollback_only = self.hooks, None, False
@@ -201,6 +209,8 @@ class SyncScope(Scope, Generic[R]):
                 raise
             finally:
                 self._leave()
+                if failed:
+                    self._hide_values()
                 if self.hooks is not None:
                     self._take_hooks().run(failed)
             if self.obituary and error is None:  # it must not pass for a success
@@ -234,7 +244,7 @@ class SyncScope(Scope, Generic[R]):
         running = sys._current_frames().get(self.thread)
         stack = walk_stack(running) if running else ()
         entered = [frame for frame, _ in stack if frame.f_code is self.code]
-        if any(value is self._resource for frame in entered for value in frame.f_locals.values()):
+        if any(has(frame, self._resource) for frame in entered):
             return False
         # Of several that the same line opened in the thread, the newest are those that it is in.
         newer = sum(
@@ -297,6 +307,8 @@ class AsyncScope(Scope, Generic[R]):
                 raise
             finally:
                 self._leave()
+                if failed:
+                    self._hide_values()
                 if self.hooks is not None:
                     await self._take_hooks().run_async(failed)
             if self.obituary and error is None:  # it must not pass for a success

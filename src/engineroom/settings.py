@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 import signal
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from datetime import timedelta
 from typing import Annotated, Any, ClassVar, Literal, Self, TypedDict, Unpack
 
@@ -26,7 +26,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from .errors import InvalidOption, InvalidURL, NoDatabaseURL, UnknownOption
-from .urls import read_url
+from .urls import ACCOUNT, has_account, read_url, replace_account
 
 TRUE = {"1", "true", "t", "yes", "y", "on"}
 
@@ -73,6 +73,10 @@ class DatabaseSettings(BaseSettings):
     """Connections that the process may have open, over all managers, pools, loops and roles."""
 
     # Frequent
+    username: str | Callable[[], Any] | None = Field(default=None, exclude=True)
+    """Who connects; as an argument it comes before the URL's, from `DB_USERNAME` after it."""
+    password: SecretStr | Callable[[], Any] | None = Field(default=None, exclude=True)
+    """Likewise (`DB_PASSWORD`); a function is asked at each physical connect."""
     pool_timeout: Seconds = Field(default=30.0, gt=0)
     """How long a caller waits for a connection, connecting included, before `PoolTimeout`."""
     pool_recycle: int = Field(default=3600, ge=-1)
@@ -107,6 +111,8 @@ class DatabaseSettings(BaseSettings):
     """Alembic's file, if there is one, for `check(schema=True)` and `lifespan(migrate=True)`."""
     dump_signal: str = ""
     """A signal ("SIGUSR1") that prints who holds and who waits, as `dump()` does."""
+
+    _given: frozenset[str] = frozenset()
 
     @field_validator("dump_signal")
     @classmethod
@@ -165,9 +171,21 @@ class DatabaseSettings(BaseSettings):
                 'DATABASE_URL; for a local file, init("sqlite:///app.db").'
             )
         try:
-            return read_url(self.database_url.get_secret_value())
+            url = read_url(self.database_url.get_secret_value())
         except InvalidURL as error:
             raise InvalidURL(f"{error.message} (It comes from DATABASE_URL or DB_URL.)") from None
+        if url.get_backend_name() == "sqlite":
+            return url
+        for part in ACCOUNT:
+            value = getattr(self, part)
+            if value is not None and (part in self._given or not has_account(url, part)):
+                url = replace_account(url, part, None if callable(value) else plain(value))
+        return url
+
+    @property
+    def given(self) -> frozenset[str]:
+        """The fields that were given as arguments."""
+        return self._given
 
     @property
     def shows_statements(self) -> bool:
@@ -186,6 +204,8 @@ class Options(TypedDict, total=False):
     pool_timeout: float | str | timedelta
     pool_recycle: int
     pool_pre_ping: bool
+    username: str | Callable[[], str | Awaitable[str]]
+    password: str | SecretStr | Callable[[], str | Awaitable[str]]
     echo: bool
     expire_on_commit: bool
     autoflush: bool
@@ -242,6 +262,9 @@ def read_settings(
     for name, kind in OBJECTS.items():
         if name in options:
             _check_object(name, options[name], kind)  # type: ignore[literal-required]
+    for name in ACCOUNT:
+        if name in options:
+            _check_account(name, options[name])  # type: ignore[literal-required]
     for name in options.get("engine_options", {}):
         if name in RESERVED:
             raise InvalidOption(
@@ -252,7 +275,9 @@ def read_settings(
         # By its variable's name: older versions of pydantic-settings would prefer the variable.
         given["DATABASE_URL"] = read_url(database_url).render_as_string(hide_password=False)
     try:
-        return DatabaseSettings(**given)
+        settings = DatabaseSettings(**given)
+        settings._given = frozenset(given)
+        return settings
     except ValidationError as error:
         raise _invalid(error, given) from None  # pydantic's own text would show the value
 
@@ -287,6 +312,19 @@ def _check_object(name: str, value: object, kind: type) -> None:
     wanted = f"a subclass of {kind.__name__}" if wants_class else f"a {kind.__name__}"
     shown = value.__name__ if isinstance(value, type) else type(value).__name__
     raise InvalidOption(f"{name}= takes {wanted}, not {shown}. Leave it out for the default.")
+
+
+def _check_account(name: str, value: object) -> None:
+    """Refuse what is no text, and no function that may return one; it is never shown."""
+    if not isinstance(value, str | SecretStr) and not callable(value):
+        raise InvalidOption(
+            f"{name}= takes a text or a function that returns one, not {type(value).__name__}."
+        )
+
+
+def plain(value: str | SecretStr) -> str:
+    """Return the text of a setting that may be masked."""
+    return value.get_secret_value() if isinstance(value, SecretStr) else value
 
 
 def _invalid(error: ValidationError, given: dict[str, Any]) -> InvalidOption:

@@ -88,9 +88,16 @@ class Ticket:
 
     def grant(self, permit: Permit) -> bool:
         """Hand over a permit and wake the waiter; False if it has given up, or is no more."""
-        permit.owner, permit.since = self.owner, time.monotonic()
-        if self._outcome.setdefault("first", permit) is permit and self._is_woken():
-            return True
+        try:
+            permit.owner, permit.since = self.owner, time.monotonic()
+            if self._outcome.setdefault("first", permit) is permit and self._is_woken():
+                return True
+        except BaseException:  # Ctrl-C in between
+            if self._outcome.get("first") is permit:
+                self._is_woken()
+            else:
+                permit.clear()
+            raise
         permit.clear()
         return False
 
@@ -322,14 +329,18 @@ class Slots:
             try:
                 self._again = False
                 while self._queue and self._free:
-                    ticket = self._queue.popleft()
+                    ticket: Ticket | None = None
                     try:
+                        ticket = self._queue.popleft()
                         permit = self._free.pop()
-                    except IndexError:  # a `take` was faster
-                        self._queue.appendleft(ticket)
+                        if not ticket.grant(permit):  # it gave up: skip it
+                            self._free.append(permit)
+                    except BaseException as error:
+                        if ticket is not None and ticket.waits:
+                            self._queue.appendleft(ticket)
+                        if not isinstance(error, IndexError):  # Ctrl-C; else others were faster
+                            raise
                         break
-                    if not ticket.grant(permit):  # it gave up: skip it
-                        self._free.append(permit)
             finally:
                 turn.release()
 

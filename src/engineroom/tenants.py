@@ -22,12 +22,15 @@ from .pool import Shelf, ThreadPool
 from .scopes import mind_the_loop
 from .sessions import guarded
 from .settings import Options
-from .urls import masked, read_url
+from .urls import ACCOUNT, masked, read_url
 
 V = TypeVar("V")
 
 # What of `create_engine`'s arguments is a setting here. The others go to `create_engine`.
-SETTINGS = {"pool_size", "max_overflow", "pool_timeout", "pool_recycle", "pool_pre_ping", "echo"}
+SETTINGS = {
+    *("pool_size", "max_overflow", "pool_timeout", "pool_recycle", "pool_pre_ping", "echo"),
+    *ACCOUNT,
+}
 
 CURE = "Take `await async_session_factory(…)`, or move it to a thread: await asyncio.to_thread(…)"
 

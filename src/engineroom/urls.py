@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import NoReturn
+from urllib.parse import parse_qsl, unquote
 
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
@@ -14,35 +18,54 @@ ALIASES = {"postgres": "postgresql"}
 # What a parameter of a URL is called whose value nobody may see.
 SECRET = re.compile("pass|secret|token", re.IGNORECASE)
 
+# The parts of an account, and which parameters may have them instead.
+ACCOUNT: dict[str, tuple[str, ...]] = {"username": ("user", "username"), "password": ("password",)}
+
+SCHEME = re.compile(r"([A-Za-z]\w*)(?:\+\w+)?://")
+PLACE = re.compile(r"(?:\[(?P<v6>[^\[\]]+)\]|(?P<name>[^:\[\]]*))(?::(?P<port>.*))?")
+LAST_PORT = 65535
+# A host that a URL can carry before its path; others (a folder of sockets, several) are parameters.
+PLAIN_HOST = re.compile(r"[\w.:-]*")
+
 
 def read_url(url: str | URL) -> URL:
-    """Read a URL as a person would write it: `postgres://` is `postgresql://`.
+    """Read a URL as a person would write it, and as libpq does.
+
+    `postgres://` is `postgresql://`. What stands before the first `/` ends at its last `@` with the
+    password, so that an `@` or a `:` there need not be percent-encoded. Several hosts, and a host
+    that is a folder of sockets, are returned as the parameters `host` and `port`.
 
     Raises:
-        InvalidURL: it is none; the message shows it with its secrets masked.
+        InvalidURL: it is none; the message shows nothing of it that may be secret.
     """
-    if not isinstance(url, str | URL):
+    if isinstance(url, URL):
+        return url.set(drivername=_drivername(*url.drivername.partition("+")))
+    if not isinstance(url, str):
         raise InvalidURL(
             f"A database URL is a string or a sqlalchemy.URL, not {type(url).__name__}. "
             'Write it like "postgresql://user:password@host/database".'
         )
-    parsed = _parse(url)
-    if parsed is None:  # raised here, for SQLAlchemy's own error carries the URL with its password
-        raise InvalidURL(
-            f'"{masked(url)}" is not a database URL. Write it like '
-            '"postgresql://user:password@host:5432/database" or "sqlite:///file.db"; special '
-            "characters in the password are percent-encoded (urllib.parse.quote)."
-        )
-    dialect, plus, driver = parsed.drivername.partition("+")
-    return parsed.set(drivername=ALIASES.get(dialect, dialect) + plus + driver)
+    text = url.strip()
+    scheme = SCHEME.match(text)
+    if scheme is not None and scheme[1] != "sqlite":
+        drivername = _drivername(*scheme[0].removesuffix("://").partition("+"))
+        return _read_parts(drivername, text[scheme.end() :])
+    with suppress(ArgumentError, ValueError):
+        if scheme is not None:  # what follows is a path, and may hold anything
+            return make_url(text)
+    raise InvalidURL(
+        f'"{_hidden(url)}" is not a database URL. Write it like '
+        '"postgresql://user:password@host:5432/database" or "sqlite:///file.db"; special '
+        "characters in the password are percent-encoded (urllib.parse.quote)."
+    )
 
 
 def masked(url: str | URL) -> str:
     """Return the URL as text that can be shown: its password, in its query too, masked."""
-    parsed = _parse(url)
-    if parsed is None:  # any part of it may be the secret
-        scheme = re.match(r"\w+://", str(url))
-        return (scheme[0] if scheme else "") + "…"
+    try:
+        parsed = read_url(url)
+    except InvalidURL:
+        return _hidden(url)
     secret = {name: "***" for name in parsed.query if SECRET.search(name)}
     text = parsed.update_query_dict(secret).render_as_string(hide_password=True)
     if "@" in f"{parsed.host}{parsed.database}":  # a password with an @ or a / that was not encoded
@@ -50,8 +73,95 @@ def masked(url: str | URL) -> str:
     return text
 
 
-def _parse(url: str | URL) -> URL | None:
-    try:
-        return make_url(url.strip() if isinstance(url, str) else url)
-    except (ArgumentError, ValueError):
-        return None
+def has_account(url: URL, part: str) -> bool:
+    """Whether a URL has a user name or a password, among its parameters or before."""
+    return getattr(url, part) is not None or any(name in url.query for name in ACCOUNT[part])
+
+
+def replace_account(url: URL, part: str, value: str | None) -> URL:
+    """Return a URL with another user name or password; None: with none."""
+    parts = {name: getattr(url, name) for name in ("username", "password", "host", "port")}
+    query = url.difference_update_query(ACCOUNT[part]).query
+    return URL.create(url.drivername, **parts | {part: value}, database=url.database, query=query)
+
+
+def _hidden(url: object) -> str:
+    """Return no more than the scheme of what is no URL: any part of it may be the secret."""
+    scheme = re.match(r"\s*(\w+://)", str(url))
+    return (scheme[1] if scheme else "") + "…"
+
+
+def _drivername(dialect: str, plus: str, driver: str) -> str:
+    return ALIASES.get(dialect, dialect) + plus + driver
+
+
+def _read_parts(drivername: str, text: str) -> URL:
+    """Read what follows the scheme."""
+    authority, mark, beyond = _cut(text, "/?#")
+    if mark == "#" or "#" in beyond or "@" in beyond:
+        raise InvalidURL(
+            f"The URL {drivername}://… has a special character that is not percent-encoded. In a "
+            "user name or a password write / as %2F, ? as %3F and # as %23; behind the host write "
+            "@ as %40 and # as %23 (urllib.parse.quote)."
+        )
+    path, _, query = beyond.partition("?") if mark == "/" else ("", "", beyond)
+    account, at, places = authority.rpartition("@")
+    user, colon, password = account.partition(":")
+    shown = f"{drivername}://…@{places}" if at else f"{drivername}://…"
+    hosts, ports = zip(*(_read_place(place, shown) for place in places.split(",")), strict=True)
+    parameters = _read_query(query, shown)
+    host, port = hosts[0] or None, ports[0]
+    if len(hosts) > 1 or not PLAIN_HOST.fullmatch(hosts[0]):
+        host = port = None
+        parameters.setdefault("host", ",".join(hosts))
+        if any(ports):
+            parameters.setdefault("port", ",".join(str(one or "") for one in ports))
+    return URL.create(
+        drivername,
+        username=unquote(user) or None,
+        password=unquote(password) if colon else None,
+        host=host,
+        port=port,
+        database=unquote(path) or None,
+        query=parameters,
+    )
+
+
+def _cut(text: str, marks: Iterable[str]) -> tuple[str, str, str]:
+    """Divide a text at the first of some characters."""
+    end = min((text.index(mark) for mark in marks if mark in text), default=len(text))
+    return text[:end], text[end : end + 1], text[end + 1 :]
+
+
+def _read_place(place: str, shown: str) -> tuple[str, int | None]:
+    """Read one `host:port`."""
+    match = PLACE.fullmatch(place)
+    if match is None:
+        _refuse_place(shown)
+    port = match["port"] or None
+    if port is None:
+        return unquote(match["v6"] or match["name"]), None
+    if not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) <= LAST_PORT:
+        _refuse_place(shown)
+    return unquote(match["v6"] or match["name"]), int(port)
+
+
+def _refuse_place(shown: str) -> NoReturn:
+    raise InvalidURL(
+        f"The port of {shown} is not a number from 1 to {LAST_PORT}. Write host:port; an IPv6 "
+        "address stands in brackets ([::1]:5432), and a : in a user name is percent-encoded (%3A)."
+    )
+
+
+def _read_query(query: str, shown: str) -> dict[str, str | tuple[str, ...]]:
+    """Read the parameters; SQLAlchemy writes a space as +, and so it is read."""
+    read: dict[str, str | tuple[str, ...]] = {}
+    for name, value in parse_qsl(query):
+        known = read.get(name)
+        if known is None:
+            read[name] = value
+        elif name == "host":  # as SQLAlchemy writes several: host=a:5432&host=b:5432
+            read[name] = (*((known,) if isinstance(known, str) else known), value)
+        else:
+            raise InvalidURL(f"{shown} gives {name} twice. Give it once.")
+    return read

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.pool import PoolProxiedConnection
 
-from ..errors import DriverNotInstalled, InvalidURL
-from ..urls import masked
+from ..errors import DriverNotInstalled, InvalidOption, InvalidURL
+from ..urls import ACCOUNT, masked
 
 if TYPE_CHECKING:
     from ..settings import DatabaseSettings
@@ -68,6 +68,9 @@ class Backend(Protocol):
 
     def limit_connect(self, arguments: dict[str, Any], seconds: float) -> None:
         """Add to the arguments of a synchronous driver how long it may take to connect."""
+
+    def may_be_refused(self, error: Exception) -> bool:
+        """Whether a connect failed by its user or password, as far as the driver tells."""
 
     def descriptor(self, driver: Any) -> int | None:
         """Return the file descriptor of a driver's connection; None where it has no socket."""
@@ -211,6 +214,10 @@ def find_backend(url: URL, settings: DatabaseSettings) -> Backend:
     if name == "sqlite":
         from .sqlite import SQLite
 
+        for name in settings.given & ACCOUNT.keys():
+            raise InvalidOption(
+                f"{name}= says nothing for SQLite: a file has no users. Leave it out."
+            )
         return SQLite(url, settings.busy_timeout)
     if name in MYSQL:
         from .mysql import MySQL

@@ -47,6 +47,7 @@ SQLITE_BUSY_SNAPSHOT = SQLITE_BUSY | 2 << 8  # an extended one: others have writ
 PAUSES = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.025)
 INTERRUPT_EVERY = 0.02  # seconds
 ROLLBACKS = 3
+LET_GO_LIMIT = 1.0  # seconds for a thread to leave the statement that was interrupted
 
 
 class SQLite:
@@ -242,6 +243,10 @@ class SQLite:
     def limit_connect(self, arguments: dict[str, Any], seconds: float) -> None:
         """Opening a file does not wait."""
 
+    def may_be_refused(self, error: Exception) -> bool:
+        """A file has no users."""
+        return False
+
     def descriptor(self, driver: Any) -> int | None:
         """A file has no socket."""
         return None
@@ -279,12 +284,12 @@ class SQLite:
             if hasattr(adapted, "run_async"):
                 adapted.run_async(self._end)
                 continue
+            end = time.monotonic() + LET_GO_LIMIT
             adapted.interrupt()
-            for _ in range(ROLLBACKS):
-                with suppress(_errors()):
+            while adapted.in_transaction and time.monotonic() < end:
+                with suppress(_errors()):  # the interrupt may hit this as well
                     adapted.rollback()
-                if not adapted.in_transaction:  # the interrupted thread may have been faster
-                    break
+                time.sleep(PAUSES[0])
 
     def interrupt(self, driver: Any) -> None:
         """Interrupt what runs; its thread rolls back."""

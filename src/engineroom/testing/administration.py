@@ -18,8 +18,10 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.util import greenlet_spawn
 
-from engineroom.backends import Side
+from engineroom.backends import Role, Side
 from engineroom.backends.postgresql import PostgreSQL, sqlstate
+from engineroom.connecting import watch_connects
+from engineroom.credentials import Credentials
 from engineroom.engines import create
 from engineroom.errors import DriverNotInstalled, TemplateUnusable
 
@@ -58,7 +60,9 @@ class Administrator:
         except DriverNotInstalled:
             side = Side.ASYNC
             where = backend.engine_url(side)
-        engine = create(side, where, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+        options = backend.engine_options(side, Role.PRIMARY, {})
+        engine = create(side, where, poolclass=NullPool, isolation_level="AUTOCOMMIT", **options)
+        watch_connects(engine, side, backend, Credentials())
         self._url = url
         # An asynchronous driver gets a loop that is nobody else's.
         self._runner = asyncio.Runner() if side is Side.ASYNC else None

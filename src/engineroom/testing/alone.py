@@ -89,6 +89,8 @@ class Alone:
         connect = dialect.connect
         self._before[engine] = (engine.pool, vars(dialect).get("connect"))
         there = engine.url.set(database=self._database)
+        if dialect.name != "sqlite":  # what it is told beside is in its arguments already
+            there = there.set(query={})
         (path, options) = dialect.create_connect_args(there)
         name = {key: options[key] for key in ("database", "dbname", "db") if key in options}
 

@@ -279,7 +279,7 @@ def synchronous(manager: Manager) -> Database:
 def opened_on(manager: Manager, url: str, options: Options) -> Generator[None]:
     """Open the manager on another database; one that was open is put back at the end."""
     room, database = manager._room, synchronous(manager)
-    before = (room.settings.url, room._arguments[1]) if room.life.is_usable else None
+    before = (room.settings.url, room.given.reveal()[1]) if room.life.is_usable else None
     if before is not None:
         options = {**before[1], **options}
         database.close()

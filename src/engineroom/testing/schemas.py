@@ -16,10 +16,12 @@ from engineroom.database import Database
 from engineroom.errors import DriverNotInstalled, TemplateUnusable
 from engineroom.manager import DatabaseSessionManager
 from engineroom.schema import missing_tables
+from engineroom.secrecy import unseen
 
 T = TypeVar("T")
 
 
+@unseen
 def create_tables(url: str, metadata: MetaData) -> None:
     """Create the tables of the models in an empty database.
 
@@ -35,6 +37,7 @@ def create_tables(url: str, metadata: MetaData) -> None:
     work_on(url, metadata.create_all)
 
 
+@unseen
 def migrate(url: str, ini: Path, metadata: MetaData) -> None:
     """Run the project's migrations on an empty database.
 
@@ -76,6 +79,7 @@ def migrate(url: str, ini: Path, metadata: MetaData) -> None:
         )
 
 
+@unseen
 def work_on(url: str, work: Callable[[Connection], T]) -> T:
     """Do something in a transaction, with whichever driver there is; outside of event loops."""
 

@@ -1,0 +1,258 @@
+"""PostgreSQL: asyncpg on the asynchronous side, psycopg (or psycopg2) on the synchronous one."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+import socket
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from importlib.util import find_spec
+from typing import Any
+
+from sqlalchemy.engine import URL, Connection, Engine
+from sqlalchemy.pool import PoolProxiedConnection
+from sqlalchemy.util import await_only
+
+from ...secrecy import Sealed
+from ...urls import masked
+from .. import Role, Side, choose_driver, refuse_unknown_driver
+from .schema_lock import AdvisoryLock, without_literals
+from .settling import BREAK_OFF_LIMIT, settling_connection
+from .sockets import asyncpg_transport, descriptor_of, is_closed, shut
+from .sources import resolve
+from .sqlstates import sqlstate
+from .tls import make_context, uses_files
+from .translation import SECRETS, for_asyncpg, for_libpq, refuse_unable, unable
+
+__all__ = ["DRIVERS", "AdvisoryLock", "PostgreSQL", "sqlstate", "without_literals"]
+
+logger: logging.Logger = logging.getLogger("engineroom")
+
+DRIVERS = {
+    Side.ASYNC: {"asyncpg": "asyncpg", "psycopg": "psycopg"},
+    Side.SYNC: {"psycopg": "psycopg", "psycopg2": "psycopg2"},
+}
+READ_ONLY = "default_transaction_read_only"
+
+# invalid_password; invalid_authorization_specification (of PAM, through which Amazon's tokens go)
+REFUSED = ("28P01", "28000")
+IDLE = 0  # libpq's PQTRANS_IDLE
+AT_REST = (IDLE, 4)  # and PQTRANS_UNKNOWN: it is closed
+
+
+class PostgreSQL:
+    """PostgreSQL, spoken to directly."""
+
+    def __init__(self, url: URL) -> None:
+        refuse_unknown_driver(url, DRIVERS)
+        parameters = resolve(url)
+        if uses_files(parameters):
+            make_context(parameters)  # says now what cannot be read, for all drivers
+        self._sealed = Sealed(parameters)
+        self._shown = masked(url)
+        # Its parameters tell it apart from others; their secrets are with the password.
+        self._url = url.set(password=parameters.get("password", url.password))
+        self._url = self._url.difference_update_query(SECRETS)
+
+    @property
+    def _parameters(self) -> dict[str, str]:
+        return self._sealed.reveal()
+
+    def engine_url(self, side: Side) -> URL:
+        """Return the URL with the driver of a side, without what that is told beside it."""
+        drivers = DRIVERS[side]
+        if unable(self._parameters) and not self._url.drivername.endswith("+asyncpg"):
+            able = {name: module for name, module in drivers.items() if name != "asyncpg"}
+            drivers = able if any(map(find_spec, able.values())) else drivers
+        return choose_driver(self._url, drivers, "postgresql").set(query={})
+
+    def engine_options(
+        self, side: Side, role: Role, connect_args: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Return the options of a role: a reader's statements stand alone, and write nothing."""
+        driver = self.engine_url(side).get_driver_name()
+        if driver == "asyncpg":
+            refuse_unable(self._parameters, self._shown)
+            told = for_asyncpg(self._parameters, os.environ)
+        else:
+            told = for_libpq(self._parameters)
+        arguments = told | connect_args
+        if side is Side.ASYNC and driver == "psycopg":
+            arguments.setdefault("async_creator_fn", settling_connection().connect)
+        if role is Role.READER and arguments.get("target_session_attrs") == "read-write":
+            # Its own sessions are read-only, so none would ever match.
+            arguments["target_session_attrs"] = "primary"
+        settings = {READ_ONLY: "on"} if role is Role.READER else {}
+        if driver == "asyncpg":
+            name: str = "server_settings"
+            merged: Any = told.get(name, {}) | connect_args.get(name, {}) | settings
+        else:
+            name = "options"
+            texts = [told.get(name), connect_args.get(name)]
+            texts += [f"-c {setting}={value}" for setting, value in settings.items()]
+            merged = " ".join(text for text in texts if text)
+        if merged:
+            arguments[name] = merged
+        options: dict[str, Any] = {"connect_args": arguments}
+        if role is Role.READER:
+            options["isolation_level"] = "AUTOCOMMIT"
+        return options
+
+    def read_only_options(self) -> dict[str, Any]:
+        """Return what makes SQLAlchemy's drivers say BEGIN READ ONLY."""
+        return {"postgresql_readonly": True}
+
+    def attach(
+        self, engine: Engine, role: Role, before_write: Callable[[Connection], None]
+    ) -> None:
+        """PostgreSQL behaves as it is; psycopg is spared a rollback where nothing has begun."""
+        engine.url = self._url.set(drivername=engine.url.drivername)
+        dialect: Any = engine.dialect
+        if dialect.driver == "psycopg":
+            dialect.do_rollback = _rolling_back(dialect.do_rollback, dialect.is_async)
+
+    def limit_connect(self, arguments: dict[str, Any], seconds: float) -> None:
+        """Set libpq's parameter, unless it is given: whole seconds for each host, from two on."""
+        hosts = str(arguments.get("host", "")).count(",") + 1
+        arguments.setdefault("connect_timeout", max(2, math.ceil(seconds / hosts)))
+
+    def may_be_refused(self, error: Exception) -> bool:
+        """Ask the SQLSTATE; libpq keeps that of a connect to itself, and tells less, or nothing."""
+        if (state := sqlstate(error)) is not None:
+            return state in REFUSED
+        if (pgconn := getattr(error, "pgconn", None)) is not None:  # psycopg's
+            return bool(pgconn.used_password)
+        return type(error).__module__ == "psycopg2"
+
+    def descriptor(self, driver: Any) -> int | None:
+        """Return the file descriptor of the connection's socket; None once it is closed."""
+        return descriptor_of(driver)
+
+    def is_closed(self, driver: Any) -> bool:
+        """Ask the driver: none of them forgets its socket before it knows that it is closed."""
+        return is_closed(driver)
+
+    def is_at_rest(self, driver: Any) -> bool:
+        """Ask the driver, which knows what the server said last."""
+        if hasattr(driver, "pgconn"):
+            return driver.pgconn.transaction_status in AT_REST
+        if hasattr(driver, "get_transaction_status"):  # psycopg2
+            return driver.get_transaction_status() in AT_REST
+        return not driver.is_in_transaction()
+
+    def ping(self, connection: PoolProxiedConnection, engine: Engine) -> None:
+        """Ask the server in one round trip."""
+        if engine.dialect.driver == "asyncpg":
+            # The dialect's own ping costs three: BEGIN, a statement, ROLLBACK.
+            adapted: Any = connection.dbapi_connection
+            adapted.run_async(lambda driver: driver.execute("SELECT 1"))
+        else:
+            engine.dialect.do_ping(connection.dbapi_connection)  # type: ignore[arg-type]
+
+    def holds_write_lock(self, connection: PoolProxiedConnection) -> bool:
+        """Writers of PostgreSQL do not keep each other out."""
+        return False
+
+    def end(
+        self,
+        connections: Sequence[PoolProxiedConnection],
+        execute: Callable[[str], None],
+        *,
+        is_abandoned: bool = False,
+    ) -> None:
+        """End the backends: every role may do that with its own."""
+        drivers: list[Any] = [connection.driver_connection for connection in connections]
+        array = ", ".join(str(_backend_pid(driver)) for driver in drivers)  # of numbers: safe
+        try:
+            execute(f"SELECT pg_terminate_backend(pid) FROM unnest(ARRAY[{array}]) AS pid")  # noqa: S608
+        except Exception as error:  # noqa: BLE001  # a server at its limit takes cancel requests
+            logger.info("Backends are cancelled, for none could be asked to end them: %r", error)
+            for driver in drivers:
+                with suppress(Exception):
+                    if hasattr(driver, "get_server_pid"):
+                        if not is_abandoned:  # (asyncpg asks in its own loop only)
+                            await_only(self.break_off(driver))
+                    else:
+                        self.interrupt(driver)
+                        shut(int(driver.fileno()))  # it ends as soon as it reads from there
+
+    def interrupt(self, driver: Any) -> None:
+        """Have the server cancel what runs; what has not arrived there yet is not."""
+        driver.cancel()
+
+    async def break_off(self, driver: Any) -> None:
+        """Close asyncpg's connection, which waits for the cancel request that is on its way.
+
+        psycopg's is closed already: `settling_connection` did that where it was interrupted.
+        """
+        if hasattr(driver, "get_server_pid"):
+            await driver.close(timeout=BREAK_OFF_LIMIT)
+
+    def cut(self, driver: Any, loop: asyncio.AbstractEventLoop) -> None:
+        """Close the socket; the server ends the backend when it sees that."""
+        if hasattr(driver, "pgconn"):
+            driver.pgconn.finish()
+            return
+        descriptor = self.descriptor(driver)
+        if descriptor is not None and descriptor >= 0:
+            # Not for reading: whoever waits for the server to let go would see our own end.
+            shut(descriptor, socket.SHUT_WR)
+        if isinstance(loop, asyncio.BaseEventLoop):
+            # asyncio closes its socket in a callback that this loop will never run: run it here.
+            loop.call_soon = _run_unless_it_resumes_a_task  # type: ignore[method-assign,assignment]
+            try:
+                driver.terminate()
+            finally:
+                del loop.call_soon
+        else:  # uvloop's have closed their sockets themselves
+            with suppress(RuntimeError):
+                driver.terminate()
+
+    def disown(self, drivers: Iterable[Any]) -> None:
+        """Put the null device in the place of each socket."""
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for driver in drivers:
+            descriptor = self.descriptor(driver)
+            if descriptor is not None:
+                os.dup2(nothing, descriptor, inheritable=False)
+                if not hasattr(driver, "fileno"):
+                    # The inherited loop, if it runs, would miss asyncpg's transport at its end.
+                    asyncpg_transport(driver).abort()
+        os.close(nothing)
+
+    def dispose(self) -> None:
+        """There is nothing to remove."""
+
+
+def _rolling_back(rollback: Callable[[Any], None], is_async: bool) -> Callable[[Any], None]:
+    """Wrap ROLLBACK, which SQLAlchemy repeats after each COMMIT.
+
+    psycopg sends nothing either, but takes a lock and runs a generator to find that out.
+    """
+
+    def roll_back_what_has_begun(connection: Any) -> None:
+        driver = connection.dbapi_connection
+        if is_async and driver is not None:
+            driver = driver.driver_connection
+        pgconn = None if driver is None else driver.pgconn
+        if pgconn is None or pgconn.transaction_status != IDLE or pgconn.pipeline_status:
+            rollback(connection)
+
+    return roll_back_what_has_begun
+
+
+def _run_unless_it_resumes_a_task(callback: Any, *args: Any, context: object = None) -> None:
+    """Stand in for the `call_soon` of a loop that has ended: no task of it may go on in another."""
+    if not isinstance(getattr(callback, "__self__", None), asyncio.Future):
+        callback(*args)
+
+
+def _backend_pid(driver: Any) -> int:
+    if hasattr(driver, "get_server_pid"):  # asyncpg
+        return int(driver.get_server_pid())
+    if hasattr(driver, "get_backend_pid"):  # psycopg2
+        return int(driver.get_backend_pid())
+    return int(driver.info.backend_pid)

@@ -1,0 +1,92 @@
+"""psycopg's connection, which stops its statement on the server however often it is cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Generator
+from contextlib import contextmanager
+from functools import cache
+from traceback import clear_frames
+from typing import Any
+
+from ...cancellation import settle
+
+logger: logging.Logger = logging.getLogger("engineroom")
+
+CANCEL_EVERY = 0.02  # seconds
+BREAK_OFF_LIMIT = 1.0  # seconds for the server to take a cancel request
+
+
+@cache
+def settling_connection() -> Any:
+    """Make psycopg's connection a class that stops its statement however often it is cancelled.
+
+    psycopg asks the server to cancel when its task is; but a second cancellation interrupts that
+    request, and the statement runs on with its locks.
+    """
+    from psycopg import AsyncConnection, Error, waiting
+    from psycopg.pq import TransactionStatus
+
+    class SettlingConnection(AsyncConnection[Any]):
+        def __init__(self, *args: Any, **kw: Any) -> None:
+            super().__init__(*args, **kw)
+            self.server_cursor_factory = _settling_cursor()
+
+        @classmethod
+        async def connect(cls, *args: Any, **kw: Any) -> Any:
+            """Connect; a connection that is half made ends with the frames that hold it.
+
+            psycopg closes it nowhere: whoever keeps the error would keep the backend as well.
+            """
+            with _clearing_frames():
+                return await super().connect(*args, **kw)
+
+        async def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
+            try:
+                return await waiting.wait_async(gen, self.pgconn.socket, interval, timeout)
+            except asyncio.CancelledError:
+                await settle(self._break_off())
+                raise
+
+        async def _break_off(self) -> None:
+            """Ask until the server has answered: a request may overtake its own statement."""
+            try:
+                if self.pgconn.transaction_status == TransactionStatus.ACTIVE:
+                    async with asyncio.timeout(BREAK_OFF_LIMIT):
+                        await self.cancel_safe(timeout=BREAK_OFF_LIMIT)
+                        while self._is_at_work():
+                            await asyncio.sleep(CANCEL_EVERY)
+                            await self.cancel_safe(timeout=BREAK_OFF_LIMIT)
+            except (TimeoutError, Error) as error:
+                logger.info("A cancelled statement may run on: %r", error)
+            finally:
+                self.pgconn.finish()
+
+        def _is_at_work(self) -> bool:
+            self.pgconn.consume_input()
+            return bool(self.pgconn.is_busy())
+
+    return SettlingConnection
+
+
+@cache
+def _settling_cursor() -> Any:
+    """Make psycopg's cursor a class that is closed though its closing is cancelled."""
+    from psycopg import AsyncServerCursor
+
+    class SettlingCursor(AsyncServerCursor[Any]):
+        async def close(self) -> None:
+            await settle(super().close())  # interrupted, psycopg would warn that it is open still
+
+    return SettlingCursor
+
+
+@contextmanager
+def _clearing_frames() -> Generator[None]:
+    """Let go of what the frames hold that an error has come through."""
+    try:
+        yield
+    except BaseException as error:
+        clear_frames(error.__traceback__)
+        raise

@@ -1,0 +1,8 @@
+"""What the server calls an error, on every driver."""
+
+from __future__ import annotations
+
+
+def sqlstate(error: BaseException | None) -> str | None:
+    """Return the code that the server gave an error of a driver, or of SQLAlchemy's adapter."""
+    return getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)

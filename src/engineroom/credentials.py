@@ -1,0 +1,131 @@
+"""Who connects: functions that say so, asked at each physical connect."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextvars import copy_context
+from typing import Any
+
+from .errors import CredentialsFailed, InvalidOption
+from .hooks import is_coroutine_function
+from .secrecy import Sealed
+
+ARGUMENTS = {"username": "user", "password": "password"}  # what the drivers call them
+
+
+class Credentials:
+    """The functions among `username=` and `password=`."""
+
+    def __init__(self, username: object = None, password: object = None) -> None:
+        given = {"username": username, "password": password}
+        self._functions: dict[str, Callable[[], Any]] = {
+            name: value for name, value in given.items() if callable(value)
+        }
+
+    def __bool__(self) -> bool:
+        return bool(self._functions)
+
+    def refuse_coroutines(self) -> None:
+        """Refuse coroutine functions where nobody can await them.
+
+        Raises:
+            InvalidOption: there is one.
+        """
+        for name, function in self._functions.items():
+            if is_coroutine_function(function):
+                raise _not_here(name)
+
+    def ask(self, seconds: float) -> dict[str, Sealed[str]]:
+        """Ask, each function in a thread of its own: nothing else can be given up on.
+
+        Raises:
+            CredentialsFailed: one raised, was not ready in time, or returned no text.
+        """
+        account: dict[str, Sealed[str]] = {}
+        for name, function in self._functions.items():
+            answer = in_thread(function)
+            try:
+                value = answer.result(seconds)
+            except Exception as error:
+                raise (_raised(name, error) if answer.done() else _late(name, seconds)) from error
+            if inspect.iscoroutine(value):
+                value.close()
+                raise _not_here(name)
+            account[ARGUMENTS[name]] = _sealed(name, value)
+        return account
+
+    async def ask_on_loop(self, seconds: float) -> dict[str, Sealed[str]]:
+        """Ask: coroutine functions in this event loop, others in a thread, so as not to stop it.
+
+        Raises:
+            CredentialsFailed: one raised, was not ready in time, or returned no text.
+        """
+        account: dict[str, Sealed[str]] = {}
+        for name, function in self._functions.items():
+            deadline = asyncio.timeout(seconds)
+            try:
+                async with deadline:
+                    value: Any = (
+                        function()
+                        if is_coroutine_function(function)
+                        else await asyncio.wrap_future(in_thread(function))
+                    )
+                    if inspect.isawaitable(value):
+                        value = await value
+            except Exception as error:
+                raise (
+                    _late(name, seconds) if deadline.expired() else _raised(name, error)
+                ) from error
+            account[ARGUMENTS[name]] = _sealed(name, value)
+        return account
+
+
+def in_thread(function: Callable[[], Any]) -> Future[Any]:
+    """Call a function in a thread, for which the end of the process does not wait."""
+    answer: Future[Any] = Future()
+
+    def call() -> None:
+        if answer.set_running_or_notify_cancel():
+            try:
+                answer.set_result(function())
+            except BaseException as error:  # noqa: BLE001  # whoever waits hears of it
+                answer.set_exception(error)
+
+    context = copy_context()
+    name = "engineroom-credentials"
+    threading.Thread(target=context.run, args=[call], name=name, daemon=True).start()
+    return answer
+
+
+def _sealed(name: str, value: object) -> Sealed[str]:
+    if not isinstance(value, str) or not value:
+        what = "an empty text" if value == "" else type(value).__name__
+        cure = " Decode them: .decode()." if isinstance(value, bytes) else ""
+        raise CredentialsFailed(f"{name}= returned {what}, where a text (str) is needed.{cure}")
+    return Sealed(value)
+
+
+def _raised(name: str, error: BaseException) -> CredentialsFailed:
+    return CredentialsFailed(
+        f"{name}= raised {type(error).__name__}, so nothing was connected. Its own error is the "
+        "cause of this one; see that what it asks can be reached from here."
+    )
+
+
+def _late(name: str, seconds: float) -> CredentialsFailed:
+    return CredentialsFailed(
+        f"{name}= did not answer within {seconds:.1f} s, which is what was left of pool_timeout "
+        "or connect_timeout, so nothing was connected. See that what it asks can be reached from "
+        "here, and give it a timeout of its own."
+    )
+
+
+def _not_here(name: str) -> InvalidOption:
+    return InvalidOption(
+        f"{name}= is a coroutine function, which the synchronous side cannot await. Give it a "
+        "plain function, which serves both sides."
+    )

@@ -1,0 +1,108 @@
+"""Keeps secrets out of sight: values without a readable text, frames without their variables."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import wraps
+from inspect import iscoroutinefunction
+from traceback import clear_frames, walk_tb
+from types import TracebackType
+from typing import Any, Generic, ParamSpec, TypeVar, cast
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+
+
+class Sealed(Generic[T]):
+    """A secret on its way: neither its text nor a traceback with locals shows it."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: T) -> None:
+        self._value = value
+
+    def reveal(self) -> T:
+        """Return the secret; use it at once, and keep it in no variable that outlives an error."""
+        return self._value
+
+    def __repr__(self) -> str:
+        return "***"
+
+
+class Unseen:
+    """Empties the frames that an error has come through: it keeps its lines, not their variables.
+
+    Drivers have the password there in plain text, and tools that print a traceback with locals
+    (rich, pytest, error trackers) would show it.
+    """
+
+    def __enter__(self) -> None:
+        # What is being handled is not ours, though what we raise has it as its context.
+        self._handled = sys.exception()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for each in chain(error, self._handled):
+            clear_frames(each.__traceback__)
+
+
+def unseen(verb: Callable[P, R]) -> Callable[P, R]:
+    """Empty, when a verb raises, its own frame as well: its arguments may be secret."""
+    if iscoroutinefunction(verb):
+
+        @wraps(verb)
+        async def call_async(*args: Any, **kw: Any) -> Any:
+            try:
+                with Unseen():
+                    return await verb(*args, **kw)
+            except BaseException:
+                del args, kw
+                raise
+
+        return cast(Callable[P, R], call_async)
+
+    @wraps(verb)
+    def call(*args: P.args, **kw: P.kwargs) -> R:
+        try:
+            with Unseen():
+                return verb(*args, **kw)
+        except BaseException:
+            del args, kw
+            raise
+
+    return call
+
+
+# In whose frames the values lie that are bound to a statement.
+BINDING = ("sqlalchemy", "asyncpg", "psycopg", "psycopg2", "aiosqlite", "engineroom")
+
+
+def hide_values(error: BaseException) -> None:
+    """Empty the frames through which an error's statement has gone, and leave the application's."""
+    for each in chain(error):
+        for frame, _ in walk_tb(each.__traceback__):
+            if frame.f_globals.get("__name__", "").partition(".")[0] in BINDING:
+                with suppress(RuntimeError):  # it is running
+                    frame.clear()
+
+
+def chain(error: BaseException | None, end: BaseException | None = None) -> Iterator[BaseException]:
+    """Yield an error, and all that it came of or consists of, up to one that was there before."""
+    seen = {id(end)}
+    waiting = [error]
+    while waiting:
+        each = waiting.pop()
+        if each is None or id(each) in seen:
+            continue
+        seen.add(id(each))
+        yield each
+        waiting += [each.__cause__, each.__context__]
+        if isinstance(each, BaseExceptionGroup):
+            waiting += each.exceptions

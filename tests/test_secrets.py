@@ -1,0 +1,242 @@
+"""No secret and no bound value is in any text that we cause: repr, error, traceback, log, warning.
+
+A secret is known of each way that a password takes. A crash is printed as tools print it, with the
+variables of each frame, and everything is searched for them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import logging
+import traceback
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from looking import look
+from rich.console import Console
+from rich.pretty import pretty_repr
+from rich.traceback import Traceback
+from sqlalchemy import text
+from tls import Certificates, TLSProxy
+
+from engineroom import Database, DatabaseSessionManager, DatabaseSettings
+from engineroom.registry import SessionManager
+from engineroom.secrecy import Sealed, Unseen, chain
+from engineroom.testing import PostgresServer
+
+IN_URL, OF_CALLABLE, OF_KEY, OF_FILE = "kn0wn-url", "kn0wn-callable", "kn0wn-key", "kn0wn-file"
+KNOWN = (IN_URL, OF_CALLABLE, OF_KEY, OF_FILE)
+BOUND = "kn0wn-bound"
+DRIVERS = ["asyncpg", "psycopg", "psycopg (async)", "psycopg2"]
+
+
+def printed(error: BaseException) -> str:
+    """Print an error in the ways that show most."""
+    console = Console(file=io.StringIO(), width=250, force_terminal=False)
+    trace = Traceback.from_exception(
+        type(error),
+        error,
+        error.__traceback__,
+        show_locals=True,
+        locals_max_length=None,
+        locals_max_string=None,
+        locals_hide_dunder=False,
+        locals_hide_sunder=False,
+    )
+    console.print(trace)
+    plain = "".join(
+        traceback.TracebackException.from_exception(error, capture_locals=True).format()
+    )
+    file: Any = console.file
+    return file.getvalue() + plain
+
+
+def shown(text: str, secrets: tuple[str, ...] = KNOWN) -> list[str]:
+    """Return the lines in which a secret is; the source of these tests says it by its name."""
+    return [line for line in text.splitlines() if any(secret in line for secret in secrets)]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
+    """The whole log from DEBUG on, with every record's arguments."""
+    caplog.set_level(logging.DEBUG)
+    return lambda: "\n".join(f"{one.getMessage()} {one.args!r}" for one in caplog.records)
+
+
+def crash(work: Callable[..., Any], *args: Any, **kw: Any) -> BaseException:
+    with pytest.raises(Exception) as caught:  # noqa: PT011  # any crash
+        work(*args, **kw)
+    for each in chain(caught.value):  # the frames of the tests hold the secrets, and are theirs
+        for frame, _ in traceback.walk_tb(each.__traceback__):
+            if Path(frame.f_code.co_filename).parent == Path(__file__).parent:
+                with suppress(RuntimeError):
+                    frame.clear()
+        while each.__traceback__ is not None and each.__traceback__.tb_frame.f_code is CRASH:
+            each.__traceback__ = each.__traceback__.tb_next
+    return caught.value
+
+
+CRASH = crash.__code__
+
+
+def wrong_url(url: str) -> str:
+    """Return a URL with a password that is wrong."""
+    account, _, place = url.partition("@")
+    return f"{account.rpartition(':')[0]}:{IN_URL}@{place}"
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_a_refused_connect_shows_no_secret(
+    driver: str, pg18: PostgresServer, home: Path, log: Callable[[], str]
+) -> None:
+    file = home / ".pgpass"
+    file.write_text(f"*:*:*:*:{OF_FILE}\n")
+    file.chmod(0o600)
+    url = wrong_url(pg18.url())
+    bare = url.replace(f":{IN_URL}", "")
+    for given in (
+        {"url": url},
+        {"url": bare, "password": lambda: OF_CALLABLE},
+        {"url": bare, "password": OF_CALLABLE},
+        {"url": bare},  # from the file
+    ):
+        one = printed(crash(look, driver=driver, echo=True, **given))
+        assert "password authentication failed" in one
+        assert "locals" in one
+        assert shown(one) == []
+    assert shown(log()) == []
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_a_key_that_is_refused_shows_no_secret(
+    driver: str, pg18: PostgresServer, tmp_path: Path, log: Callable[[], str]
+) -> None:
+    certificates = Certificates(tmp_path)
+    locked = tmp_path / "locked.key"
+    certificates.encrypt_key(locked, OF_KEY)
+    asks = Certificates(tmp_path / "..").authority  # another one, which did not sign ours
+    files = f"sslcert={certificates.cert}&sslkey={locked}&sslpassword"
+    with TLSProxy(pg18.host, pg18.port, certificates.server, asks=asks) as proxy:
+        for mode in ("require", "prefer"):
+            url = f"{proxy.url(wrong_url(pg18.url()))}?sslmode={mode}&{files}={OF_KEY}"
+            assert shown(printed(crash(look, url, driver))) == []
+            wrong = url.replace(f"={OF_KEY}", f"={OF_CALLABLE}")
+            assert shown(printed(crash(look, wrong, driver))) == []
+    assert shown(log()) == []
+
+
+BROKEN = [
+    f"postgresql://u:{IN_URL}@h:port/d",
+    f"postgresql://u:{IN_URL}/x@h/d",
+    f"postgresql://u:{IN_URL}#x@h/d",
+    f"postgresql://u:{IN_URL}@h/d?ssl_mode=x&sslpassword={OF_KEY}",
+    f"postgresql://u@h/d?password={IN_URL}&sslmode=x",
+    f"postgresql://u:{IN_URL}@h/d?sslrootcert=/none&sslpassword={OF_KEY}",
+    f"postgresql+pg8000://u:{IN_URL}@h/d?sslpassword={OF_KEY}",
+    f"oracle://u:{IN_URL}@h/d?sslpassword={OF_KEY}",
+    f"postgresql://u:{IN_URL}@h/d?service=none",
+    f"u:{IN_URL}@h/d",
+]
+
+
+@pytest.mark.parametrize("url", BROKEN)
+@pytest.mark.parametrize("door", [Database, DatabaseSessionManager])
+def test_a_url_that_is_refused_shows_no_secret(
+    url: str, door: type, log: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def open_it(*args: Any, **options: Any) -> None:
+        Database(*args, **options) if door is Database else door().init(*args, **options)
+
+    text = printed(crash(lambda: open_it(url, password=OF_CALLABLE, pool_size=5)))
+    text += printed(crash(lambda: open_it(url=url)))
+    text += printed(crash(lambda: open_it(url, pool_sise=5)))
+    monkeypatch.setenv("DATABASE_URL", url)
+    monkeypatch.setenv("DB_PASSWORD", OF_CALLABLE)
+    text += printed(crash(open_it))
+    assert shown(text + log()) == []
+
+
+def test_a_registry_shows_no_secret(pg18: PostgresServer, log: Callable[[], str]) -> None:
+    registry = SessionManager()
+    url = wrong_url(pg18.url())
+    for forked in (False, True):
+        registry.forked = forked
+        text = printed(crash(lambda: registry.session_factory(url, password=OF_CALLABLE)))
+        text += printed(crash(lambda: registry.get_engine(BROKEN[0])))
+        text += printed(crash(lambda: registry.create_session(f"{url}?", nonsense=1)))
+        text += printed(crash(lambda: asyncio.run(registry.async_session_factory(url))))
+        text += pretty_repr([registry, registry._engines, registry._sessions, vars(registry)])
+        assert shown(text + log()) == []
+    registry.close()
+
+
+def test_what_is_open_shows_no_secret(pg18: PostgresServer, recwarn: Any) -> None:
+    """In the text of anything that is at hand, as a console or an error tracker asks for it."""
+    url = f"{pg18.url().replace('postgres:', 'postgres.x:')}?sslpassword={OF_KEY}"
+    url = f"{wrong_url(url)}"
+    manager = DatabaseSessionManager().init(url, password=OF_CALLABLE)
+    things: list[Any] = [manager, manager.sync, manager._room, manager._room.settings]
+    for engine in (manager.engine, manager.sync.engine):
+        things += [engine, engine.url, engine.pool, engine.dialect, str(engine.url)]
+    room = manager._room
+    things += [room.backend, room.credentials, room.stats(), room.report(), vars(room)]
+    things += [vars(room.backend), room.settings.model_dump(), DatabaseSettings()]
+    texts = [pretty_repr(thing) + repr(thing) + str(thing) for thing in things]
+    assert shown("\n".join(texts)) == []
+    warnings.warn(repr(manager), stacklevel=1)
+    assert shown(str([str(one.message) for one in recwarn])) == []
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("echo", [False, True])
+def test_bound_values_are_shown_where_echo_is_on_and_nowhere_else(
+    driver: str, echo: bool, pg18: PostgresServer, log: Callable[[], str]
+) -> None:
+    statement = text("SELECT 1 / (length(:value) - length(:value))")
+
+    def crashes(connection: Any) -> None:
+        connection.execute(statement, {"value": BOUND})
+
+    error = crash(look, pg18.url(), driver, crashes, echo=echo)
+    for each in chain(error):
+        assert (BOUND in str(each)) == (echo and hasattr(each, "statement"))
+    assert (BOUND in printed(error)) == echo
+    assert (BOUND in log()) == echo
+
+
+def test_frames_of_an_error_that_was_there_before_keep_their_variables() -> None:
+    """It is the application's, and only the context of ours."""
+
+    def application() -> None:
+        kept = "application"
+        raise KeyError(kept)
+
+    def driver() -> None:
+        secret = Sealed(IN_URL).reveal()
+        raise ValueError(len(secret))
+
+    def both() -> None:
+        try:
+            application()
+        except KeyError:
+            with Unseen():
+                driver()
+
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        both()
+    error = caught.value
+    assert isinstance(error.__context__, KeyError)
+    *_, (frame, _) = traceback.walk_tb(error.__context__.__traceback__)
+    assert frame.f_locals == {"kept": "application"}
+    assert shown(printed(error)) == []
