@@ -12,9 +12,11 @@ from sqlalchemy import NullPool, text
 from sqlalchemy.engine import URL, Connection
 from sqlalchemy.exc import DBAPIError
 
-from engineroom.backends import Side
+from engineroom.backends import Role, Side
 from engineroom.backends.mysql import MySQL
 from engineroom.backends.mysql.errnos import NO_RIGHT, errno
+from engineroom.connecting import watch_connects
+from engineroom.credentials import Credentials
 from engineroom.engines import create
 from engineroom.errors import TemplateUnusable
 from engineroom.testing.templates import NO_CLONE, NOT_ENTERED, Template
@@ -46,10 +48,11 @@ class TableTemplate(Template):
         self._owner = os.getpid()
         self._template: str | None = None
         self._made: set[str] = set()  # databases, all of which are to be dropped
-        where = MySQL(url).engine_url(Side.SYNC)
-        self._engine = create(
-            Side.SYNC, where, poolclass=NullPool, isolation_level="AUTOCOMMIT", hide_parameters=True
-        )
+        backend = MySQL(url)
+        options = backend.engine_options(Side.SYNC, Role.PRIMARY, {})
+        options |= {"poolclass": NullPool, "isolation_level": "AUTOCOMMIT", "hide_parameters": True}
+        self._engine = create(Side.SYNC, backend.engine_url(Side.SYNC), **options)
+        watch_connects(self._engine, Side.SYNC, backend, Credentials())
 
     def __enter__(self) -> Self:
         try:

@@ -15,9 +15,14 @@ from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.util import greenlet_spawn
 
+from ...errors import UnsupportedByDriver
+from ...secrecy import Sealed
+from ...urls import masked
 from .. import Role, Side, choose_driver, refuse_unknown_driver
-from .errnos import NO_SUCH_THREAD, errno
+from .errnos import NO_SUCH_THREAD, REFUSED, errno
+from .parameters import PLACE, SECRETS, for_driver, read_parameters
 from .sparing import READ_ONLY, ReadOnly, beginning, sparing, tell
+from .tls import ENCRYPTING, MODE, make_context, mode_of
 
 logger: logging.Logger = logging.getLogger("engineroom")
 
@@ -31,20 +36,52 @@ class MySQL:
 
     def __init__(self, url: URL) -> None:
         refuse_unknown_driver(url, DRIVERS)
-        self._url = url
+        self._shown = masked(url)
+        parameters = read_parameters(url)
+        mode = mode_of(parameters, self._shown)
+        if mode in ENCRYPTING:
+            make_context(parameters, mode)  # says now what cannot be read
+        self._mode = mode
+        self._sealed = Sealed(parameters)
+        # Its parameters tell it apart from others; the secret ones are with the password.
+        place = {name: parameters.get(name) for name in PLACE}
+        self._url = URL.create(
+            url.drivername,
+            username=parameters.get("user"),
+            **place,
+            query=url.difference_update_query(SECRETS).query,
+        )
 
     def engine_url(self, side: Side) -> URL:
-        """Return the URL with the driver of a side."""
-        return choose_driver(self._url, DRIVERS[side], "mysql")
+        """Return the URL with the driver of a side, without what that is told beside it."""
+        return choose_driver(self._url, DRIVERS[side], "mysql").set(query={})
 
     def engine_options(
         self, side: Side, role: Role, connect_args: dict[str, Any]
     ) -> dict[str, Any]:
         """Return the options of a role: a reader's statements stand alone."""
-        options: dict[str, Any] = {"connect_args": dict(connect_args)}
+        told = self._told(self.engine_url(side).get_driver_name())
+        options: dict[str, Any] = {"connect_args": told | connect_args}
         if role is Role.READER:
             options["isolation_level"] = "AUTOCOMMIT"
         return options
+
+    def _told(self, driver: str) -> dict[str, Any]:
+        """Return what a driver is told of the URL; its secrets are sealed."""
+        parameters, mode = self._sealed.reveal(), self._mode
+        told = for_driver(driver, parameters, self._shown)
+        if "password" in told:
+            told["password"] = Sealed(told["password"])
+        if mode in ENCRYPTING:
+            told["ssl"] = make_context(parameters, mode)
+        elif driver == "pymysql" and (mode == "DISABLED" or "unix_socket" in told):
+            told["ssl_disabled"] = True
+        elif driver == "asyncmy" and mode == "PREFERRED":
+            raise UnsupportedByDriver(
+                f"asyncmy cannot do what {self._shown} asks for: with {MODE}=PREFERRED it would "
+                f"never encrypt. Write {MODE}=REQUIRED, or DISABLED."
+            )
+        return told
 
     def read_only_options(self) -> dict[str, Any]:
         """Return the option by which a transaction begins READ ONLY."""
@@ -54,6 +91,7 @@ class MySQL:
         self, engine: Engine, role: Role, before_write: Callable[[Connection], None]
     ) -> None:
         """Have connections spare round trips, begin as they are asked to, and refuse to write."""
+        engine.url = self._url.set(drivername=engine.url.drivername)
         dialect: Any = engine.dialect
         connect = dialect.connect
 
@@ -76,7 +114,12 @@ class MySQL:
 
     def limit_connect(self, arguments: dict[str, Any], seconds: float) -> None:
         """Limit connecting, and each answer of the server on the way to that."""
-        arguments["connect_timeout"] = arguments["read_timeout"] = seconds
+        limit = min(arguments.get("connect_timeout", seconds), seconds)
+        arguments["connect_timeout"] = arguments["read_timeout"] = limit
+
+    def may_be_refused(self, error: Exception) -> bool:
+        """Ask for "access denied"; MariaDB has a second number for who came without a password."""
+        return errno(error) in REFUSED
 
     def descriptor(self, driver: Any) -> int | None:
         """Return the file descriptor of the connection's socket; None once it is closed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 NO_RIGHT = 1044
+REFUSED = (1045, 1698)  # of the user or the password; MariaDB has its own where none was given
 NO_SUCH_THREAD = 1094
 READ_ONLY_TRANSACTION = 1792
 
