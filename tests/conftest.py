@@ -54,7 +54,7 @@ def pytest_runtest_makereport(
     return report
 
 
-SERVERS: list[PostgresServer] = []
+SERVERS: list[PostgresServer | MariaServer] = []
 
 
 @pytest.fixture(scope="session")
@@ -85,6 +85,7 @@ def mariadb() -> Iterator[MariaServer]:
     if find_mariadbd() is None:
         pytest.skip("there is no mariadbd here: as root, `apt-get install mariadb-server`")
     with MariaServer() as server:
+        SERVERS.append(server)
         yield server
 
 

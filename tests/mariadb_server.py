@@ -18,9 +18,12 @@ import time
 import uuid
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import pymysql
+
+if TYPE_CHECKING:
+    from tls import Certificates
 
 # Runs the server below it, in a session of its own, until nobody holds the other end of its input.
 KEEPER = r"""
@@ -63,7 +66,13 @@ class MariaServer:
 
     host = "127.0.0.1"
 
-    def __init__(self) -> None:
+    def __init__(self, certificates: Certificates | None = None) -> None:
+        """Start it.
+
+        Args:
+            certificates: For TLS, as `localhost` and by no other name; without, it speaks none.
+        """
+        self._certificates = certificates
         self.password = secrets.token_urlsafe(24)
         self.folder = Path(tempfile.mkdtemp(prefix="engineroom-maria-"))
         self._as_somebody: list[str] = []
@@ -102,6 +111,21 @@ class MariaServer:
         if made.returncode != 0:
             raise RuntimeError(f"mariadb-install-db failed:\n{made.stderr or made.stdout}")
 
+    def _tls_settings(self) -> dict[str, str]:
+        """Write the server's certificate and key where it may read them."""
+        if self._certificates is None:
+            return {}
+        own = self._certificates.authority.issue_cert("localhost")
+        files = {"ssl-ca": self.folder / "root.crt", "ssl-cert": self.folder / "own.crt"}
+        files["ssl-key"] = self.folder / "own.key"
+        self._certificates.authority.cert_pem.write_to_path(str(files["ssl-ca"]))
+        own.cert_chain_pems[0].write_to_path(str(files["ssl-cert"]))
+        own.private_key_pem.write_to_path(str(files["ssl-key"]))
+        if self._as_somebody:
+            for path in files.values():
+                shutil.chown(path, "nobody")
+        return {name: str(path) for name, path in files.items()}
+
     def _start(self) -> None:
         with socket.socket() as probe:
             probe.bind((self.host, 0))
@@ -123,6 +147,7 @@ class MariaServer:
             "port": str(self.port),
             "init-file": str(first),
             **SETTINGS,
+            **self._tls_settings(),
         }
         server = str(find_mariadbd())
         options = ["--no-defaults", *(f"--{name}={value}" for name, value in settings.items())]
