@@ -132,9 +132,9 @@ def sqlite_url(tmp_path: Path) -> str:
 @pytest.fixture(params=["sqlite", "postgresql"])
 def url(request: pytest.FixtureRequest) -> str:
     """The URL of a fresh database, once on SQLite and once on PostgreSQL."""
-    name = "sqlite_url" if request.param == "sqlite" else "postgres_url"
-    value: str = request.getfixturevalue(name)
-    return value
+    names = {"sqlite": "sqlite_url", "postgresql": "postgres_url", "mysql": "mysql_url"}
+    value: str = request.getfixturevalue(names[request.param])
+    return value.replace("mysql:", "mysql+pymysql:")  # SQLAlchemy's own choice is not installed
 
 
 @pytest.fixture(params=["pg16", "pg18", "sqlite"])

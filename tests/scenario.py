@@ -99,6 +99,8 @@ every_server_and_loop = sample(
     [*ASYNC_DRIVERS[:2], "asyncmy"],
     LOOPS,
 )
+# For the fixture `url`: MySQL's as well.
+on_all_three = pytest.mark.parametrize("url", ["sqlite", "postgresql", "mysql"], indirect=True)
 every_sync_database = pytest.mark.parametrize("url", [*SYNC_DRIVERS, "pymysql"], indirect=True)
 
 

@@ -410,8 +410,9 @@ def create_and_hang(number: int, url: str) -> None:
         database.create_all()
 
 
-def test_eight_start_at_once_and_the_table_is_created_once(mysql_url: str) -> None:
-    with starters(8, create, mysql_url) as crowd:
+@pytest.mark.parametrize("count", [6, pytest.param(16, marks=pytest.mark.soak)])
+def test_many_start_at_once_and_the_table_is_created_once(mysql_url: str, count: int) -> None:
+    with starters(count, create, mysql_url) as crowd:
         for starter in crowd:
             starter.begin()
         ends = [starter.ended() for starter in crowd]
@@ -540,13 +541,17 @@ def steps(url: str) -> list[str]:
         return list(connection.scalars(text("SELECT step FROM ran ORDER BY step")))
 
 
-@pytest.mark.parametrize("driver", ["pymysql", "asyncmy"])
-def test_eight_upgrade_at_once_and_each_migration_runs_once(
-    mariadb: MariaServer, mysql_database: str, tmp_path: Path, driver: str
+@pytest.mark.parametrize(
+    ("driver", "count"),
+    [("pymysql", 6), ("asyncmy", 3)]
+    + [pytest.param(driver, 16, marks=pytest.mark.soak) for driver in ("pymysql", "asyncmy")],
+)
+def test_many_upgrade_at_once_and_each_migration_runs_once(
+    mariadb: MariaServer, mysql_database: str, tmp_path: Path, driver: str, count: int
 ) -> None:
     url = mariadb.url(mysql_database, driver)
     ini = project(tmp_path, f"time.sleep(0.5)\n    {FIRST}", SECOND)
-    ends = together(8, alembic, str(ini), "-x", f"url={url}", "upgrade", "head")
+    ends = together(count, alembic, str(ini), "-x", f"url={url}", "upgrade", "head")
     assert [(code, err) for code, _, err in ends if code] == []
     assert steps(url) == ["first", "second"]
 

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 from sqlalchemy.engine import URL, Engine, make_url
 
 from .. import drain
-from ..backends import Role
+from ..backends import MYSQL, Role
 from ..engines import EngineRoom
 from .clones import CARELESS, Template, clones
 
@@ -104,6 +104,8 @@ class Alone:
             return connection
 
         dialect.connect = connect_there
+        if dialect.name in MYSQL:  # where a schema is a database, whose name the dialect keeps
+            dialect.default_schema_name = self._database
         engine.pool = engine.pool.recreate()
 
     def restore(self) -> None:
@@ -111,6 +113,8 @@ class Alone:
         for engine, (pool, connect) in self._before.items():
             dialect: Any = engine.dialect
             del dialect.connect
+            if dialect.name in MYSQL:
+                dialect.default_schema_name = engine.url.database
             if connect is not None:
                 dialect.connect = connect
             engine.pool = pool.recreate() if self._needs_quiet else pool  # that one has ended
