@@ -659,6 +659,8 @@ def test_a_sandbox_is_a_database_of_its_own(
         with sandbox(work.manager, isolation="database"):
             work.unit("INSERT INTO item VALUES (2, 2)")
             work.unit("CREATE TABLE more (n int)")
+            engine = work.manager.sync_engine  # whose dialect knows its database by name
+            assert inspect(engine).get_table_names() == ["item", "more"]
             assert work.unit("SELECT count(*) FROM item", "reader") == 2
             with work.manager.sync_session() as db:
                 assert db.scalar(text("SELECT count(*) FROM item")) == 2
