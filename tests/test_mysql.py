@@ -665,8 +665,7 @@ def test_a_sandbox_is_a_database_of_its_own(
             with work.manager.sync_session() as db:
                 assert db.scalar(text("SELECT count(*) FROM item")) == 2
         assert work.unit("SELECT count(*) FROM item") == 1
-    with Database(mysql_url) as database:
-        assert inspect(database.engine).get_table_names() == ["item"]
+    assert inspect(work.manager.sync_engine).get_table_names() == ["item"]
     assert mariadb.execute("SHOW DATABASES LIKE 'engineroom%'") == ()
     work.close()
 
