@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
+from mariadb_server import MariaServer, find_mariadbd
 from pgbouncer import PgBouncer
 
 from engineroom.testing import PostgresServer, WireProxy, postgres
@@ -54,7 +55,7 @@ def pytest_runtest_makereport(
     return report
 
 
-SERVERS: list[PostgresServer] = []
+SERVERS: list[PostgresServer | MariaServer] = []
 
 
 @pytest.fixture(scope="session")
@@ -86,6 +87,30 @@ def pgbouncer(pg18: PostgresServer) -> Iterator[PgBouncer]:
         yield pooler
 
 
+@pytest.fixture(scope="session")
+def mariadb() -> Iterator[MariaServer]:
+    """MariaDB, as the system has it, one for the run."""
+    if find_mariadbd() is None:
+        pytest.skip("there is no mariadbd here: as root, `apt-get install mariadb-server`")
+    with MariaServer() as server:
+        SERVERS.append(server)
+        yield server
+
+
+@pytest.fixture
+def mysql_database(mariadb: MariaServer) -> Iterator[str]:
+    """The name of a fresh database on MariaDB."""
+    name = mariadb.create_database()
+    yield name
+    mariadb.drop_database(name)
+
+
+@pytest.fixture
+def mysql_url(mariadb: MariaServer, mysql_database: str) -> str:
+    """The URL of a fresh database, `mysql://…`, without a driver."""
+    return mariadb.url(mysql_database)
+
+
 @pytest.fixture
 def database(pg18: PostgresServer) -> Iterator[str]:
     """The name of a fresh database on PostgreSQL 18."""
@@ -115,9 +140,9 @@ def sqlite_url(tmp_path: Path) -> str:
 @pytest.fixture(params=["sqlite", "postgresql"])
 def url(request: pytest.FixtureRequest) -> str:
     """The URL of a fresh database, once on SQLite and once on PostgreSQL."""
-    name = "sqlite_url" if request.param == "sqlite" else "postgres_url"
-    value: str = request.getfixturevalue(name)
-    return value
+    names = {"sqlite": "sqlite_url", "postgresql": "postgres_url", "mysql": "mysql_url"}
+    value: str = request.getfixturevalue(names[request.param])
+    return value.replace("mysql:", "mysql+pymysql:")  # SQLAlchemy's own choice is not installed
 
 
 @pytest.fixture(params=["pg16", "pg18", "sqlite"])
@@ -158,11 +183,15 @@ def tls(pg18: PostgresServer, certificates: Certificates) -> Iterator[TLSProxy]:
 
 
 @pytest.fixture
-def backends(pg18: PostgresServer) -> Callable[[str], list[Backend]]:
-    """Ask who is connected to a database of PostgreSQL 18, given its name or URL."""
+def backends(request: pytest.FixtureRequest) -> Callable[[str], list[Backend]]:
+    """Ask who is connected to a database, given its URL, or on PostgreSQL 18 its name."""
 
     def ask(database: str) -> list[Backend]:
         name = database.rpartition("/")[2].partition("?")[0]
+        if database.startswith("mysql"):
+            maria: MariaServer = request.getfixturevalue("mariadb")
+            return [Backend(*row) for row in maria.backends(name)]
+        pg18: PostgresServer = request.getfixturevalue("pg18")
         rows = pg18.execute(
             "SELECT pid, state, query FROM pg_stat_activity"
             f" WHERE datname = '{name}' AND backend_type = 'client backend' ORDER BY pid"

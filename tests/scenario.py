@@ -34,6 +34,7 @@ from tempfile import TemporaryFile
 from typing import Any, NoReturn, TypeVar
 
 import psycopg
+import pymysql
 import pytest
 from sqlalchemy import MetaData
 from sqlalchemy.engine import make_url
@@ -79,6 +80,28 @@ server_driver_and_loop = sample(
     "url, loop", [("asyncpg", "asyncio"), ("psycopg", "uvloop")], ASYNC_DRIVERS[:2], LOOPS
 )
 every_sync_driver = pytest.mark.parametrize("url", SYNC_DRIVERS, indirect=True)
+# And where what differs are sockets and processes, MySQL's as well.
+every_database_and_loop = sample(
+    "url, loop",
+    [
+        ("asyncpg", "asyncio"),
+        ("asyncpg", "uvloop"),
+        ("psycopg", "uvloop"),
+        ("aiosqlite", "asyncio"),
+        ("asyncmy", "asyncio"),
+    ],
+    [*ASYNC_DRIVERS, "asyncmy"],
+    LOOPS,
+)
+every_server_and_loop = sample(
+    "url, loop",
+    [("asyncpg", "asyncio"), ("psycopg", "uvloop"), ("asyncmy", "asyncio")],
+    [*ASYNC_DRIVERS[:2], "asyncmy"],
+    LOOPS,
+)
+# For the fixture `url`: MySQL's as well.
+on_all_three = pytest.mark.parametrize("url", ["sqlite", "postgresql", "mysql"], indirect=True)
+every_sync_database = pytest.mark.parametrize("url", [*SYNC_DRIVERS, "pymysql"], indirect=True)
 
 
 class Model(Base):
@@ -178,7 +201,7 @@ def is_alive(group: int) -> bool:
 
 def serve() -> None:
     """Stand at the other end of a `Nursery`; in each fork, return when its scenario has run."""
-    for module in ("aiosqlite", "asyncpg", "psycopg2", "uvloop"):
+    for module in ("aiosqlite", "asyncmy", "asyncpg", "psycopg2", "uvloop"):
         importlib.import_module(module)
     asked = socket.socket(fileno=os.dup(0))
     while True:
@@ -245,6 +268,32 @@ def is_postgres(url: str) -> bool:
     return url.startswith("postgresql")
 
 
+def is_mysql(url: str) -> bool:
+    return url.startswith("mysql")
+
+
+def is_server(url: str) -> bool:
+    return is_postgres(url) or is_mysql(url)
+
+
+@contextmanager
+def mysql_server(url: str) -> Iterator[Any]:
+    """Give a cursor beside the manager, on a connection that is in no database."""
+    place = make_url(url)
+    with (
+        pymysql.connect(
+            host=place.host,
+            port=place.port or 0,
+            user=place.username,
+            password=place.password,
+            autocommit=True,
+            ssl_disabled=True,
+        ) as raw,
+        raw.cursor() as cursor,
+    ):
+        yield cursor
+
+
 @contextmanager
 def server(url: str) -> Iterator[psycopg.Connection[Any]]:
     """Connect beside the manager, to look and to kill; elsewhere, so as not to be counted."""
@@ -255,6 +304,13 @@ def server(url: str) -> Iterator[psycopg.Connection[Any]]:
 
 def backends(url: str) -> list[int]:
     """Return the process ids of the backends that serve the URL's database."""
+    if is_mysql(url):
+        with mysql_server(url) as cursor:
+            cursor.execute(
+                "SELECT id FROM information_schema.processlist WHERE db = %s ORDER BY id",
+                [make_url(url).database],
+            )
+            return [number for (number,) in cursor.fetchall()]
     with server(url) as raw:
         rows = raw.execute(
             "SELECT pid FROM pg_stat_activity WHERE datname = %s"
@@ -266,7 +322,7 @@ def backends(url: str) -> list[int]:
 
 def held(url: str) -> list[Any]:
     """Return what is still connected: backends of a server, open descriptors of a file."""
-    if is_postgres(url):
+    if is_server(url):
         return backends(url)
     file = make_url(url).database
     assert file is not None

@@ -29,7 +29,7 @@ from typing import Any, Protocol
 
 import anyio
 import psycopg
-from scenario import Item, Model, is_postgres
+from scenario import Item, Model, is_mysql, is_postgres, mysql_server
 from sqlalchemy import insert, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
@@ -246,6 +246,8 @@ class Boom(Exception):
 def slow(url: str) -> Any:
     if is_postgres(url):
         return text(f"SELECT pg_sleep({LONG})")
+    if is_mysql(url):
+        return text(f"SELECT sleep({LONG})")
     return text(
         "WITH RECURSIVE t(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM t WHERE n < 40000000000)"
         " SELECT count(*) FROM t"
@@ -255,6 +257,8 @@ def slow(url: str) -> Any:
 def many(url: str) -> Any:
     if is_postgres(url):
         return text("SELECT n FROM generate_series(1, 1000000) n")
+    if is_mysql(url):  # whose rows are all read, though nobody asks for them
+        return text("SELECT seq FROM seq_1_to_20000")
     return text(
         "WITH RECURSIVE t(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM t WHERE n < 1000000)"
         " SELECT n FROM t"
@@ -433,6 +437,46 @@ class PostgresWitness:
         )
 
 
+class MySQLWitness:
+    """Connections of its own, in no database."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.database = make_url(url).database
+        self._run(f"DROP TABLE IF EXISTS {self.database}.item")
+        self._run(f"CREATE TABLE {self.database}.item (id int PRIMARY KEY, value int NOT NULL)")
+
+    def _run(self, statement: str) -> Any:
+        with mysql_server(self.url) as cursor:
+            cursor.execute(statement)
+            return cursor.fetchall()
+
+    def _others(self) -> Any:
+        return self._run(
+            "SELECT p.id, p.command, p.info, t.trx_state FROM information_schema.processlist p"
+            " LEFT JOIN information_schema.innodb_trx t ON t.trx_mysql_thread_id = p.id"
+            f" WHERE p.db = '{self.database}'"
+        )
+
+    def running(self) -> list[str]:
+        return [
+            f"{command}, transaction {state}: {info}"
+            for _, command, info, state in self._others()
+            if command != "Sleep" or state
+        ]
+
+    def connections(self) -> int:
+        return len(self._others())
+
+    def has(self, number: int) -> bool:
+        return bool(self._run(f"SELECT 1 FROM {self.database}.item WHERE id = {number}"))
+
+    def clean(self) -> None:
+        for number, *_ in self._others():
+            with suppress(Exception):  # it has just ended
+                self._run(f"KILL {number}")
+
+
 class SQLiteWitness:
     """A stranger who wants to write, and the threads of aiosqlite."""
 
@@ -533,7 +577,8 @@ class Arena:
     def __init__(self, ground: str, url: str) -> None:
         self.make = GROUNDS[ground]
         self.url = url
-        self.witness: Witness = PostgresWitness(url) if is_postgres(url) else SQLiteWitness(url)
+        witnesses = {"postgresql": PostgresWitness, "mysql": MySQLWitness, "sqlite": SQLiteWitness}
+        self.witness: Witness = witnesses[make_url(url).get_backend_name()](url)
         self.noise = Noise()
         self.rows = 0
         self.ground: Ground | None = None

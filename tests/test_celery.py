@@ -23,7 +23,7 @@ from celery import Celery, group, states
 from celery.backends.database import DatabaseBackend as CelerysBackend
 from celery.backends.database.models import Task
 from celery.backends.database.session import ResultModelBase
-from scenario import Item, in_threads, settled
+from scenario import Item, in_threads, on_all_three, settled
 from sqlalchemy import event, inspect, text
 from sqlalchemy.engine import Engine, make_url
 
@@ -172,6 +172,16 @@ def test_other_pools(app: Celery, folder: Path, url: str, pool: str) -> None:
         assert 0 < watch.most <= EACH
 
 
+def test_a_worker_that_forks_keeps_its_results_in_mysql(folder: Path, mysql_url: str) -> None:
+    app = celery_jobs.make_app(folder, f"engineroom+{mysql_url}")
+    sent = [app.send_task("double", [number]) for number in range(20)]
+    with worker(folder, mysql_url, "--pool", "prefork", "--concurrency", "2"):
+        seen = results_of(app, sent)
+    assert [value for value, _ in seen] == [2 * number for number in range(20)]
+    assert len({pid for _, pid in seen}) == 2
+    app.backend.session_manager.close()
+
+
 # -- jobs and their rows -------------------------------------------------------------------------
 
 
@@ -258,6 +268,7 @@ def test_a_broker_that_is_away_is_logged_with_the_callers_line(
 # -- the result backend --------------------------------------------------------------------------
 
 
+@on_all_three
 def test_it_is_celerys_backend_with_our_engines(app: Celery, url: str) -> None:
     backend = app.backend
     assert isinstance(backend, DatabaseBackend)
@@ -309,7 +320,7 @@ def an_old_table(url: str) -> None:
     """Make the table as an older Celery has it, with a row."""
     with Database(url) as database, database.connect() as connection:
         kind = "BYTEA" if url.startswith("postgresql") else "BLOB"
-        if url.startswith("postgresql"):
+        if not url.startswith("sqlite"):
             connection.execute(text("CREATE SEQUENCE task_id_sequence"))
         connection.execute(text(OLD.format(bytes=kind)))
         connection.execute(
@@ -322,6 +333,7 @@ def columns(url: str) -> set[str]:
         return {each["name"] for each in inspect(database.engine).get_columns("celery_taskmeta")}
 
 
+@on_all_three
 def test_an_old_table_keeps_working_and_gains_its_columns_once(app: Celery, url: str) -> None:
     an_old_table(url)
     start = threading.Barrier(8)

@@ -231,8 +231,8 @@ def test_a_file_may_be_given_as_sqlites_own_uri(sqlite_url: str, tmp_path: Path)
 def test_other_databases_and_memory_are_refused(sqlite_url: str) -> None:
     with pytest.raises(TemplateUnusable, match=r"no SQLite file .*test\.sqlite"):
         clones(sqlite_url).__enter__()
-    with pytest.raises(InvalidURL, match=r"mysql://me:\*\*\*@host/db: only postgresql:// and"):
-        clones("mysql://me:secret@host/db")
+    with pytest.raises(InvalidURL, match=r"oracle://me:\*\*\*@host/db: only postgresql://, my"):
+        clones("oracle://me:secret@host/db")
     with pytest.raises(TemplateUnusable, match="URL of a file"):
         clones("sqlite://").__enter__()
     with clones("sqlite://", prepare) as template:

@@ -20,16 +20,16 @@ from scenario import (
     Item,
     Model,
     backends,
-    every_driver_and_loop,
-    every_sync_driver,
+    every_database_and_loop,
+    every_server_and_loop,
+    every_sync_database,
     fork,
     in_threads,
-    is_postgres,
+    is_server,
     loop_factory,
     run,
     run_on,
     sample,
-    server_driver_and_loop,
     settled,
 )
 from sqlalchemy import func, insert, select, text, update
@@ -59,8 +59,10 @@ every_way_beside = sample(
 @pytest.fixture
 def url(request: pytest.FixtureRequest) -> str:
     """The URL of a fresh database for a driver."""
-    if request.param in {"sqlite", "aiosqlite"}:
-        value: str = request.getfixturevalue("sqlite_url")
+    elsewhere = {"asyncmy": "mysql_url", "pymysql": "mysql_url"}
+    elsewhere |= dict.fromkeys(["sqlite", "aiosqlite"], "sqlite_url")
+    if request.param in elsewhere:
+        value: str = request.getfixturevalue(elsewhere[request.param])
         return value
     server: PostgresServer = request.getfixturevalue("pg18")
     return server.url(request.getfixturevalue("database"), request.param)
@@ -166,9 +168,9 @@ def close_what_is_ours(manager: DatabaseSessionManager, end: str) -> None:
 def sync_fork(url: str, held: str, end: str) -> None:
     manager = opened(url)
     warm(manager)
-    before = backends(url) if is_postgres(url) else []
+    before = backends(url) if is_server(url) else []
     # Where the parent holds the lock of the SQLite file, the child can only read.
-    reads = not is_postgres(url) and held != "nothing"
+    reads = not is_server(url) and held != "nothing"
 
     scope: Any = None
     session: Any = None
@@ -220,7 +222,7 @@ def leave(scope: Any) -> None:
 
 
 @every_way
-@every_sync_driver
+@every_sync_database
 def test_a_synchronous_parent_never_notices(url: str, held: str, end: str) -> None:
     run(sync_fork, url, held, end)
 
@@ -241,7 +243,7 @@ def leaves_by_system_exit(url: str) -> None:
     manager.sync.close()
 
 
-@every_sync_driver
+@every_sync_database
 def test_a_child_that_exits_through_the_with_of_its_parent(url: str) -> None:
     run(leaves_by_system_exit, url)
 
@@ -338,7 +340,7 @@ def closes_in_a_loop_of_its_own(url: str, loop: str) -> None:
     assert settled(url) == []
 
 
-@server_driver_and_loop
+@every_server_and_loop
 def test_a_child_closes_what_it_inherited_in_a_loop_of_its_own(url: str, loop: str) -> None:
     run(closes_in_a_loop_of_its_own, url, loop)
 
@@ -349,8 +351,8 @@ def fork_in_task(url: str, loop: str, held: str) -> None:
 
     async def main() -> None:
         await async_warm(manager)
-        before = backends(url) if is_postgres(url) else []
-        reads = not is_postgres(url) and held != "nothing"
+        before = backends(url) if is_server(url) else []
+        reads = not is_server(url) and held != "nothing"
         scope: Any = None
         opened: Any = None
         if held != "nothing":
@@ -394,7 +396,7 @@ async def reading(manager: DatabaseSessionManager, number: int) -> None:
 
 
 @pytest.mark.parametrize("held", ["nothing", "session", "connect"])
-@every_driver_and_loop
+@every_database_and_loop
 def test_a_fork_inside_a_running_task(url: str, loop: str, held: str) -> None:
     run(fork_in_task, url, loop, held)
 
@@ -405,7 +407,7 @@ def leaves_the_loop(url: str, loop: str) -> None:
 
     async def main() -> None:
         await async_warm(manager)
-        before = backends(url) if is_postgres(url) else []
+        before = backends(url) if is_server(url) else []
         wait = fork(lambda: None, "return")  # its SystemExit goes through this task and the Runner
         await asyncio.to_thread(wait)
         for number in range(100):
@@ -418,7 +420,7 @@ def leaves_the_loop(url: str, loop: str) -> None:
     run_on(loop, main())
 
 
-@every_driver_and_loop
+@every_database_and_loop
 def test_a_child_that_leaves_its_inherited_loop(url: str, loop: str) -> None:
     run(leaves_the_loop, url, loop)
 
@@ -428,8 +430,8 @@ def fork_beside_loop(url: str, loop: str, held: str, end: str) -> None:
     manager = opened(url)
     ours = loop_factory(loop)()
     ours.run_until_complete(async_warm(manager))
-    before = backends(url) if is_postgres(url) else []
-    reads = not is_postgres(url) and held != "nothing"
+    before = backends(url) if is_server(url) else []
+    reads = not is_server(url) and held != "nothing"
     scope: Any = None
     if held != "nothing":
         scope = manager.session()
@@ -459,7 +461,7 @@ def fork_beside_loop(url: str, loop: str, held: str, end: str) -> None:
 
 
 @every_way_beside
-@every_driver_and_loop
+@every_database_and_loop
 def test_a_fork_beside_a_loop_that_lives_on(url: str, loop: str, held: str, end: str) -> None:
     run(fork_beside_loop, url, loop, held, end)
 
@@ -512,7 +514,7 @@ def processes(url: str, loop: str) -> None:
     shared.sync.close()
 
 
-@every_driver_and_loop
+@every_database_and_loop
 def test_processes_of_multiprocessing(url: str, loop: str) -> None:
     run(processes, url, loop)
 
@@ -559,7 +561,7 @@ def fork_under_wait(url: str) -> None:
     manager.sync.close()
 
 
-@every_sync_driver
+@every_sync_database
 def test_a_fork_while_other_threads_wait_for_a_connection(url: str) -> None:
     run(fork_under_wait, url)
 
@@ -569,7 +571,7 @@ def refused(url: str) -> AbstractContextManager[None]:
 
     SQLite cannot carry one across a fork: the child would wait for ever for a lock of its own past.
     """
-    return nullcontext() if is_postgres(url) else suppress(UsageError)
+    return nullcontext() if is_server(url) else suppress(UsageError)
 
 
 def fork_under_load(url: str, forks: int) -> None:
@@ -639,7 +641,7 @@ def grandchild(url: str) -> None:
     manager.sync.close()
 
 
-@every_sync_driver
+@every_sync_database
 def test_a_child_may_fork_again_and_close(url: str) -> None:
     run(grandchild, url)
 
@@ -669,7 +671,7 @@ def parent_closes_first(url: str) -> None:
         assert db.scalars(select(Item.value).where(Item.id == 0)).one() == 9
 
 
-@every_sync_driver
+@every_sync_database
 def test_a_child_works_on_after_its_parent_has_closed(url: str) -> None:
     run(parent_closes_first, url)
 
@@ -692,14 +694,14 @@ def parent_in_transaction(url: str) -> None:
         os.close(reading)
     os.close(writing)
     wait()
-    if is_postgres(url):
+    if is_server(url):
         assert rows(manager) == [0, 1, CHILD, CHILD + 1]
     else:
         assert rows(manager) in ([0, 1, CHILD, CHILD + 1], [0, 1])
     manager.sync.close()
 
 
-@every_sync_driver
+@every_sync_database
 def test_a_child_forked_under_an_open_write_writes_after_it(url: str) -> None:
     run(parent_in_transaction, url)
 
@@ -728,6 +730,6 @@ def outlived(url: str, loop: str) -> None:
     os.close(writing)
 
 
-@server_driver_and_loop
+@every_server_and_loop
 def test_a_child_that_outlives_its_parent_keeps_no_backend_alive(url: str, loop: str) -> None:
     run(outlived, url, loop)

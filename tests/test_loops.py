@@ -18,10 +18,10 @@ from scenario import (
     LOOPS,
     Item,
     Model,
-    every_driver_and_loop,
+    every_database_and_loop,
     held,
     in_threads,
-    is_postgres,
+    is_server,
     loop_factory,
     run,
     run_on,
@@ -39,8 +39,10 @@ every_loop = pytest.mark.parametrize("loop", LOOPS)
 @pytest.fixture
 def url(request: pytest.FixtureRequest) -> str:
     """The URL of a fresh database for a driver."""
-    if request.param == "aiosqlite":
-        value: str = request.getfixturevalue("sqlite_url")
+    elsewhere = {"asyncmy": "mysql_url", "pymysql": "mysql_url"}
+    elsewhere |= dict.fromkeys(["sqlite", "aiosqlite"], "sqlite_url")
+    if request.param in elsewhere:
+        value: str = request.getfixturevalue(elsewhere[request.param])
         return value
     server: PostgresServer = request.getfixturevalue("pg18")
     return server.url(request.getfixturevalue("database"), request.param)
@@ -86,7 +88,7 @@ def one_after_another(url: str, loop: str, count: int) -> None:
     asyncio.run(manager.close())
 
 
-@every_driver_and_loop
+@every_database_and_loop
 def test_a_hundred_loops_in_a_row_get_right_answers_and_leave_nothing(url: str, loop: str) -> None:
     run(one_after_another, url, loop, 100)
 
@@ -110,7 +112,7 @@ def at_once(url: str, loop: str, threads: int, units: int) -> None:
     asyncio.run(manager.close())
 
 
-@every_driver_and_loop
+@every_database_and_loop
 def test_eight_threads_with_a_loop_each_at_once(url: str, loop: str) -> None:
     run(at_once, url, loop, 8, 8)
 
@@ -145,7 +147,7 @@ def under_anyio(url: str, uvloop: bool) -> None:
     nothing_left(manager, url)
 
 
-@every_driver_and_loop
+@every_database_and_loop
 def test_anyio_and_its_blocking_portal(url: str, loop: str) -> None:
     run(under_anyio, url, loop == "uvloop")
 
@@ -174,7 +176,7 @@ def cancelled(url: str, loop: str) -> None:
     nothing_left(manager, url)
 
 
-@every_driver_and_loop
+@every_database_and_loop
 def test_a_loop_that_ends_with_open_scopes_rolls_them_back(url: str, loop: str) -> None:
     run(cancelled, url, loop)
 
@@ -215,7 +217,7 @@ async def together(manager: DatabaseSessionManager, count: int) -> None:
     await asyncio.gather(*(one() for _ in range(count)))
 
 
-@every_driver_and_loop
+@every_database_and_loop
 def test_a_loop_closed_by_hand_is_reaped_at_the_next_use(url: str, loop: str) -> None:
     run(closed_by_hand, url, loop)
 
@@ -233,7 +235,7 @@ def closed_by_hand_beside_another(url: str, loop: str) -> None:
         del by_hand
         assert warm.run_until_complete(increment(manager)) == 5 + 4 * number
         assert len(manager.stats().pools) == 2
-        if is_postgres(url):
+        if is_server(url):
             assert settled(url, len(kept)) == kept
         else:  # (SQLite itself keeps descriptors for as long as the file has another one open)
             until(threading.active_count, lambda count: count == threads)
@@ -271,12 +273,12 @@ def closed_while_it_waits_for_the_first_connect(url: str, loop: str) -> None:
     os._exit(0)
 
 
-@every_driver_and_loop
+@every_database_and_loop
 def test_a_loop_closed_in_the_queue_for_the_first_connect(url: str, loop: str) -> None:
     run(closed_while_it_waits_for_the_first_connect, url, loop)
 
 
-@every_driver_and_loop
+@every_database_and_loop
 def test_a_loop_closed_by_hand_is_reaped_by_a_loop_that_is_warm(url: str, loop: str) -> None:
     """Which has its connections already, and opens nothing."""
     run(closed_by_hand_beside_another, url, loop)
@@ -295,7 +297,7 @@ def closed_by_hand_then_close(url: str, loop: str, sync: bool) -> None:
 
 
 @pytest.mark.parametrize("sync", [False, True], ids=["close", "sync.close"])
-@every_driver_and_loop
+@every_database_and_loop
 def test_a_loop_closed_by_hand_is_reaped_by_close(url: str, loop: str, sync: bool) -> None:
     run(closed_by_hand_then_close, url, loop, sync)
 
@@ -307,7 +309,7 @@ def idle_loop(url: str, loop: str) -> None:
     kept = held(url)
     for number in range(2, 5):
         assert run_on(loop, increment(manager)) == number
-    if is_postgres(url):  # its connections wait for it
+    if is_server(url):  # its connections wait for it
         assert settled(url, len(kept)) == kept
     assert idle.run_until_complete(increment(manager)) == 5
     run_on(loop, manager.close())  # from another loop
@@ -320,7 +322,7 @@ def idle_loop(url: str, loop: str) -> None:
     nothing_left(manager, url)
 
 
-@every_driver_and_loop
+@every_database_and_loop
 def test_a_loop_that_stands_still_keeps_its_connections_until_close(url: str, loop: str) -> None:
     run(idle_loop, url, loop)
 
@@ -348,7 +350,7 @@ def listeners(url: str, loop: str) -> None:
         assert manager.engine.sync_engine is engine
 
 
-@every_driver_and_loop
+@every_database_and_loop
 def test_a_listener_of_the_engine_hears_every_loop(url: str, loop: str) -> None:
     run(listeners, url, loop)
 
@@ -384,6 +386,6 @@ def close_beside(url: str, loop: str, sync: bool) -> None:
 
 
 @pytest.mark.parametrize("sync", [False, True], ids=["close", "sync.close"])
-@every_driver_and_loop
+@every_database_and_loop
 def test_close_ends_the_pools_of_other_threads_loops(url: str, loop: str, sync: bool) -> None:
     run(close_beside, url, loop, sync)

@@ -136,10 +136,10 @@ def test_an_empty_url_is_no_url(opens: Any) -> None:
 
 
 UNSUPPORTED = [
-    f"mysql://user:{SECRET}@db.example/app",
+    f"oracle://user:{SECRET}@db.example/app",
     f"oracle+oracledb://user:{SECRET}@db.example/app",
     f"nonsense://user:{SECRET}@db.example/app?password={SECRET}",
-    f"mysql://user:p@{SECRET}@db.example/app",
+    f"oracle://user:p@{SECRET}@db.example/app",
 ]
 
 
@@ -274,7 +274,7 @@ def test_a_url_is_given_once(opens: Any, other: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["password", "PASSWORD", "token", "access_token", "sslpassword"])
-@pytest.mark.parametrize("scheme", ["mysql", "postgresql+pg8000"])
+@pytest.mark.parametrize("scheme", ["oracle", "postgresql+pg8000"])
 def test_a_secret_in_a_urls_query_is_masked(opens: Any, scheme: str, name: str) -> None:
     with pytest.raises(UsageError) as caught:
         opens(f"{scheme}://user@db.example/app?{name}={SECRET}&sslmode=require")

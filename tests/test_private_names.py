@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import aiosqlite
+import asyncmy
 import asyncpg
 import litestar
+import pymysql
 import pytest
 import sqlalchemy.util
 from fastapi import Depends, FastAPI
@@ -24,7 +26,7 @@ from fastapi.requests import HTTPConnection
 from litestar.exceptions import LitestarException
 from litestar.testing import TestClient
 from litestar.utils.scope.state import ScopeState
-from sqlalchemy import Engine, create_engine, event, text
+from sqlalchemy import Engine, create_engine, event, make_url, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import AsyncAdaptedQueuePool, QueuePool
@@ -473,3 +475,40 @@ def test_alembics_context_knows_what_the_command_asked_for(tmp_path: Path) -> No
     command.current(config)
     command.upgrade(config, "head")
     assert seen == [True, False]
+
+
+def test_pymysqls_names_lead_to_its_socket_and_its_deadline(mysql_url: str) -> None:
+    """Relied on by `backends.mysql`: liveness, forks, and a deadline for connecting alone."""
+    place = make_url(mysql_url)
+    connection = pymysql.connect(
+        host=place.host,
+        port=place.port or 0,
+        user=place.username,
+        password=place.password,
+        read_timeout=0.5,
+    )
+    with connection, connection.cursor() as cursor:
+        assert connection._sock.fileno() > 2
+        assert connection._read_timeout == 0.5
+        connection._read_timeout = None
+        cursor.execute("SELECT sleep(1)")
+        assert cursor.fetchone() == (0,)
+
+
+def test_asyncmys_transport_leads_to_the_socket(mysql_url: str) -> None:
+    """Relied on by `backends.mysql`: liveness, forks, closed loops."""
+    place = make_url(mysql_url)
+
+    async def main() -> None:
+        connection = await asyncmy.connect(
+            host=place.host, port=place.port, user=place.username, password=place.password
+        )
+        transport = connection._transport
+        assert transport.get_extra_info("socket").fileno() > 2
+        assert callable(transport.abort)
+        transport.abort()
+        assert transport.is_closing()
+        assert connection.connected  # it knows nothing of it
+        connection.close()
+
+    asyncio.run(main())

@@ -18,7 +18,7 @@ import pytest
 from celery.backends.database.models import Task
 from celery.backends.database.session import ResultModelBase
 from celery.backends.database.session import SessionManager as CelerysSessionManager
-from scenario import fork, in_threads, run, settled, until
+from scenario import fork, in_threads, on_all_three, run, settled, until
 from sqlalchemy import NullPool, QueuePool, create_engine, event, inspect, text
 from sqlalchemy.engine import Engine, make_url
 from sqlalchemy.exc import OperationalError
@@ -95,6 +95,7 @@ def test_a_new_manager_has_not_forked_and_has_prepared_nothing(make: Any) -> Non
     assert manager.forked is True
 
 
+@on_all_three
 def test_without_a_fork_each_call_makes_an_engine_that_keeps_nothing(
     make: Any, url: str, backends: Any, close_all: Any
 ) -> None:
@@ -125,6 +126,7 @@ def test_after_a_fork_there_is_one_engine_for_each_url(
     assert set(manager._engines) == {url, other}
 
 
+@on_all_three
 def test_sessions_come_with_their_engine(make: Any, url: str, close_all: Any) -> None:
     manager = close_all(make())
     engine, sessions = manager.create_session(url)
@@ -139,6 +141,7 @@ def test_sessions_come_with_their_engine(make: Any, url: str, close_all: Any) ->
     assert manager.create_session(url, short_lived_sessions=True)[1] is not sessions
 
 
+@on_all_three
 def test_the_session_of_the_factory_finds_its_tables(make: Any, url: str, close_all: Any) -> None:
     manager = close_all(make())
     manager._after_fork()
@@ -153,6 +156,7 @@ def test_the_session_of_the_factory_finds_its_tables(make: Any, url: str, close_
     assert {"celery_taskmeta", "celery_tasksetmeta"} <= set(names)
 
 
+@on_all_three
 def test_a_callback_meets_every_engine_before_its_tables(
     make: Any, url: str, close_all: Any
 ) -> None:
@@ -659,6 +663,7 @@ def is_three_and_five(caps: list[tuple[int, int]]) -> bool:
     return caps == [(3, 0), (5, 0)]
 
 
+@on_all_three
 def test_a_session_has_hooks(manager: SessionManager, url: str) -> None:
     called: list[str] = []
     session = manager.session_factory(url)

@@ -19,6 +19,9 @@ def url(request: pytest.FixtureRequest) -> str:
     if request.param == "aiosqlite":
         value: str = request.getfixturevalue("sqlite_url")
         return value.replace("sqlite:", "sqlite+aiosqlite:")
+    if request.param == "asyncmy":
+        value = request.getfixturevalue("mysql_url")
+        return value.replace("mysql:", "mysql+asyncmy:")
     server: PostgresServer = request.getfixturevalue("pg18")
     return server.url(request.getfixturevalue("database"), request.param)
 
@@ -30,7 +33,7 @@ def struck(
 
 
 def loads_of(url: str) -> list[str]:
-    """All; but a COMMIT of SQLite runs no trigger that could sleep."""
+    """All; but a COMMIT of SQLite or MySQL runs no trigger that could sleep."""
     return [load for load in LOADS if is_postgres(url) or load != "slow_commit"]
 
 
@@ -43,7 +46,7 @@ def described(tallies: list[dict[str, Any]]) -> list[str]:
 
 
 everywhere = pytest.mark.parametrize(
-    ("url", "loop"), list(itertools.product(ASYNC_DRIVERS, LOOPS)), indirect=["url"]
+    ("url", "loop"), list(itertools.product([*ASYNC_DRIVERS, "asyncmy"], LOOPS)), indirect=["url"]
 )
 
 

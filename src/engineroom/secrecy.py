@@ -81,7 +81,10 @@ def unseen(verb: Callable[P, R]) -> Callable[P, R]:
 
 
 # In whose frames the values lie that are bound to a statement.
-BINDING = ("sqlalchemy", "asyncpg", "psycopg", "psycopg2", "aiosqlite", "engineroom")
+BINDING = (
+    *("sqlalchemy", "asyncpg", "psycopg", "psycopg2", "aiosqlite", "asyncmy", "pymysql"),
+    "engineroom",
+)
 
 
 def hide_values(error: BaseException) -> None:

@@ -66,16 +66,15 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     return True
 
 
-@pytest.fixture(params=["sqlite", "postgresql", "pooled"])
+@pytest.fixture(params=["sqlite", "postgresql", "pooled", "mysql"])
 def url(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The URL of a fresh database: on SQLite, on PostgreSQL, and behind PgBouncer there."""
+    """The URL of a fresh database on each of the three, and behind PgBouncer."""
     if request.param == "pooled":
         monkeypatch.setenv("DB_POOLER", "transaction")
         pooler: PgBouncer = request.getfixturevalue("pgbouncer")
         return pooler.url(request.getfixturevalue("database"))
-    value: str = request.getfixturevalue(
-        "sqlite_url" if request.param == "sqlite" else "postgres_url"
-    )
+    names = {"sqlite": "sqlite_url", "postgresql": "postgres_url", "mysql": "mysql_url"}
+    value: str = request.getfixturevalue(names[request.param])
     return value
 
 

@@ -506,6 +506,9 @@ def test_sync_session_of_a_manager(open_door: Any, twin: str) -> None:
 # --- a COMMIT that fails --------------------------------------------------------------------------
 
 
+deferring = pytest.mark.parametrize("url", ["sqlite", "postgresql"], indirect=True)  # not MySQL
+
+
 def strict(shop: Any) -> Any:
     """Make a constraint that is checked by COMMIT."""
     with shop.connect() as connection:
@@ -516,6 +519,7 @@ def strict(shop: Any) -> Any:
     return shop
 
 
+@deferring
 @pytest.mark.parametrize("way", ["end", "commit", "begin"])
 def test_a_commit_that_is_refused_is_a_rollback(
     shop: Any, both: Any, calls: list[str], way: str
@@ -531,6 +535,7 @@ def test_a_commit_that_is_refused_is_a_rollback(
     assert calls == ["-a"]
 
 
+@deferring
 def test_a_commit_that_is_refused_in_the_middle(shop: Any, both: Any, calls: list[str]) -> None:
     with strict(shop).session() as db:
         both(db, "a")

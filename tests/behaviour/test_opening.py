@@ -158,7 +158,7 @@ def test_close_leaves_no_backend(door: Any, url: str, request: pytest.FixtureReq
         db.scalar(text("SELECT 1"))
         reader.scalar(text("SELECT 1"))
     door.close()
-    if url.startswith("postgresql"):
+    if not url.startswith("sqlite"):
         wait = request.getfixturevalue("eventually")
         pooled = "DB_POOLER" in os.environ
         backends = request.getfixturevalue("pgbouncer").clients if pooled else None

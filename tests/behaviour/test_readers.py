@@ -50,14 +50,14 @@ def test_a_reader_does_not_see_what_is_not_committed(shop: Any) -> None:
 def test_the_server_refuses_a_readers_writes_in_text_too(shop: Any, write: str) -> None:
     with shop.session() as db:
         db.add(Item(sku="a", stock=1))
-    with pytest.raises(DBAPIError, match="read.?only"), shop.reader() as db:
+    with pytest.raises(DBAPIError, match="(?i)read.?only"), shop.reader() as db:
         db.execute(text(write))
     with shop.reader() as db:
         assert [(item.sku, item.stock) for item in db.scalars(select(Item))] == [("a", 1)]
 
 
 def test_the_server_refuses_what_a_reader_would_flush(shop: Any) -> None:
-    with pytest.raises(DBAPIError, match="read.?only"), shop.reader() as db:
+    with pytest.raises(DBAPIError, match="(?i)read.?only"), shop.reader() as db:
         db.add(Item(sku="a"))
         db.flush()
     with shop.reader() as db:
@@ -113,6 +113,6 @@ def test_check_raises_what_the_driver_says(open_door: Any, url: str, tmp_path: A
         broken.write_bytes(b"This is not a database, and long enough to tell." * 100)
         nowhere = open_door(f"sqlite:///{broken}")
     else:
-        nowhere = open_door("postgresql://nobody@127.0.0.1:1/nothing")
+        nowhere = open_door(f"{url.partition(':')[0]}://nobody@127.0.0.1:1/nothing")
     with pytest.raises((DBAPIError, OSError)):
         nowhere.check()

@@ -16,7 +16,7 @@ class Hero(SQLModel, table=True):
     __tablename__ = "behaviour_hero"
 
     id: int | None = Field(default=None, primary_key=True)
-    name: str
+    name: str = Field(max_length=50)
 
 
 @pytest.fixture

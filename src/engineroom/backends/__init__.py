@@ -19,6 +19,8 @@ from ..urls import ACCOUNT, masked
 if TYPE_CHECKING:
     from ..settings import DatabaseSettings
 
+MYSQL = ("mysql", "mariadb")  # SQLAlchemy has a name for each; the drivers are the same
+
 
 # The execution option that tells whose connection stands behind a pooler, and in which mode.
 POOLER = "engineroom_pooler"
@@ -242,6 +244,10 @@ def find_schema_lock(place: Engine | Connection) -> SchemaLock | None:
         from .sqlite import FileLock
 
         return FileLock()
+    if dialect in MYSQL:
+        from .mysql.named_lock import NamedLock
+
+        return NamedLock()
     return None
 
 
@@ -268,9 +274,13 @@ def find_backend(url: URL, settings: DatabaseSettings) -> Backend:
                 f"{name}= says nothing for SQLite: a file has no users. Leave it out."
             )
         return SQLite(url, settings.busy_timeout)
+    if name in MYSQL:
+        from .mysql import MySQL
+
+        return MySQL(url)
     raise InvalidURL(
-        f"{masked(url)}: engineroom does not support {name!r}. Supported are postgresql:// and "
-        "sqlite://."
+        f"{masked(url)}: engineroom does not support {name!r}. Supported are postgresql://, "
+        "mysql://, mariadb:// and sqlite://."
     )
 
 

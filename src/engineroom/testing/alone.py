@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 from sqlalchemy.engine import URL, Engine, make_url
 
 from .. import drain
-from ..backends import Role
+from ..backends import MYSQL, Role
 from ..engines import EngineRoom
 from .clones import CARELESS, Template, clones
 
@@ -92,7 +92,7 @@ class Alone:
         if dialect.name != "sqlite":  # what it is told beside is in its arguments already
             there = there.set(query={})
         (path, options) = dialect.create_connect_args(there)
-        name = {key: options[key] for key in ("database", "dbname") if key in options}
+        name = {key: options[key] for key in ("database", "dbname", "db") if key in options}
 
         def connect_there(*_: Any, **given: Any) -> Any:
             connection = connect(*path, **given | name)
@@ -104,6 +104,8 @@ class Alone:
             return connection
 
         dialect.connect = connect_there
+        if dialect.name in MYSQL:  # where a schema is a database, whose name the dialect keeps
+            dialect.default_schema_name = self._database
         engine.pool = engine.pool.recreate()
 
     def restore(self) -> None:
@@ -111,6 +113,8 @@ class Alone:
         for engine, (pool, connect) in self._before.items():
             dialect: Any = engine.dialect
             del dialect.connect
+            if dialect.name in MYSQL:
+                dialect.default_schema_name = engine.url.database
             if connect is not None:
                 dialect.connect = connect
             engine.pool = pool.recreate() if self._needs_quiet else pool  # that one has ended

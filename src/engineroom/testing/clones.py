@@ -14,31 +14,27 @@ import os
 import shutil
 import tempfile
 import uuid
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
 
+from engineroom.backends import MYSQL
 from engineroom.errors import InvalidURL, TemplateUnusable
 from engineroom.testing.administration import KEY_LENGTH, Administrator, logged_failure
+from engineroom.testing.templates import NO_CLONE, NOT_ENTERED, Template
 from engineroom.urls import masked, read_url
 
 __all__ = ["Template", "clones"]
 
 logger: logging.Logger = logging.getLogger("engineroom.testing")
 
-NOT_ENTERED = (
-    "The template was not made yet, or is gone: use it inside of `with clones(…) as template:`."
-)
 CARELESS = "PRAGMA synchronous=OFF"  # nobody reads a clone after its process
-NO_CLONE = "This is no clone of this template, or it was discarded before."
 
 
 def clones(
@@ -60,51 +56,27 @@ def clones(
             may create databases; or of a SQLite file.
         prepare: Is called with the URL of an empty database and makes the template of it; it must
             leave no connection open. Without it the URL's own database is the template.
-        name: Processes that give the same one share a template, which only the first prepares.
+        name: Processes that give the same one share a template, which only the first prepares
+            (PostgreSQL).
         directory: Where the files of SQLite are kept; `tempfile.gettempdir()` by default.
 
     Raises:
-        InvalidURL: It is of neither PostgreSQL nor SQLite.
-        TemplateUnusable: (on entering) the user may not create databases, or somebody is connected
-            to the template.
+        InvalidURL: It is of another kind of database.
+        TemplateUnusable: (on entering) the user may not create databases, somebody is connected to
+            the template (PostgreSQL), or it has more than tables (MySQL).
     """
     where = read_url(url)
     if where.get_backend_name() == "postgresql":
         return PostgresTemplate(where, prepare, name or uuid.uuid4().hex)
     if where.get_backend_name() == "sqlite":
         return FileTemplate(where, prepare, directory)
-    raise InvalidURL(f"{masked(where)}: only postgresql:// and sqlite:// can be cloned.")
+    if where.get_backend_name() in MYSQL:
+        from engineroom.testing.copies import TableTemplate
 
-
-class Template(ABC):
-    """A database that others are cloned from, made by `clones()`; use it in a `with`."""
-
-    @abstractmethod
-    def clone(self) -> str:
-        """Return the URL of a new database like the template, password included."""
-
-    @abstractmethod
-    def discard(self, url: str) -> None:
-        """Drop a clone, in its own time; whoever is connected to it loses the connection.
-
-        Raises:
-            ValueError: it is no clone of this template, or was discarded before.
-        """
-
-    @abstractmethod
-    def __enter__(self) -> Self: ...
-
-    @abstractmethod
-    def close(self) -> None:
-        """Drop what there is; `with` calls it. A second call does nothing."""
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
+        return TableTemplate(where, prepare)
+    raise InvalidURL(
+        f"{masked(where)}: only postgresql://, mysql://, mariadb:// and sqlite:// can be cloned."
+    )
 
 
 class FileTemplate(Template):

@@ -18,6 +18,7 @@ import pytest
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
+from engineroom.backends import MYSQL
 from engineroom.database import Database
 from engineroom.ledger import Entry
 from engineroom.manager import DatabaseSessionManager
@@ -124,9 +125,14 @@ def db_manager(_db_manager: Manager, db_url: str, db_options: Options) -> Iterat
 
 
 @pytest.fixture
-def db_sandbox(request: pytest.FixtureRequest, db_manager: Manager) -> Iterator[Manager]:
+def db_sandbox(
+    request: pytest.FixtureRequest, db_manager: Manager, _db_template: Template
+) -> Iterator[Manager]:
     """The manager in a sandbox: whatever is committed through it is gone after the test."""
-    with sandbox(db_manager), watched(request, db_manager):
+    inside = sandbox(db_manager)
+    if db_manager._room.settings.url.get_backend_name() in MYSQL:  # where DDL ends a transaction
+        inside = sandbox(db_manager, isolation="database", template=_db_template)
+    with inside, watched(request, db_manager):
         yield db_manager
 
 

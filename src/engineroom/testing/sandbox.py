@@ -9,7 +9,7 @@ from typing import Literal, Self
 
 from sqlalchemy.engine import Engine
 
-from ..backends import Role, Side
+from ..backends import MYSQL, Role, Side
 from ..cancellation import settle
 from ..database import Database
 from ..engines import EngineRoom
@@ -41,7 +41,8 @@ def sandbox(
     Args:
         manager: It must be open, with no session open yet.
         isolation: "transaction"; or "database", a clone of the database for this sandbox alone,
-            for what one transaction cannot serve. On SQLite it is always a clone of the file.
+            for what one transaction cannot serve. On SQLite it is always a clone of the file; on
+            MySQL there is only the latter.
         template: What the clone is made of, by `clones()`; without it, the manager's own database,
             to which nobody else may be connected then (PostgreSQL).
 
@@ -145,6 +146,12 @@ class Sandbox:
                 "End that first, or open it inside."
             )
         engine = room.engine(self._side)
+        if self._isolation == "transaction" and engine.dialect.name in MYSQL:
+            raise SandboxError(
+                f"A sandbox in one transaction cannot be had on {engine.dialect.name}: any DDL "
+                "commits it, and its rows would stay. Take a database of its own: sandbox(manager, "
+                'isolation="database").'
+            )
         if self._isolation == "database" or engine.dialect.name == "sqlite":
             self._inside = Alone(room, engine, self._template)
         else:

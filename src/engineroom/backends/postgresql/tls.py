@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import ssl
 import stat
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 from ...errors import InvalidCertificate
+from ..certificates import explained
 from .parameters import SYSTEM
 
 FOLDER = Path(".postgresql")  # in the home directory
@@ -42,7 +42,7 @@ def find_files(parameters: Mapping[str, str]) -> dict[str, str]:
         if named := parameters.get(name):
             files[name] = named
             if named != SYSTEM or name != "sslrootcert":
-                with _explained(name, named), Path(named).open("rb"):
+                with explained(name, named), Path(named).open("rb"):
                     pass
         elif os.access(path, os.R_OK):
             files[name] = str(path)
@@ -66,7 +66,7 @@ def make_context(parameters: Mapping[str, str]) -> ssl.SSLContext:
     if roots == SYSTEM:
         context.load_default_certs()
     elif roots is not None:
-        with _explained("sslrootcert", roots):
+        with explained("sslrootcert", roots):
             context.load_verify_locations(roots)
     elif mode in VERIFIES:
         raise InvalidCertificate(
@@ -79,7 +79,7 @@ def make_context(parameters: Mapping[str, str]) -> ssl.SSLContext:
         context.verify_mode = ssl.CERT_REQUIRED
         context.check_hostname = mode == "verify-full"
     if "sslcrl" in files and roots is not None:
-        with _explained("sslcrl", files["sslcrl"]):
+        with explained("sslcrl", files["sslcrl"]):
             context.load_verify_locations(files["sslcrl"])
             context.verify_flags |= ssl.VERIFY_CRL_CHECK_CHAIN
     if "sslcert" in files:
@@ -91,7 +91,7 @@ def make_context(parameters: Mapping[str, str]) -> ssl.SSLContext:
 def _load_own(context: ssl.SSLContext, files: Mapping[str, str], password: str) -> None:
     """Load the client's certificate and its key."""
     pair = " with sslkey=".join(files[name] for name in ("sslcert", "sslkey") if name in files)
-    with _explained("sslcert", pair):
+    with explained("sslcert", pair):
         context.load_cert_chain(files["sslcert"], files.get("sslkey"), lambda: password)
 
 
@@ -113,19 +113,8 @@ def _limit_versions(context: ssl.SSLContext, parameters: Mapping[str, str]) -> N
 
 def _mind_key(path: str) -> None:
     """Refuse a key that others may read, as libpq does."""
-    with _explained("sslkey", path):
+    with explained("sslkey", path):
         status = Path(path).stat()
     forbidden = ROOTS if status.st_uid == 0 else OWNERS_ONLY
     if stat.S_IMODE(status.st_mode) & forbidden:
         raise InvalidCertificate(f"sslkey={path} may be read by others. chmod 600 it.")
-
-
-@contextmanager
-def _explained(name: str, path: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-        why = getattr(error, "strerror", None) or str(error)
-        if isinstance(error, ssl.SSLError):
-            why = f"{error.reason or why}: see that it is PEM, and that the key belongs to it"
-        raise InvalidCertificate(f"{name}={path} cannot be used: {why}.") from None

@@ -1,0 +1,270 @@
+"""MySQL and MariaDB: asyncmy on the asynchronous side, PyMySQL on the synchronous one."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from typing import Any
+
+from sqlalchemy import event
+from sqlalchemy.engine import URL, Connection, Engine
+from sqlalchemy.pool import PoolProxiedConnection
+from sqlalchemy.util import greenlet_spawn
+
+from ...errors import UnsupportedByDriver
+from ...secrecy import Sealed
+from ...urls import masked
+from .. import Role, Side, choose_driver, refuse_unknown_driver
+from .errnos import NO_SUCH_THREAD, REFUSED, errno
+from .parameters import PLACE, SECRETS, for_driver, read_parameters
+from .sparing import READ_ONLY, ReadOnly, beginning, sparing, tell
+from .tls import ENCRYPTING, MODE, make_context, mode_of
+
+logger: logging.Logger = logging.getLogger("engineroom")
+
+DRIVERS = {Side.ASYNC: {"asyncmy": "asyncmy"}, Side.SYNC: {"pymysql": "pymysql"}}
+
+BREAK_OFF_LIMIT = 1.0  # seconds for the server to end a connection
+
+
+class MySQL:
+    """MySQL or MariaDB, spoken to directly."""
+
+    def __init__(self, url: URL) -> None:
+        refuse_unknown_driver(url, DRIVERS)
+        self._shown = masked(url)
+        parameters = read_parameters(url)
+        mode = mode_of(parameters, self._shown)
+        if mode in ENCRYPTING:
+            make_context(parameters, mode)  # says now what cannot be read
+        self._mode = mode
+        self._sealed = Sealed(parameters)
+        # Its parameters tell it apart from others; the secret ones are with the password.
+        place = {name: parameters.get(name) for name in PLACE}
+        self._url = URL.create(
+            url.drivername,
+            username=parameters.get("user"),
+            **place,
+            query=url.difference_update_query(SECRETS).query,
+        )
+
+    def engine_url(self, side: Side) -> URL:
+        """Return the URL with the driver of a side, without what that is told beside it."""
+        return choose_driver(self._url, DRIVERS[side], "mysql").set(query={})
+
+    def engine_options(
+        self, side: Side, role: Role, connect_args: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Return the options of a role: a reader's statements stand alone."""
+        told = self._told(self.engine_url(side).get_driver_name())
+        options: dict[str, Any] = {"connect_args": told | connect_args}
+        if role is Role.READER:
+            options["isolation_level"] = "AUTOCOMMIT"
+        return options
+
+    def _told(self, driver: str) -> dict[str, Any]:
+        """Return what a driver is told of the URL; its secrets are sealed."""
+        parameters, mode = self._sealed.reveal(), self._mode
+        told = for_driver(driver, parameters, self._shown)
+        if "password" in told:
+            told["password"] = Sealed(told["password"])
+        if mode in ENCRYPTING:
+            told["ssl"] = make_context(parameters, mode)
+        elif driver == "pymysql" and (mode == "DISABLED" or "unix_socket" in told):
+            told["ssl_disabled"] = True
+        elif driver == "asyncmy" and mode == "PREFERRED":
+            raise UnsupportedByDriver(
+                f"asyncmy cannot do what {self._shown} asks for: with {MODE}=PREFERRED it would "
+                f"never encrypt. Write {MODE}=REQUIRED, or DISABLED."
+            )
+        return told
+
+    def read_only_options(self) -> dict[str, Any]:
+        """Return the option by which a transaction begins READ ONLY."""
+        return {READ_ONLY: True}
+
+    def attach(
+        self, engine: Engine, role: Role, before_write: Callable[[Connection], None]
+    ) -> None:
+        """Have connections spare round trips, begin as they are asked to, and refuse to write."""
+        engine.url = self._url.set(drivername=engine.url.drivername)
+        dialect: Any = engine.dialect
+        connect = dialect.connect
+
+        def connect_sparing(*args: Any, **kw: Any) -> Any:
+            opened = connect(*args, **kw)
+            driver = dialect.get_driver_connection(opened)
+            driver.__class__ = sparing(driver.__class__)
+            driver.another = lambda: dialect.connect(*args, **kw)
+            if not dialect.is_async:
+                _read_for_ever(driver, kw.get("read_timeout"))
+            return opened
+
+        dialect.connect = connect_sparing
+        if role is Role.READER:
+            event.listen(engine, "connect", lambda connection, _: tell(connection, reads_only=True))
+        else:
+            dialect.do_begin = beginning(dialect.do_begin)
+            known = dialect.connection_characteristics
+            dialect.connection_characteristics = {**known, READ_ONLY: ReadOnly()}
+
+    def limit_connect(self, arguments: dict[str, Any], seconds: float) -> None:
+        """Limit connecting, and each answer of the server on the way to that."""
+        limit = min(arguments.get("connect_timeout", seconds), seconds)
+        arguments["connect_timeout"] = arguments["read_timeout"] = limit
+
+    def may_be_refused(self, error: Exception) -> bool:
+        """Ask for "access denied"; MariaDB has a second number for who came without a password."""
+        return errno(error) in REFUSED
+
+    def descriptor(self, driver: Any) -> int | None:
+        """Return the file descriptor of the connection's socket; None once it is closed."""
+        if self.is_closed(driver):
+            return None
+        known = _socket_of(driver)
+        return None if known is None else int(known.fileno())
+
+    def is_closed(self, driver: Any) -> bool:
+        """Ask the driver; asyncmy itself knows it no sooner than at its next statement."""
+        if _is_pymysql(driver):
+            return not driver.open
+        return not driver.connected or bool(_transport_of(driver).is_closing())
+
+    def is_at_rest(self, driver: Any) -> bool:
+        """Look at what was noted of its last statement."""
+        return self.is_closed(driver) or bool(driver.rests)
+
+    def ping(self, connection: PoolProxiedConnection, engine: Engine) -> None:
+        """Ask the server in one round trip."""
+        engine.dialect.do_ping(connection.dbapi_connection)  # type: ignore[arg-type]
+
+    def holds_write_lock(self, connection: PoolProxiedConnection) -> bool:
+        """Writers do not keep each other out."""
+        return False
+
+    def end(
+        self,
+        connections: Sequence[PoolProxiedConnection],
+        execute: Callable[[str], None],
+        *,
+        is_abandoned: bool = False,
+    ) -> None:
+        """End the connections on the server: every user may do that with their own."""
+        for connection in connections:
+            driver: Any = connection.driver_connection
+            if driver is None:  # it was lost meanwhile
+                continue
+            try:
+                execute(f"KILL {driver.thread_id()}")
+            except Exception as error:  # noqa: BLE001  # a server at its limit takes nobody
+                if errno(error) != NO_SUCH_THREAD:
+                    logger.info("A connection is shut, for it could not be ended: %r", error)
+                    if (descriptor := self.descriptor(driver)) is not None:
+                        _shut(descriptor)  # the server sees it as soon as it reads from there
+
+    def interrupt(self, driver: Any) -> None:
+        """End the connection on the server, and what it runs."""
+        _kill(driver)
+
+    async def break_off(self, driver: Any) -> None:
+        """End the connection on the server: at work, that does not look at a socket.
+
+        asyncmy itself has closed its end where it was cancelled.
+        """
+        try:
+            async with asyncio.timeout(BREAK_OFF_LIMIT):
+                await greenlet_spawn(_kill, driver)
+        except Exception as error:  # noqa: BLE001  # whatever it says, no more can be done
+            logger.info("A cancelled statement may run on: %r", error)
+        finally:
+            driver.close()
+
+    def cut(self, driver: Any, loop: asyncio.AbstractEventLoop) -> None:
+        """Close the socket; the server ends the connection when it sees that."""
+        descriptor = self.descriptor(driver)
+        if descriptor is not None and descriptor >= 0:
+            # Not for reading: whoever waits for the server to let go would see our own end.
+            _shut(descriptor, socket.SHUT_WR)
+        if isinstance(loop, asyncio.BaseEventLoop):
+            # asyncio closes its socket in a callback that this loop will never run: run it here.
+            loop.call_soon = _run_unless_it_resumes_a_task  # type: ignore[method-assign,assignment]
+            try:
+                driver.close()
+            finally:
+                del loop.call_soon
+        else:  # uvloop's have closed their sockets themselves
+            with suppress(RuntimeError):
+                driver.close()
+
+    def disown(self, drivers: Iterable[Any]) -> None:
+        """Put the null device in the place of each socket."""
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for driver in drivers:
+            descriptor = self.descriptor(driver)
+            if descriptor is not None:
+                os.dup2(nothing, descriptor, inheritable=False)
+                if not _is_pymysql(driver):
+                    # The inherited loop, if it runs, would miss the transport at its end.
+                    _transport_of(driver).abort()
+        os.close(nothing)
+
+    def dispose(self) -> None:
+        """There is nothing to remove."""
+
+
+def _kill(driver: Any) -> None:
+    """End a connection on the server, over another one."""
+    killer = driver.another()
+    try:
+        cursor = killer.cursor()
+        try:
+            cursor.execute(f"KILL {driver.thread_id()}")
+        except Exception as error:
+            if errno(error) != NO_SUCH_THREAD:
+                raise
+        finally:
+            cursor.close()
+    finally:
+        killer.close()
+
+
+def _is_pymysql(driver: Any) -> bool:
+    return hasattr(driver, "open")
+
+
+def _socket_of(driver: Any) -> Any:
+    """Return what has the file descriptor of a driver's connection; no public name leads to it.
+
+    Without it there is no liveness without a round trip, and a forked child could not let go of
+    its parent's socket. `tests/test_private_names.py` fails when the name goes.
+    """
+    return driver._sock if _is_pymysql(driver) else _transport_of(driver).get_extra_info("socket")
+
+
+def _transport_of(driver: Any) -> Any:
+    """Return asyncmy's transport: its part of the above, with the same reason."""
+    return driver._transport
+
+
+def _read_for_ever(driver: Any, seconds: float | None) -> None:
+    """Take the limit of connecting from a connection of PyMySQL: its statements may take longer.
+
+    No public name leads to it, and its deadline for connecting ends before the server's first word.
+    `tests/test_private_names.py` fails when the name goes.
+    """
+    driver._read_timeout = seconds
+
+
+def _run_unless_it_resumes_a_task(callback: Any, *args: Any, context: object = None) -> None:
+    """Stand in for the `call_soon` of a loop that has ended: no task of it may go on in another."""
+    if not isinstance(getattr(callback, "__self__", None), asyncio.Future):
+        callback(*args)
+
+
+def _shut(descriptor: int, how: int = socket.SHUT_RDWR) -> None:
+    with socket.socket(fileno=os.dup(descriptor)) as duplicate:
+        duplicate.shutdown(how)

@@ -1,0 +1,15 @@
+"""What the server says by number: SQLSTATEs of MySQL are too coarse to tell its errors apart."""
+
+from __future__ import annotations
+
+NO_RIGHT = 1044
+REFUSED = (1045, 1698)  # of the user or the password; MariaDB has its own where none was given
+NO_SUCH_THREAD = 1094
+READ_ONLY_TRANSACTION = 1792
+
+
+def errno(error: BaseException | None) -> int | None:
+    """Return the number that the server gave an error of a driver, or of SQLAlchemy around it."""
+    original = getattr(error, "orig", None) or error
+    first = original.args[0] if original is not None and original.args else None
+    return first if isinstance(first, int) else None
