@@ -244,7 +244,7 @@ def find_schema_lock(place: Engine | Connection) -> SchemaLock | None:
         from .sqlite import FileLock
 
         return FileLock()
-    if dialect in MYSQL:
+    if name in MYSQL:
         from .mysql.named_lock import NamedLock
 
         return NamedLock()

@@ -20,7 +20,7 @@ from ..errors import InvalidOption, NotBehindPooler
 from . import POOLER, Role, Side
 from .postgresql import AdvisoryLock, PostgreSQL
 from .postgresql.settling import BREAK_OFF_LIMIT
-from .postgresql.sockets import shut
+from .sockets import shut
 
 # What asyncpg and SQLAlchemy's adapter of it, or psycopg, keep prepared: nothing, and no name.
 UNPREPARED: dict[str, dict[str, Any]] = {

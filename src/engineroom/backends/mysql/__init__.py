@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import socket
+import ssl
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -18,8 +19,10 @@ from sqlalchemy.util import greenlet_spawn
 from ...errors import UnsupportedByDriver
 from ...secrecy import Sealed
 from ...urls import masked
-from .. import Role, Side, choose_driver, refuse_unknown_driver
+from .. import Diagnosis, Reached, Role, Side, choose_driver, refuse_unknown_driver
+from ..sockets import shut
 from .errnos import NO_SUCH_THREAD, REFUSED, errno
+from .looking import diagnose, look
 from .parameters import PLACE, SECRETS, for_driver, read_parameters
 from .sparing import READ_ONLY, ReadOnly, beginning, sparing, tell
 from .tls import ENCRYPTING, MODE, make_context, mode_of
@@ -121,6 +124,16 @@ class MySQL:
         """Ask for "access denied"; MariaDB has a second number for who came without a password."""
         return errno(error) in REFUSED
 
+    def look(self, connection: Connection, driver: Any, wanted: int) -> Reached:
+        """Ask the server, and the driver's socket."""
+        if driver is None:
+            return look(connection, None, None, wanted)
+        return look(connection, self.descriptor(driver), _tls_of(driver), wanted)
+
+    def diagnose(self, error: BaseException) -> Diagnosis | None:
+        """Ask for the number of the server's error, or of the system's behind the driver's."""
+        return diagnose(error, self._url.host or "")
+
     def descriptor(self, driver: Any) -> int | None:
         """Return the file descriptor of the connection's socket; None once it is closed."""
         if self.is_closed(driver):
@@ -164,7 +177,7 @@ class MySQL:
                 if errno(error) != NO_SUCH_THREAD:
                     logger.info("A connection is shut, for it could not be ended: %r", error)
                     if (descriptor := self.descriptor(driver)) is not None:
-                        _shut(descriptor)  # the server sees it as soon as it reads from there
+                        shut(descriptor)  # the server sees it as soon as it reads from there
 
     def interrupt(self, driver: Any) -> None:
         """End the connection on the server, and what it runs."""
@@ -188,7 +201,7 @@ class MySQL:
         descriptor = self.descriptor(driver)
         if descriptor is not None and descriptor >= 0:
             # Not for reading: whoever waits for the server to let go would see our own end.
-            _shut(descriptor, socket.SHUT_WR)
+            shut(descriptor, socket.SHUT_WR)
         if isinstance(loop, asyncio.BaseEventLoop):
             # asyncio closes its socket in a callback that this loop will never run: run it here.
             loop.call_soon = _run_unless_it_resumes_a_task  # type: ignore[method-assign,assignment]
@@ -245,6 +258,15 @@ def _socket_of(driver: Any) -> Any:
     return driver._sock if _is_pymysql(driver) else _transport_of(driver).get_extra_info("socket")
 
 
+def _tls_of(driver: Any) -> str | None:
+    """Return the version of TLS; None without."""
+    if _is_pymysql(driver):
+        channel = driver._sock if isinstance(driver._sock, ssl.SSLSocket) else None
+    else:
+        channel = _transport_of(driver).get_extra_info("ssl_object")
+    return None if channel is None else channel.version()
+
+
 def _transport_of(driver: Any) -> Any:
     """Return asyncmy's transport: its part of the above, with the same reason."""
     return driver._transport
@@ -263,8 +285,3 @@ def _run_unless_it_resumes_a_task(callback: Any, *args: Any, context: object = N
     """Stand in for the `call_soon` of a loop that has ended: no task of it may go on in another."""
     if not isinstance(getattr(callback, "__self__", None), asyncio.Future):
         callback(*args)
-
-
-def _shut(descriptor: int, how: int = socket.SHUT_RDWR) -> None:
-    with socket.socket(fileno=os.dup(descriptor)) as duplicate:
-        duplicate.shutdown(how)

@@ -20,11 +20,12 @@ from sqlalchemy.util import await_only
 from ...secrecy import Sealed
 from ...urls import masked
 from .. import Diagnosis, Reached, Role, Side, choose_driver, refuse_unknown_driver
+from ..sockets import shut
 from .diagnosing import REFUSED, diagnose
 from .looking import look
 from .schema_lock import AdvisoryLock, without_literals
 from .settling import BREAK_OFF_LIMIT, settling_connection
-from .sockets import asyncpg_transport, descriptor_of, is_closed, shut
+from .sockets import asyncpg_transport, descriptor_of, is_closed
 from .sources import resolve
 from .sqlstates import sqlstate
 from .tls import make_context, uses_files

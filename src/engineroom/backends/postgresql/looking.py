@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import ipaddress
-import socket
 import time
 from typing import Any
 
 from sqlalchemy.engine import Connection
 
 from .. import Reached
-from .sockets import asyncpg_transport, descriptor_of, duplicate
+from ..sockets import address_of, is_far
+from .sockets import asyncpg_transport, descriptor_of
 
 QUESTION = (
     "SELECT current_setting('server_version'), pg_is_in_recovery(), "
@@ -30,14 +29,16 @@ def look(connection: Connection, driver: Any, pooler: str | None, wanted: int) -
     asked, started = time.time(), time.perf_counter()
     version, is_standby, now, most = connection.exec_driver_sql(QUESTION).one()
     latency = time.perf_counter() - started
-    address, tls = (None, None) if driver is None else (_address(driver), _tls(driver))
+    address, tls = (
+        (None, None) if driver is None else (address_of(descriptor_of(driver)), _tls(driver))
+    )
     problems: list[str] = []
     if is_standby:
         problems.append(
             "This is a standby, on which every write fails (25006). Name the primary's host, or "
             "all hosts and target_session_attrs=read-write."
         )
-    if tls is None and address is not None and _is_far(address):
+    if tls is None and address is not None and is_far(address):
         problems.append(
             f"What is said to {address} can be read on the way, the data included. Add "
             "sslmode=verify-full to the URL (or require, which does not ask who answers)."
@@ -57,19 +58,6 @@ def look(connection: Connection, driver: Any, pooler: str | None, wanted: int) -
         skew=now - (asked + latency / 2),
         problems=tuple(problems),
     )
-
-
-def _address(driver: Any) -> str | None:
-    """Return who is at the other end; None where that is a socket of this machine."""
-    descriptor = descriptor_of(driver)
-    if descriptor is None:
-        return None
-    with duplicate(descriptor) as same:
-        return None if same.family == socket.AF_UNIX else str(same.getpeername()[0])
-
-
-def _is_far(address: str) -> bool:
-    return not ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
 def _tls(driver: Any) -> str | None:

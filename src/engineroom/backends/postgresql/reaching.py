@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from itertools import cycle, product
 from typing import Any, cast
 
+from ..sockets import duplicate
 from .parameters import DEFAULT_PORT, read_integer
-from .sockets import descriptor_of, duplicate
+from .sockets import descriptor_of
 from .sources import find_password
 
 # libpq's names, and the kernel's.

@@ -1,9 +1,7 @@
-"""The socket beneath a driver's connection: where it is, and how it is shut."""
+"""The socket beneath a driver's connection: where it is."""
 
 from __future__ import annotations
 
-import os
-import socket
 from typing import Any
 
 BAD = 1  # libpq's CONNECTION_BAD
@@ -36,14 +34,3 @@ def asyncpg_transport(driver: Any) -> Any:
     `tests/test_private_names.py` fails when the name goes.
     """
     return driver._transport
-
-
-def duplicate(descriptor: int) -> socket.socket:
-    """Return the same socket under another descriptor, which the caller closes."""
-    return socket.socket(fileno=os.dup(descriptor))
-
-
-def shut(descriptor: int, how: int = socket.SHUT_RDWR) -> None:
-    """Shut the socket, whoever else has it open."""
-    with duplicate(descriptor) as same:
-        same.shutdown(how)
