@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import select
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
+from math import inf
+from socket import SHUT_RDWR, socket
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
 
 from sqlalchemy.engine import Engine
@@ -18,7 +22,9 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, QueuePoo
 from sqlalchemy.util.queue import Empty, Full
 
 from .backends import Backend
+from .cancellation import SETTLE_LIMIT
 from .cap import CAPS, CameBack, Cap, Stay, stay_of
+from .deadlines import GRACE
 from .errors import Holder, ManagerClosed, PoolDeadlock, PoolExhausted
 from .forks import make_immortal
 from .ledger import current_owner, describe, describe_held, has_ended
@@ -38,6 +44,9 @@ JUST_NOW = 0.0002
 LEAST_CONNECT = 0.1  # seconds that connecting has, though waiting took all but that of the time
 SLACK = 0.01  # seconds by which a timer may be early
 
+# Connections that are being rolled back, and since when: noted around the dialect's own verb.
+ROLLING_BACK: dict[PoolProxiedConnection, float] = {}
+
 
 class Berth:
     """What a pool knows of one connection: against which permit it is lent, and how it is seen.
@@ -48,6 +57,7 @@ class Berth:
     __slots__ = (
         "__weakref__",
         "driver",
+        "lender",
         "lent",
         "permit",
         "poll",
@@ -58,6 +68,7 @@ class Berth:
     )
 
     driver: Callable[[], Any]  # a weak reference; of a driver without them, what returns None
+    lender: weakref.ref[Lender]
     poll: Callable[[int], list[tuple[int, int]]] | None  # None: it has no socket to look at
     record: Callable[[], ConnectionPoolEntry | None]  # a weak reference to its place in the pool
 
@@ -75,9 +86,17 @@ class Berth:
             self.poll = watcher.poll
 
 
+def berth_of(connection: PoolProxiedConnection) -> Berth | None:
+    """Return the berth of a connection; None if it has left its pool."""
+    try:
+        return connection.info.get("berth")
+    except NotImplementedError:  # what SQLAlchemy initializes a dialect with has no `info`
+        return None
+
+
 def forfeit(connection: PoolProxiedConnection) -> None:
     """Close a connection that a hook at `checkin` kept from going back; its permit goes back."""
-    berth: Berth | None = connection.info.get("berth")
+    berth = berth_of(connection)
     permit = None if berth is None else berth.permit
     if berth is not None and permit is not None:
         berth.permit = None
@@ -137,7 +156,7 @@ class Opener:
         try:
             opened = lender.open_in_time(partial(self.creator, record), lender.seconds_left())
             record.info["berth"] = berth = lender.berth_of(opened)
-            berth.record = weakref.ref(record)
+            berth.record, berth.lender = weakref.ref(record), self.lender
             if stay is not None:
                 berth.stay = stay
                 lender.begin(stay, opened, berth)
@@ -177,6 +196,8 @@ class Lender(QueuePool):
     ping_after: ClassVar[float]  # seconds idle; 0: ask the server at every checkout
     spare: ClassVar[int]  # `max_overflow`; SQLAlchemy's own queue is told: no limit (-1)
     end_apart: ClassVar[Any]  # takes connections, and ends over another one what runs on them
+    answer_within: ClassVar[float]  # seconds for BEGIN and COMMIT; 0: there is no server
+    statement_within: ClassVar[float]  # seconds that the server gives a statement; 0: any time
     name: ClassVar[str]  # for reports
     note_parted: ClassVar[Any]  # takes the pool, once it is no engine's any more
     least: ClassVar[int]  # connections kept open from the first use on
@@ -590,6 +611,88 @@ class Lender(QueuePool):
             else:
                 holders += describe_held(slots.permits, now)
         return holders
+
+    # -- servers that are silent ------------------------------------------------------------------
+
+    def cut_silent(self, now: float) -> None:
+        """Cut the connections on which somebody has waited for the server for too long.
+
+        It keeps a frozen server's connections, so neither keepalives nor any driver notices: but
+        whoever waits at a socket that is shut wakes up at once, in a thread and on a loop.
+        """
+        for permit in self.slots.held:
+            if permit.running and not permit.epitaph:
+                self._cut_if_silent(permit, now)
+        for connection, since in list(ROLLING_BACK.items()):
+            limit = min(self.answer_within, SETTLE_LIMIT)
+            if now - since <= limit:
+                continue
+            berth = berth_of(connection)
+            if berth is not None and berth.lender() is self:
+                self._cut(berth.driver(), partial(self._still_rolls_back, connection, limit))
+
+    def _still_rolls_back(self, connection: PoolProxiedConnection, limit: float) -> bool:
+        if ROLLING_BACK.pop(connection, None) is None:
+            return False
+        logger.warning(
+            "The server did not answer ROLLBACK within %g s: the connection is cut. The server "
+            "rolls back by itself.",
+            limit,
+        )
+        return True
+
+    def _cut_if_silent(self, permit: Permit, now: float) -> None:
+        since, cursor = permit.statement_since, permit.cursor
+        connection = None if permit.connection is None else permit.connection()
+        if connection is None or now - since <= min(
+            self.answer_within, (self.statement_within or self.answer_within) + GRACE
+        ):
+            return
+        setting, limit, outcome = "DB_RESPONSE_TIMEOUT", self.answer_within, ""
+        if cursor is None:
+            what = "COMMIT"
+            outcome = (
+                " Whether the transaction was committed is unknown: look for what it wrote, or "
+                "make the work such that it may be done again."
+            )
+        elif self.backend.awaits_begin(connection, cursor):
+            what, outcome = "BEGIN", " Nothing was done."
+        else:
+            what, setting = "a statement", "DB_STATEMENT_TIMEOUT"
+            limit = self.statement_within + GRACE if self.statement_within else inf
+        if now - since <= limit:
+            return
+        holder = describe(permit, now)
+
+        def is_still_waiting() -> bool:
+            if waits := permit.running and permit.statement_since == since:
+                # All is said before it wakes up.
+                permit.epitaph = (
+                    f"The server did not answer {what} within {limit:g} s ({setting}), and the "
+                    f"connection was cut.{outcome}"
+                )
+                logger.warning(
+                    "The server did not answer %s within %g s (%s): the connection is cut of %s",
+                    what,
+                    limit,
+                    setting,
+                    holder,
+                )
+            return waits
+
+        berth: Berth = connection.info["berth"]
+        self._cut(berth.driver(), is_still_waiting)
+
+    def _cut(self, driver: Any, is_still_waiting: Callable[[], bool]) -> None:
+        """Shut the socket, if it is the right one: its number may be another's by now."""
+        descriptor = None if driver is None else self.backend.descriptor(driver)
+        if descriptor is None:
+            return
+        with suppress(OSError), socket(fileno=os.dup(descriptor)) as same:
+            if not self.backend.is_closed(driver) and is_still_waiting():
+                same.shutdown(SHUT_RDWR)
+
+    # -- holders that are slow --------------------------------------------------------------------
 
     def look_for_slow(self, now: float) -> None:
         """Report what is held for too long, and plan the next look."""

@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy.engine import Dialect
 from sqlalchemy.pool import PoolProxiedConnection
 
+from .lending import ROLLING_BACK
 from .slots import NO_OPTIONS
 
 UNKNOWN_OUTCOME = (
@@ -27,6 +28,7 @@ def note_statements(dialect: Dialect) -> None:
     overridden.do_executemany = noting(dialect.do_executemany)
     overridden.do_execute_no_params = noting_no_parameters(dialect.do_execute_no_params)
     overridden.do_commit = noting_commit(dialect.do_commit)
+    overridden.do_rollback = noting_rollback(dialect.do_rollback)
 
 
 def permit_of(connection: PoolProxiedConnection) -> Any:
@@ -46,12 +48,16 @@ def noting(execute: Callable[..., None]) -> Callable[..., None]:
         if permit is None:
             return execute(cursor, statement, parameters, context)
         permit.statement, permit.options = statement, context.execution_options
-        permit.statement_since = time.monotonic()
+        permit.cursor, permit.statement_since = cursor, time.monotonic()
         permit.running = True
         try:
             execute(cursor, statement, parameters, context)
+        except Exception as error:
+            if permit.epitaph:
+                error.add_note(permit.epitaph)
+            raise
         finally:
-            permit.running = False
+            permit.running, permit.cursor = False, None
             permit.statement_since = time.monotonic()
         return None
 
@@ -82,9 +88,24 @@ def noting_commit(commit: Callable[[Any], None]) -> Callable[[Any], None]:
         except BaseException as error:
             if not isinstance(error, Exception):
                 error.add_note(UNKNOWN_OUTCOME)
+            elif permit is not None and permit.epitaph:
+                error.add_note(permit.epitaph)
             raise
         finally:
             if permit is not None:
                 permit.running = False
+
+    return noted
+
+
+def noting_rollback(rollback: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Wrap ROLLBACK. SQLAlchemy asks for one after each COMMIT, so this does the least it can."""
+
+    def noted(connection: Any) -> None:
+        ROLLING_BACK[connection] = time.monotonic()
+        try:
+            rollback(connection)
+        finally:
+            ROLLING_BACK.pop(connection, None)
 
     return noted

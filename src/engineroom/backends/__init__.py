@@ -36,6 +36,9 @@ class Role(StrEnum):
 class Backend(Protocol):
     """One database, as this process meets it through one URL."""
 
+    has_server: bool
+    """Whether there is somebody who may fall silent."""
+
     def engine_url(self, side: Side) -> URL:
         """Return the URL with the driver of a side.
 
@@ -81,6 +84,15 @@ class Backend(Protocol):
 
     def ping(self, connection: PoolProxiedConnection, engine: Engine) -> None:
         """Ask the server, in one round trip, whether the connection lives; raise if not."""
+
+    def awaits_begin(self, connection: PoolProxiedConnection, cursor: Any) -> bool:
+        """Whether a statement has not been sent, for the BEGIN before it was not answered.
+
+        Asked while it runs, and after it failed.
+
+        Args:
+            cursor: What it was to be executed with.
+        """
 
     def holds_write_lock(self, connection: PoolProxiedConnection) -> bool:
         """Whether the connection keeps every other writer out, from what the client knows."""

@@ -40,11 +40,14 @@ READ_ONLY = "default_transaction_read_only"
 # invalid_password; invalid_authorization_specification (of PAM, through which Amazon's tokens go)
 REFUSED = ("28P01", "28000")
 IDLE = 0  # libpq's PQTRANS_IDLE
+READY = 1  # psycopg2's STATUS_READY: it has begun nothing
 AT_REST = (IDLE, 4)  # and PQTRANS_UNKNOWN: it is closed
 
 
 class PostgreSQL:
     """PostgreSQL, spoken to directly."""
+
+    has_server = True
 
     def __init__(self, url: URL) -> None:
         refuse_unknown_driver(url, DRIVERS)
@@ -152,6 +155,18 @@ class PostgreSQL:
         else:
             engine.dialect.do_ping(connection.dbapi_connection)  # type: ignore[arg-type]
 
+    def awaits_begin(self, connection: PoolProxiedConnection, cursor: Any) -> bool:
+        """Ask the driver, each of which keeps that in another place."""
+        adapted: Any = connection.dbapi_connection
+        driver = connection.driver_connection
+        if adapted is None or driver is None or adapted.autocommit:
+            return False
+        if hasattr(driver, "get_server_pid"):  # asyncpg: as the server has said last
+            return not driver.is_in_transaction()
+        if hasattr(driver, "pgconn"):
+            return query_of(cursor) is None
+        return bool(driver.status == READY)
+
     def holds_write_lock(self, connection: PoolProxiedConnection) -> bool:
         """Writers of PostgreSQL do not keep each other out."""
         return False
@@ -225,6 +240,16 @@ class PostgreSQL:
 
     def dispose(self) -> None:
         """There is nothing to remove."""
+
+
+def query_of(cursor: Any) -> Any:
+    """Return what a cursor of psycopg has sent of its statement; None before.
+
+    `Cursor._query` is in psycopg's documentation, to look at after a failure; SQLAlchemy's adapter
+    of the asynchronous one keeps it as `_cursor`. A test in `tests/test_private_names.py` fails
+    when either goes.
+    """
+    return getattr(cursor, "_cursor", cursor)._query
 
 
 def _rolling_back(rollback: Callable[[Any], None], is_async: bool) -> Callable[[Any], None]:
