@@ -49,9 +49,11 @@ class Watch:
             thread.join(LOOK_EVERY)
 
     def resume(self) -> None:
-        """Go on after a fork, in the parent."""
+        """Go on after a fork, in the parent, if anything is lent."""
         if self._pausing.is_set():
             self._pausing = threading.Event()
+            for pool in list(self._pools):
+                self._part(pool)
             self._resume()
 
     def _resume(self) -> None:
@@ -80,9 +82,13 @@ class Watch:
             if pool.look(now):
                 self._pools[pool] = now
             elif now - seen > LINGER:
-                self._pools.pop(pool, None)
-                if pool.part():
-                    self._pools[pool] = now
+                self._part(pool)
+
+    def _part(self, pool: Watched) -> None:
+        """Look at a pool no more, unless something of it is lent: its next checkout will say so."""
+        self._pools.pop(pool, None)
+        if pool.part():
+            self._pools[pool] = time.monotonic()
 
 
 WATCH: Watch = Watch()
