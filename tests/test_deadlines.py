@@ -53,12 +53,29 @@ class Door:
         async with self.manager.session() as db:
             await db.run_sync(work)
 
+    def show(self, options: dict[str, Any]) -> list[str]:
+        """Return the isolation level and whether it is read-only, of a transaction with these."""
+        if self.side == "sync":
+            with self.manager.sync_session(**options) as db:
+                return shown(db)
+
+        async def main() -> list[str]:
+            async with self.manager.session(**options) as db:
+                return await db.run_sync(shown)
+
+        return self.runner.run(main())
+
     def lent(self) -> int:
         return sum(pool.lent for pool in self.manager.stats().pools)
 
     def close(self) -> None:
         self.runner.run(self.manager.close())
         self.runner.close()
+
+
+def shown(db: Session) -> list[str]:
+    names = "transaction_isolation", "transaction_read_only"
+    return [str(db.scalar(text(f"SHOW {name}"))) for name in names]
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 import os
+import random
 import select
 import time
 import weakref
@@ -25,7 +26,7 @@ from .backends import Backend
 from .cancellation import SETTLE_LIMIT
 from .cap import CAPS, CameBack, Cap, Stay, stay_of
 from .deadlines import GRACE
-from .errors import Holder, ManagerClosed, PoolDeadlock, PoolExhausted
+from .errors import ConnectTimeout, Holder, ManagerClosed, PoolDeadlock, PoolExhausted
 from .forks import make_immortal
 from .ledger import current_owner, describe, describe_held, has_ended
 from .slots import WAITING, Permit, Slots, Ticket
@@ -35,12 +36,15 @@ logger: logging.Logger = logging.getLogger("engineroom.pool")
 SPOKE = select.POLLIN
 # POLLRDHUP, where the platform has it: the other side has closed its half of the connection.
 HUNG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR | select.POLLNVAL
+GONE = [(0, HUNG_UP)]  # what a socket says that the driver has closed
 
 T = TypeVar("T")
 
 # Seconds after its return in which a connection is not looked at: no look can be nearer to the last
 # answer of its server, and each is a system call, 2 % of a small unit's CPU.
 JUST_NOW = 0.0002
+SHORT_PAUSE, LONG_PAUSE = 0.02, 0.5  # seconds before a server that refuses is asked again
+READY = "ready"
 LEAST_CONNECT = 0.1  # seconds that connecting has, though waiting took all but that of the time
 SLACK = 0.01  # seconds by which a timer may be early
 
@@ -154,7 +158,7 @@ class Opener:
         connecting = lender.slots.connecting
         connecting.add(record)
         try:
-            opened = lender.open_in_time(partial(self.creator, record), lender.seconds_left())
+            opened = lender.open_patiently(partial(self.creator, record))
             record.info["berth"] = berth = lender.berth_of(opened)
             berth.record, berth.lender = weakref.ref(record), self.lender
             if stay is not None:
@@ -220,6 +224,10 @@ class Lender(QueuePool):
         self.ended: bool = False  # what comes back is closed, not kept
         self.is_filled: bool = self.least == 0
         self.fillers: set[Any] = set()  # who hold connections only to fill the pool with them
+        self.was_reached: bool = False  # it has opened a connection before
+        self.refused_since: float = 0.0  # when the server began to let nobody in; 0: it does
+        self.suspicion: float = 0.0  # when a connection was last found dead
+        self.silence: float = 0.0  # when one was last asked in vain
         self.refusal: str = ""  # why nothing is lent any more
         self._drivers: weakref.WeakSet[Any] = weakref.WeakSet()  # all that it has open
 
@@ -446,27 +454,60 @@ class Lender(QueuePool):
             return True
         if rested < JUST_NOW and self.ping_after:
             return True
-        if self.backend.is_closed(berth.driver()):
-            return False
-        events = poll(0)
+        events = GONE if self.backend.is_closed(berth.driver()) else poll(0)
         if events and events[0][1] & HUNG_UP:
+            self.suspicion = now
             return False
-        if not events and rested < self.ping_after:
+        # Where one was dead, those that have lain here since before are asked; and where one was
+        # silent, they would be silent too.
+        if not events and rested < self.ping_after and berth.returned > self.suspicion:
             return True
-        return self._answers(connection)
+        return berth.returned > self.silence and self._answers(connection)
 
     def _answers(self, connection: PoolProxiedConnection) -> bool:
         """Ask the server, in one round trip."""
         try:
             ping = partial(self.backend.ping, connection, self.engine)
-            self.ask_in_time(ping, connection.info["berth"], self.seconds_left())
+            # The other half of the time is for opening another one.
+            limit = min(self.seconds_left() / 2, self.answer_within, SETTLE_LIMIT)
+            self.ask_in_time(ping, connection.info["berth"], limit)
         except Exception as error:  # noqa: BLE001  # whatever it says, it is dead
+            self.suspicion = time.monotonic()
+            if isinstance(error, (TimeoutError, ConnectTimeout)):
+                self.silence = self.suspicion
             logger.info("A pooled connection was found dead and is replaced: %r", error)
             return False
         except BaseException:
             self._discard(connection)
             raise
         return True
+
+    def is_dead(self, connection: PoolProxiedConnection, error: Exception) -> bool:
+        """Whether a call failed for its connection is gone; asyncpg may not know that yet."""
+        berth: Berth = connection.info["berth"]
+        events = () if berth.poll is None else berth.poll(0)
+        return (
+            self.backend.is_closed(berth.driver())
+            or any(event & HUNG_UP for _, event in events)
+            or self.engine.dialect.is_disconnect(error, connection, None)  # type: ignore[arg-type]
+        )
+
+    def replace(self, connection: PoolProxiedConnection, error: Exception) -> None:
+        """Open another connection in the place of one that was found dead, for the same holder."""
+        logger.info("A connection was dead before anything was done, and is replaced: %r", error)
+        before: Berth = connection.info["berth"]
+        record = cast(Any, before.record())
+        self.suspicion = time.monotonic()
+        resets = list(record.finalize_callback)  # of an isolation level, which the holder has set
+        try:
+            record.invalidate(error)
+            cast(Any, connection).dbapi_connection = record.get_connection()
+            record.finalize_callback.extend(resets)
+            berth: Berth = record.info["berth"]
+            berth.permit, berth.lent, before.permit = before.permit, before.lent, None
+        finally:
+            record.info.setdefault("berth", before)  # its permit comes back with it
+        self.dispatch.checkout(connection.dbapi_connection, record, connection)
 
     def _close(self, record: ConnectionPoolEntry) -> None:
         """Close a connection that came back."""
@@ -530,6 +571,50 @@ class Lender(QueuePool):
     def new_bell(self, seconds: float | None = None) -> Bell:
         """Return what a caller waits with: for so long, or for the pool's own limit."""
         raise NotImplementedError
+
+    def open_patiently(self, connect: Callable[[], Any]) -> Any:
+        """Open a connection; ask again where the server lets nobody in just now.
+
+        One that has never been there is not waited for: its address may be wrong.
+        """
+        end, longest, seen = time.monotonic() + self.seconds_left(), SHORT_PAUSE, ""
+        while True:
+            try:
+                opened = self.open_in_time(connect, max(end - time.monotonic(), LEAST_CONNECT))
+            except Exception as error:
+                pause = random.uniform(longest / 2, longest)  # noqa: S311  # who came together parts
+                why = None if self.refusal else self.ask_why(error)
+                known = self.was_reached or bool(seen) or (why or "")[:1].isdigit()
+                if why is None or not known or time.monotonic() + pause > end:
+                    raise
+                if not why and seen == READY:
+                    raise
+                if why and not self.refused_since:
+                    self.refused_since = time.monotonic()
+                    logger.warning(
+                        "The server lets nobody in (%s). It is asked again for up to %.0f s.",
+                        why,
+                        self.limit,
+                    )
+                seen = why or READY
+                self.pause(pause)
+                longest = min(longest * 2, LONG_PAUSE)
+            else:
+                self.was_reached = True
+                if since := self.refused_since:
+                    self.refused_since = 0.0
+                    logger.warning(
+                        "The server lets us in again, after %.1f s.", time.monotonic() - since
+                    )
+                return opened
+
+    def ask_why(self, error: Exception) -> str | None:
+        """Say why nobody is let in, as `Backend.why_refused` does."""
+        return self.backend.why_refused(error)
+
+    def pause(self, seconds: float) -> None:
+        """Let others go on for so long."""
+        time.sleep(seconds)
 
     def open_in_time(self, connect: Callable[[], Any], seconds: float) -> Any:
         """Open a connection; give up after so many seconds."""

@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from math import inf
@@ -390,6 +391,22 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
                 f"the last {seconds:.1f} s of them. See whether it is up and can be reached, or "
                 "raise pool_timeout."
             ) from None
+
+    def ask_why(self, error: Exception) -> str | None:
+        """Say why nobody is let in, as `Backend.why_refused` does, which may wait.
+
+        In a thread of its own: those of the loop may all be waiting for this very server.
+        """
+        apart = ThreadPoolExecutor(1, "engineroom-ask")
+        try:
+            asking = self.loop.run_in_executor(apart, self.backend.why_refused, error)
+            return await_only(asking)
+        finally:
+            apart.shutdown(wait=False)
+
+    def pause(self, seconds: float) -> None:
+        """Let other tasks go on for so long."""
+        await_only(asyncio.sleep(seconds))
 
     def fill_beside(self) -> None:
         """Fill in a task; the loop's end cancels it."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from contextlib import suppress
+from typing import Any, cast
 
-from sqlalchemy.engine import Dialect
+from sqlalchemy.engine import Dialect, ExecutionContext, RootTransaction
+from sqlalchemy.engine.interfaces import ExecuteStyle
 from sqlalchemy.pool import PoolProxiedConnection
 
-from .lending import ROLLING_BACK
+from .lending import ROLLING_BACK, berth_of
 from .slots import NO_OPTIONS
 
 UNKNOWN_OUTCOME = (
@@ -40,6 +42,44 @@ def permit_of(connection: PoolProxiedConnection) -> Any:
     return None if berth is None else berth.permit
 
 
+def begin_anew(cursor: Any, context: ExecutionContext, error: Exception) -> bool:
+    """Take another connection where the first BEGIN of a holder met a dead one.
+
+    It travels as a message of its own, and was not answered: so the statement was never sent, and
+    nothing was done that could be done twice.
+
+    Returns:
+        Whether `context` has another cursor, to execute the statement with.
+    """
+    connection, dialect = context.root_connection, cast(Any, context.dialect)
+    lent = connection.connection
+    berth = berth_of(lent)
+    lender = None if berth is None else berth.lender()
+    if (
+        lender is None
+        # (SQLAlchemy has a batch of rows go through the cursor that it knows already.)
+        or context.execute_style is ExecuteStyle.INSERTMANYVALUES
+        or type(connection.get_transaction()) is not RootTransaction
+        or not lender.backend.awaits_begin(lent, cursor)
+        or not lender.is_dead(lent, error)
+    ):
+        return False
+    with suppress(Exception):
+        cursor.close()
+    try:
+        lender.replace(lent, error)
+    except Exception as failure:  # noqa: BLE001  # it goes on as if nobody had tried
+        error.add_note(f"Another connection could not be opened: {failure!r}")
+        return False
+    for name, value in connection.get_execution_options().items():
+        if name in dialect.connection_characteristics:
+            dialect.connection_characteristics[name].set_connection_characteristic(
+                dialect, connection, lent.dbapi_connection, value
+            )
+    context.cursor = context.create_cursor()
+    return True
+
+
 def noting(execute: Callable[..., None]) -> Callable[..., None]:
     """Wrap a way to execute."""
 
@@ -47,6 +87,7 @@ def noting(execute: Callable[..., None]) -> Callable[..., None]:
         permit = permit_of(context.root_connection.connection)
         if permit is None:
             return execute(cursor, statement, parameters, context)
+        is_first = not permit.statement
         permit.statement, permit.options = statement, context.execution_options
         permit.cursor, permit.statement_since = cursor, time.monotonic()
         permit.running = True
@@ -55,7 +96,11 @@ def noting(execute: Callable[..., None]) -> Callable[..., None]:
         except Exception as error:
             if permit.epitaph:
                 error.add_note(permit.epitaph)
-            raise
+                raise
+            permit.running, permit.cursor = False, None
+            if not (is_first and begin_anew(cursor, context, error)):
+                raise
+            noted(context.cursor, statement, parameters, context)
         finally:
             permit.running, permit.cursor = False, None
             permit.statement_since = time.monotonic()

@@ -73,6 +73,13 @@ class Backend(Protocol):
     def may_be_refused(self, error: Exception) -> bool:
         """Whether a connect failed by its user or password, as far as the driver tells."""
 
+    def why_refused(self, error: Exception) -> str | None:
+        """Say why nobody is let in just now, after a connect failed; it may take a second.
+
+        Returns:
+            "" if the server would talk to us; None if waiting is no help.
+        """
+
     def descriptor(self, driver: Any) -> int | None:
         """Return the file descriptor of a driver's connection; None where it has no socket."""
 

@@ -249,6 +249,10 @@ class SQLite:
         """A file has no users."""
         return False
 
+    def why_refused(self, error: Exception) -> str | None:
+        """Nobody refuses."""
+        return None
+
     def descriptor(self, driver: Any) -> int | None:
         """A file has no socket."""
         return None

@@ -19,6 +19,7 @@ from sqlalchemy.util import await_only
 from ...secrecy import Sealed
 from ...urls import masked
 from .. import Role, Side, choose_driver, refuse_unknown_driver
+from .refusing import AWAY, PASSING, ask_why
 from .schema_lock import AdvisoryLock, without_literals
 from .settling import BREAK_OFF_LIMIT, settling_connection
 from .sockets import asyncpg_transport, descriptor_of, is_closed, shut
@@ -129,6 +130,19 @@ class PostgreSQL:
         if (pgconn := getattr(error, "pgconn", None)) is not None:  # psycopg's
             return bool(pgconn.used_password)
         return type(error).__module__ == "psycopg2"
+
+    def why_refused(self, error: Exception) -> str | None:
+        """Ask the SQLSTATE, and where libpq keeps that to itself, the server."""
+        if isinstance(error, ConnectionError):
+            return AWAY
+        if (state := sqlstate(error)) is not None:
+            return state if state in PASSING else None
+        pgconn = getattr(error, "pgconn", None)
+        if pgconn is not None and pgconn.used_password:  # it was talked to
+            return None
+        if pgconn is not None or type(error).__module__ == "psycopg2":
+            return ask_why(self._parameters, self._url.username, self._url.database)
+        return None
 
     def descriptor(self, driver: Any) -> int | None:
         """Return the file descriptor of the connection's socket; None once it is closed."""
