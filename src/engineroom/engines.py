@@ -235,6 +235,7 @@ class EngineRoom:
             "name": f"{side} {role} of {masked(self.settings.url)}",
             "note_parted": staticmethod(partial(self._note_parted, side, role)),
             "end_apart": staticmethod(partial(self.end_apart, role)),
+            "recycle": settings.pool_recycle,
             "least": settings.pool_min if role is Role.PRIMARY and apart is None else 0,
             "spare": settings.max_overflow if apart is None else 0,
             "slow_after": settings.slow_after,

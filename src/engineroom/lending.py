@@ -61,6 +61,7 @@ class Berth:
     __slots__ = (
         "__weakref__",
         "driver",
+        "expires",
         "lender",
         "lent",
         "permit",
@@ -80,6 +81,7 @@ class Berth:
         self.slots: Slots = slots
         self.driver = driver
         self.returned: float = 0.0  # 0: it was never lent
+        self.expires: float = inf  # when it is too old to be lent again
         self.permit: Permit | None = None
         self.lent: weakref.ref[PoolProxiedConnection] | None = None
         self.stay: Stay | None = None  # under a limit over several pools
@@ -161,6 +163,7 @@ class Opener:
             opened = lender.open_patiently(partial(self.creator, record))
             record.info["berth"] = berth = lender.berth_of(opened)
             berth.record, berth.lender = weakref.ref(record), self.lender
+            berth.expires = time.monotonic() + lender.lifetime()
             if stay is not None:
                 berth.stay = stay
                 lender.begin(stay, opened, berth)
@@ -204,6 +207,7 @@ class Lender(QueuePool):
     statement_within: ClassVar[float]  # seconds that the server gives a statement; 0: any time
     name: ClassVar[str]  # for reports
     note_parted: ClassVar[Any]  # takes the pool, once it is no engine's any more
+    recycle: ClassVar[float]  # seconds that a connection is kept for; -1: for ever
     least: ClassVar[int]  # connections kept open from the first use on
     slow_after: ClassVar[float]  # seconds lent, before the log says so
 
@@ -413,7 +417,10 @@ class Lender(QueuePool):
                 elif not self.backend.is_at_rest(berth.driver()):
                     self._end(record)
                 elif (
-                    self.ended or permit.is_interrupted or len(self.rack.items) >= self.rack.maxsize
+                    self.ended
+                    or permit.is_interrupted
+                    or now >= berth.expires
+                    or len(self.rack.items) >= self.rack.maxsize
                 ):
                     self._close(record)  # SQLAlchemy would, but where it can be interrupted
             finally:
@@ -607,6 +614,10 @@ class Lender(QueuePool):
                         "The server lets us in again, after %.1f s.", time.monotonic() - since
                     )
                 return opened
+
+    def lifetime(self) -> float:
+        """Return how long a connection is kept: what was opened together does not go together."""
+        return self.recycle * random.uniform(0.8, 1.0) if self.recycle > 0 else inf  # noqa: S311
 
     def ask_why(self, error: Exception) -> str | None:
         """Say why nobody is let in, as `Backend.why_refused` does."""
