@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from typing import Protocol
 
 LOOK_EVERY = 0.25  # seconds between two looks at what runs
@@ -32,7 +33,8 @@ class Watch:
 
     def disown(self) -> None:
         """Start afresh, in a forked child as well: the thread is the parent's."""
-        self._pools: dict[Watched, float] = {}  # and when something of it was last seen lent
+        # And when something of it was last seen lent. (Who drops a manager drops its pools.)
+        self._pools: weakref.WeakKeyDictionary[Watched, float] = weakref.WeakKeyDictionary()
         self._on_duty: dict[str, threading.Thread] = {}
         self._pausing = threading.Event()
 
@@ -52,8 +54,9 @@ class Watch:
         """Go on after a fork, in the parent, if anything is lent."""
         if self._pausing.is_set():
             self._pausing = threading.Event()
-            for pool in list(self._pools):
-                self._part(pool)
+            for known in self._pools.keyrefs():
+                if (pool := known()) is not None:
+                    self._part(pool)
             self._resume()
 
     def _resume(self) -> None:
@@ -78,10 +81,12 @@ class Watch:
 
     def _look(self) -> None:
         now = time.monotonic()
-        for pool, seen in list(self._pools.items()):
+        for known in self._pools.keyrefs():  # in one step: other threads add theirs meanwhile
+            if (pool := known()) is None:
+                continue
             if pool.look(now):
                 self._pools[pool] = now
-            elif now - seen > LINGER:
+            elif now - self._pools.get(pool, now) > LINGER:
                 self._part(pool)
 
     def _part(self, pool: Watched) -> None:

@@ -468,6 +468,7 @@ class EngineRoom:
         engine = self._make_engine(side, role, apart=limit)
         pool: Any = engine.pool
         pool.ended = True  # what comes back is closed
+        pool.is_patient = False
         with engine.connect() as connection:
             work(connection)
 

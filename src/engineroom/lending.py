@@ -228,6 +228,7 @@ class Lender(QueuePool):
         self.ended: bool = False  # what comes back is closed, not kept
         self.is_filled: bool = self.least == 0
         self.fillers: set[Any] = set()  # who hold connections only to fill the pool with them
+        self.is_patient: bool = True  # it waits for a server that refuses
         self.was_reached: bool = False  # it has opened a connection before
         self.refused_since: float = 0.0  # when the server began to let nobody in; 0: it does
         self.suspicion: float = 0.0  # when a connection was last found dead
@@ -590,7 +591,7 @@ class Lender(QueuePool):
                 opened = self.open_in_time(connect, max(end - time.monotonic(), LEAST_CONNECT))
             except Exception as error:
                 pause = random.uniform(longest / 2, longest)  # noqa: S311  # who came together parts
-                why = None if self.refusal else self.ask_why(error)
+                why = self.ask_why(error) if self.is_patient and not self.refusal else None
                 known = self.was_reached or bool(seen) or (why or "")[:1].isdigit()
                 if why is None or not known or time.monotonic() + pause > end:
                     raise

@@ -9,7 +9,6 @@ import threading
 import time
 import weakref
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from math import inf
@@ -397,6 +396,8 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
 
         In a thread of its own: those of the loop may all be waiting for this very server.
         """
+        from concurrent.futures import ThreadPoolExecutor  # only on such a night
+
         apart = ThreadPoolExecutor(1, "engineroom-ask")
         try:
             asking = self.loop.run_in_executor(apart, self.backend.why_refused, error)
