@@ -262,13 +262,17 @@ class Units:
 
     def is_spoken_to(self) -> bool:
         """Whether the idle connection has something to read."""
+        return bool(self.berth().poll(0))
+
+    def berth(self) -> Any:
+        """Return what the pool knows of its idle connection."""
         if self.side == "async":
             loops: Any = self.manager.engine.pool
             (pool,) = loops.shelves.values()
         else:
             pool = self.manager.sync_engine.pool
         (record,) = pool.rack.items
-        return bool(record.info["berth"].poll(0))
+        return record.info["berth"]
 
     def close(self) -> None:
         self.runner.run(self.manager.close())
@@ -329,9 +333,28 @@ def test_a_notification_costs_a_ping_and_not_the_connection(
 def test_pool_recycle_replaces_what_is_old(
     pg18: PostgresServer, database: str, proxy: WireProxy, side: str, driver: str
 ) -> None:
-    units = Units(proxy, pg18.url(database, driver), side, pool_recycle=1)
+    # A window of the pings that is longer changes nothing of it.
+    units = Units(proxy, pg18.url(database, driver), side, pool_recycle=1, pool_ping_after=60)
     time.sleep(1.1)
     proxy.reset()
     units.unit()
     assert proxy.connections == 1
+    units.close()
+
+
+@every_side
+def test_what_was_opened_together_does_not_go_together(
+    pg18: PostgresServer, database: str, proxy: WireProxy, side: str, driver: str
+) -> None:
+    units = Units(proxy, pg18.url(database, driver), side, pool_recycle=1000)
+    first: Any = units.berth()
+    left = first.expires - time.monotonic()
+    assert 790 < left < 1000
+    first.expires = time.monotonic()
+    proxy.reset()
+    units.unit()  # its holder keeps it to the end
+    assert proxy.connections == 0
+    units.unit()
+    assert proxy.connections == 1
+    assert abs(units.berth().expires - time.monotonic() - left) > 0.001
     units.close()

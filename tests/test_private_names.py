@@ -27,15 +27,18 @@ from litestar.exceptions import LitestarException
 from litestar.testing import TestClient
 from litestar.utils.scope.state import ScopeState
 from sqlalchemy import Engine, create_engine, event, make_url, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import AsyncAdaptedQueuePool, QueuePool
 from sqlalchemy.util import await_only, greenlet_spawn
 
 from engineroom import DatabaseSessionManager
+from engineroom.backends.postgresql import query_of
 from engineroom.backends.sqlite import _thread_of
 from engineroom.fastapi import awaited_by_fastapi, function_stack
 from engineroom.lending import Rack
+from engineroom.testing import PostgresServer, WireProxy
 
 
 class Counting(QueuePool):
@@ -512,3 +515,54 @@ def test_asyncmys_transport_leads_to_the_socket(mysql_url: str) -> None:
         connection.close()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("side", ["sync", "async"])
+def test_a_cursor_of_psycopg_knows_whether_it_has_sent_its_statement(
+    pg18: PostgresServer, proxy: WireProxy, side: str
+) -> None:
+    """`engineroom.backends.postgresql.query_of`: before that, nothing was done."""
+    url = proxy.url(pg18.url(driver="psycopg"))
+    seen: list[object] = []
+    messages = iter(("BEGIN", "SELECT 3"))
+
+    def failing(cursor: Any, statement: str, parameters: Any, context: Any) -> None:
+        try:
+            cursor.execute(statement)
+        finally:
+            seen.append(query_of(cursor))
+
+    def work(engine: Engine, connection: Any) -> None:
+        fault = proxy.cut_before(next(messages))
+        engine.dialect.do_execute = failing  # type: ignore[method-assign,assignment]
+        with pytest.raises(DBAPIError):
+            connection.execute(text("SELECT 3"))
+        assert fault.happened
+
+    async def main() -> None:
+        engine = create_async_engine(url)
+        async with engine.connect() as connection:
+            await connection.run_sync(lambda raw: work(engine.sync_engine, raw))
+        await engine.dispose()
+
+    for _ in range(2):
+        if side == "sync":
+            engine = create_engine(url)
+            with engine.connect() as connection:
+                work(engine, connection)
+            engine.dispose()
+        else:
+            asyncio.run(main())
+    assert [query is None for query in seen] == [True, False]
+
+
+def test_an_isolation_level_is_reset_by_what_the_record_keeps(engine: Engine) -> None:
+    """Relied on by `Lender.replace`, whose new connection must be reset as well."""
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        berth: Any = connection.connection
+        record = berth._connection_record
+        assert len(record.finalize_callback) == 1
+        driver = record.dbapi_connection
+        record.invalidate()
+        assert not record.finalize_callback
+        assert record.get_connection() is not driver

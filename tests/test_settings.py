@@ -43,6 +43,8 @@ SAMPLES: dict[
     "max_overflow": (0, "0"),
     "max_connections": (50, "50"),
     "pool_timeout": (90.0, "1.5min"),
+    "response_timeout": (0.5, "500ms"),
+    "statement_timeout": (5.0, "5s"),
     "pool_recycle": (-1, "-1"),
     "pool_pre_ping": (True, "true"),
     "pooler": ("session", "session"),

@@ -29,6 +29,7 @@ from .cancellation import settle
 from .cap import CAPS, Cap, CapInfo, limit_process, note_closings, process_cap, release_process
 from .connecting import watch_connects
 from .credentials import Credentials
+from .deadlines import WATCH
 from .departures import DEPARTURES
 from .errors import Holder, InvalidOption, SelfDeadlock
 from .forks import let_threads_end, make_immortal, part_event_loops
@@ -43,7 +44,7 @@ from .ledger import (
     line_of,
     name_of,
 )
-from .lending import Lender
+from .lending import ROLLING_BACK, Lender
 from .lifecycle import Life, State
 from .models import Base
 from .pool import LoopPool, Shelf, ThreadPool
@@ -234,9 +235,12 @@ class EngineRoom:
             "name": f"{side} {role} of {masked(self.settings.url)}",
             "note_parted": staticmethod(partial(self._note_parted, side, role)),
             "end_apart": staticmethod(partial(self.end_apart, role)),
+            "recycle": settings.pool_recycle,
             "least": settings.pool_min if role is Role.PRIMARY and apart is None else 0,
             "spare": settings.max_overflow if apart is None else 0,
             "slow_after": settings.slow_after,
+            "answer_within": settings.response_timeout if self.backend.has_server else 0.0,
+            "statement_within": settings.statement_timeout,
             "ping_after": 0.0 if settings.pool_pre_ping else settings.pool_ping_after,
         }
         # What a pool must know and `recreate()` does not pass on stands on a class of its own.
@@ -464,6 +468,7 @@ class EngineRoom:
         engine = self._make_engine(side, role, apart=limit)
         pool: Any = engine.pool
         pool.ended = True  # what comes back is closed
+        pool.is_patient = False
         with engine.connect() as connection:
             work(connection)
 
@@ -502,12 +507,15 @@ ROOMS: weakref.WeakSet[EngineRoom] = weakref.WeakSet()
 
 def _before_fork() -> None:
     if ROOMS:
+        WATCH.pause()
         let_threads_end()
 
 
 def _after_fork_in_child() -> None:
     rooms = list(ROOMS)
     WAITING.clear()
+    ROLLING_BACK.clear()
+    WATCH.disown()
     if any(loop is not None for room in rooms for _, _, loop, _ in room.lenders()):
         part_event_loops()
     DEPARTURES.disown()
@@ -536,7 +544,11 @@ def _dump(number: int, frame: object) -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child)
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=WATCH.resume,
+        after_in_child=_after_fork_in_child,
+    )
 
 
 def mind_isolation_level(engine: Engine, name: str) -> None:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
+import random
 import select
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
+from math import inf
+from socket import SHUT_RDWR, socket
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
 
 from sqlalchemy.engine import Engine
@@ -18,8 +23,10 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, QueuePoo
 from sqlalchemy.util.queue import Empty, Full
 
 from .backends import Backend
+from .cancellation import SETTLE_LIMIT
 from .cap import CAPS, CameBack, Cap, Stay, stay_of
-from .errors import Holder, ManagerClosed, PoolDeadlock, PoolExhausted
+from .deadlines import GRACE
+from .errors import ConnectTimeout, Holder, ManagerClosed, PoolDeadlock, PoolExhausted
 from .forks import make_immortal
 from .ledger import current_owner, describe, describe_held, has_ended
 from .slots import WAITING, Permit, Slots, Ticket
@@ -29,14 +36,20 @@ logger: logging.Logger = logging.getLogger("engineroom.pool")
 SPOKE = select.POLLIN
 # POLLRDHUP, where the platform has it: the other side has closed its half of the connection.
 HUNG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR | select.POLLNVAL
+GONE = [(0, HUNG_UP)]  # what a socket says that the driver has closed
 
 T = TypeVar("T")
 
 # Seconds after its return in which a connection is not looked at: no look can be nearer to the last
 # answer of its server, and each is a system call, 2 % of a small unit's CPU.
 JUST_NOW = 0.0002
+SHORT_PAUSE, LONG_PAUSE = 0.02, 0.5  # seconds before a server that refuses is asked again
+READY = "ready"
 LEAST_CONNECT = 0.1  # seconds that connecting has, though waiting took all but that of the time
 SLACK = 0.01  # seconds by which a timer may be early
+
+# Connections that are being rolled back, and since when: noted around the dialect's own verb.
+ROLLING_BACK: dict[PoolProxiedConnection, float] = {}
 
 
 class Berth:
@@ -48,6 +61,8 @@ class Berth:
     __slots__ = (
         "__weakref__",
         "driver",
+        "expires",
+        "lender",
         "lent",
         "permit",
         "poll",
@@ -58,6 +73,7 @@ class Berth:
     )
 
     driver: Callable[[], Any]  # a weak reference; of a driver without them, what returns None
+    lender: weakref.ref[Lender]
     poll: Callable[[int], list[tuple[int, int]]] | None  # None: it has no socket to look at
     record: Callable[[], ConnectionPoolEntry | None]  # a weak reference to its place in the pool
 
@@ -65,6 +81,7 @@ class Berth:
         self.slots: Slots = slots
         self.driver = driver
         self.returned: float = 0.0  # 0: it was never lent
+        self.expires: float = inf  # when it is too old to be lent again
         self.permit: Permit | None = None
         self.lent: weakref.ref[PoolProxiedConnection] | None = None
         self.stay: Stay | None = None  # under a limit over several pools
@@ -75,9 +92,17 @@ class Berth:
             self.poll = watcher.poll
 
 
+def berth_of(connection: PoolProxiedConnection) -> Berth | None:
+    """Return the berth of a connection; None if it has left its pool."""
+    try:
+        return connection.info.get("berth")
+    except NotImplementedError:  # what SQLAlchemy initializes a dialect with has no `info`
+        return None
+
+
 def forfeit(connection: PoolProxiedConnection) -> None:
     """Close a connection that a hook at `checkin` kept from going back; its permit goes back."""
-    berth: Berth | None = connection.info.get("berth")
+    berth = berth_of(connection)
     permit = None if berth is None else berth.permit
     if berth is not None and permit is not None:
         berth.permit = None
@@ -135,9 +160,10 @@ class Opener:
         connecting = lender.slots.connecting
         connecting.add(record)
         try:
-            opened = lender.open_in_time(partial(self.creator, record), lender.seconds_left())
+            opened = lender.open_patiently(partial(self.creator, record))
             record.info["berth"] = berth = lender.berth_of(opened)
-            berth.record = weakref.ref(record)
+            berth.record, berth.lender = weakref.ref(record), self.lender
+            berth.expires = time.monotonic() + lender.lifetime()
             if stay is not None:
                 berth.stay = stay
                 lender.begin(stay, opened, berth)
@@ -177,8 +203,11 @@ class Lender(QueuePool):
     ping_after: ClassVar[float]  # seconds idle; 0: ask the server at every checkout
     spare: ClassVar[int]  # `max_overflow`; SQLAlchemy's own queue is told: no limit (-1)
     end_apart: ClassVar[Any]  # takes connections, and ends over another one what runs on them
+    answer_within: ClassVar[float]  # seconds for BEGIN and COMMIT; 0: there is no server
+    statement_within: ClassVar[float]  # seconds that the server gives a statement; 0: any time
     name: ClassVar[str]  # for reports
     note_parted: ClassVar[Any]  # takes the pool, once it is no engine's any more
+    recycle: ClassVar[float]  # seconds that a connection is kept for; -1: for ever
     least: ClassVar[int]  # connections kept open from the first use on
     slow_after: ClassVar[float]  # seconds lent, before the log says so
 
@@ -199,6 +228,11 @@ class Lender(QueuePool):
         self.ended: bool = False  # what comes back is closed, not kept
         self.is_filled: bool = self.least == 0
         self.fillers: set[Any] = set()  # who hold connections only to fill the pool with them
+        self.is_patient: bool = True  # it waits for a server that refuses
+        self.was_reached: bool = False  # it has opened a connection before
+        self.refused_since: float = 0.0  # when the server began to let nobody in; 0: it does
+        self.suspicion: float = 0.0  # when a connection was last found dead
+        self.silence: float = 0.0  # when one was last asked in vain
         self.refusal: str = ""  # why nothing is lent any more
         self._drivers: weakref.WeakSet[Any] = weakref.WeakSet()  # all that it has open
 
@@ -384,7 +418,10 @@ class Lender(QueuePool):
                 elif not self.backend.is_at_rest(berth.driver()):
                     self._end(record)
                 elif (
-                    self.ended or permit.is_interrupted or len(self.rack.items) >= self.rack.maxsize
+                    self.ended
+                    or permit.is_interrupted
+                    or now >= berth.expires
+                    or len(self.rack.items) >= self.rack.maxsize
                 ):
                     self._close(record)  # SQLAlchemy would, but where it can be interrupted
             finally:
@@ -425,27 +462,60 @@ class Lender(QueuePool):
             return True
         if rested < JUST_NOW and self.ping_after:
             return True
-        if self.backend.is_closed(berth.driver()):
-            return False
-        events = poll(0)
+        events = GONE if self.backend.is_closed(berth.driver()) else poll(0)
         if events and events[0][1] & HUNG_UP:
+            self.suspicion = now
             return False
-        if not events and rested < self.ping_after:
+        # Where one was dead, those that have lain here since before are asked; and where one was
+        # silent, they would be silent too.
+        if not events and rested < self.ping_after and berth.returned > self.suspicion:
             return True
-        return self._answers(connection)
+        return berth.returned > self.silence and self._answers(connection)
 
     def _answers(self, connection: PoolProxiedConnection) -> bool:
         """Ask the server, in one round trip."""
         try:
             ping = partial(self.backend.ping, connection, self.engine)
-            self.ask_in_time(ping, connection.info["berth"], self.seconds_left())
+            # The other half of the time is for opening another one.
+            limit = min(self.seconds_left() / 2, self.answer_within, SETTLE_LIMIT)
+            self.ask_in_time(ping, connection.info["berth"], limit)
         except Exception as error:  # noqa: BLE001  # whatever it says, it is dead
+            self.suspicion = time.monotonic()
+            if isinstance(error, (TimeoutError, ConnectTimeout)):
+                self.silence = self.suspicion
             logger.info("A pooled connection was found dead and is replaced: %r", error)
             return False
         except BaseException:
             self._discard(connection)
             raise
         return True
+
+    def is_dead(self, connection: PoolProxiedConnection, error: Exception) -> bool:
+        """Whether a call failed for its connection is gone; asyncpg may not know that yet."""
+        berth: Berth = connection.info["berth"]
+        events = () if berth.poll is None else berth.poll(0)
+        return (
+            self.backend.is_closed(berth.driver())
+            or any(event & HUNG_UP for _, event in events)
+            or self.engine.dialect.is_disconnect(error, connection, None)  # type: ignore[arg-type]
+        )
+
+    def replace(self, connection: PoolProxiedConnection, error: Exception) -> None:
+        """Open another connection in the place of one that was found dead, for the same holder."""
+        logger.info("A connection was dead before anything was done, and is replaced: %r", error)
+        before: Berth = connection.info["berth"]
+        record = cast(Any, before.record())
+        self.suspicion = time.monotonic()
+        resets = list(record.finalize_callback)  # of an isolation level, which the holder has set
+        try:
+            record.invalidate(error)
+            cast(Any, connection).dbapi_connection = record.get_connection()
+            record.finalize_callback.extend(resets)
+            berth: Berth = record.info["berth"]
+            berth.permit, berth.lent, before.permit = before.permit, before.lent, None
+        finally:
+            record.info.setdefault("berth", before)  # its permit comes back with it
+        self.dispatch.checkout(connection.dbapi_connection, record, connection)
 
     def _close(self, record: ConnectionPoolEntry) -> None:
         """Close a connection that came back."""
@@ -509,6 +579,54 @@ class Lender(QueuePool):
     def new_bell(self, seconds: float | None = None) -> Bell:
         """Return what a caller waits with: for so long, or for the pool's own limit."""
         raise NotImplementedError
+
+    def open_patiently(self, connect: Callable[[], Any]) -> Any:
+        """Open a connection; ask again where the server lets nobody in just now.
+
+        One that has never been there is not waited for: its address may be wrong.
+        """
+        end, longest, seen = time.monotonic() + self.seconds_left(), SHORT_PAUSE, ""
+        while True:
+            try:
+                opened = self.open_in_time(connect, max(end - time.monotonic(), LEAST_CONNECT))
+            except Exception as error:
+                pause = random.uniform(longest / 2, longest)  # noqa: S311  # who came together parts
+                why = self.ask_why(error) if self.is_patient and not self.refusal else None
+                known = self.was_reached or bool(seen) or (why or "")[:1].isdigit()
+                if why is None or not known or time.monotonic() + pause > end:
+                    raise
+                if not why and seen == READY:
+                    raise
+                if why and not self.refused_since:
+                    self.refused_since = time.monotonic()
+                    logger.warning(
+                        "The server lets nobody in (%s). It is asked again for up to %.0f s.",
+                        why,
+                        self.limit,
+                    )
+                seen = why or READY
+                self.pause(pause)
+                longest = min(longest * 2, LONG_PAUSE)
+            else:
+                self.was_reached = True
+                if since := self.refused_since:
+                    self.refused_since = 0.0
+                    logger.warning(
+                        "The server lets us in again, after %.1f s.", time.monotonic() - since
+                    )
+                return opened
+
+    def lifetime(self) -> float:
+        """Return how long a connection is kept: what was opened together does not go together."""
+        return self.recycle * random.uniform(0.8, 1.0) if self.recycle > 0 else inf  # noqa: S311
+
+    def ask_why(self, error: Exception) -> str | None:
+        """Say why nobody is let in, as `Backend.why_refused` does."""
+        return self.backend.why_refused(error)
+
+    def pause(self, seconds: float) -> None:
+        """Let others go on for so long."""
+        time.sleep(seconds)
 
     def open_in_time(self, connect: Callable[[], Any], seconds: float) -> Any:
         """Open a connection; give up after so many seconds."""
@@ -590,6 +708,88 @@ class Lender(QueuePool):
             else:
                 holders += describe_held(slots.permits, now)
         return holders
+
+    # -- servers that are silent ------------------------------------------------------------------
+
+    def cut_silent(self, now: float) -> None:
+        """Cut the connections on which somebody has waited for the server for too long.
+
+        It keeps a frozen server's connections, so neither keepalives nor any driver notices: but
+        whoever waits at a socket that is shut wakes up at once, in a thread and on a loop.
+        """
+        for permit in self.slots.held:
+            if permit.running and not permit.epitaph:
+                self._cut_if_silent(permit, now)
+        for connection, since in list(ROLLING_BACK.items()):
+            limit = min(self.answer_within, SETTLE_LIMIT)
+            if now - since <= limit:
+                continue
+            berth = berth_of(connection)
+            if berth is not None and berth.lender() is self:
+                self._cut(berth.driver(), partial(self._still_rolls_back, connection, limit))
+
+    def _still_rolls_back(self, connection: PoolProxiedConnection, limit: float) -> bool:
+        if ROLLING_BACK.pop(connection, None) is None:
+            return False
+        logger.warning(
+            "The server did not answer ROLLBACK within %g s: the connection is cut. The server "
+            "rolls back by itself.",
+            limit,
+        )
+        return True
+
+    def _cut_if_silent(self, permit: Permit, now: float) -> None:
+        since, cursor = permit.statement_since, permit.cursor
+        connection = None if permit.connection is None else permit.connection()
+        if connection is None or now - since <= min(
+            self.answer_within, (self.statement_within or self.answer_within) + GRACE
+        ):
+            return
+        setting, limit, outcome = "DB_RESPONSE_TIMEOUT", self.answer_within, ""
+        if cursor is None:
+            what = "COMMIT"
+            outcome = (
+                " Whether the transaction was committed is unknown: look for what it wrote, or "
+                "make the work such that it may be done again."
+            )
+        elif self.backend.awaits_begin(connection, cursor):
+            what, outcome = "BEGIN", " Nothing was done."
+        else:
+            what, setting = "a statement", "DB_STATEMENT_TIMEOUT"
+            limit = self.statement_within + GRACE if self.statement_within else inf
+        if now - since <= limit:
+            return
+        holder = describe(permit, now)
+
+        def is_still_waiting() -> bool:
+            if waits := permit.running and permit.statement_since == since:
+                # All is said before it wakes up.
+                permit.epitaph = (
+                    f"The server did not answer {what} within {limit:g} s ({setting}), and the "
+                    f"connection was cut.{outcome}"
+                )
+                logger.warning(
+                    "The server did not answer %s within %g s (%s): the connection is cut of %s",
+                    what,
+                    limit,
+                    setting,
+                    holder,
+                )
+            return waits
+
+        berth: Berth = connection.info["berth"]
+        self._cut(berth.driver(), is_still_waiting)
+
+    def _cut(self, driver: Any, is_still_waiting: Callable[[], bool]) -> None:
+        """Shut the socket, if it is the right one: its number may be another's by now."""
+        descriptor = None if driver is None else self.backend.descriptor(driver)
+        if descriptor is None:
+            return
+        with suppress(OSError), socket(fileno=os.dup(descriptor)) as same:
+            if not self.backend.is_closed(driver) and is_still_waiting():
+                same.shutdown(SHUT_RDWR)
+
+    # -- holders that are slow --------------------------------------------------------------------
 
     def look_for_slow(self, now: float) -> None:
         """Report what is held for too long, and plan the next look."""

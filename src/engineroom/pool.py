@@ -25,6 +25,7 @@ from sqlalchemy.util import await_only, greenlet_spawn
 
 from .cancellation import settle
 from .cap import STUCK_AFTER, Stay, stay_of
+from .deadlines import LOOK_EVERY, WATCH
 from .errors import ConnectTimeout, PoolDeadlock, PoolExhausted
 from .ledger import REQUEST, Entry, current_owner, has_ended, line_of, name_of
 from .lending import Berth, Lender
@@ -204,8 +205,22 @@ class ThreadPool(Lender):
         threading.Thread(target=self.fill, name="engineroom-fill").start()
 
     def plan_look(self, now: float, seconds: float) -> float:
-        """Leave it to the first checkout after that: a pool has no thread."""
-        return now + seconds
+        """Leave it to the watch; where there is no server, to the first checkout after that."""
+        if not self.answer_within:
+            return now + seconds
+        WATCH.look_after(self)
+        return inf
+
+    def look(self, now: float) -> bool:
+        """End what has waited for too long; whether anything is lent."""
+        self.cut_silent(now)
+        self.report_all_slow(now)
+        return bool(self.slots.held)
+
+    def part(self) -> bool:
+        """Ask at the next checkout to be watched again; whether anything was lent meanwhile."""
+        self.next_look: float = 0.0
+        return bool(self.slots.held)
 
 
 class PassingPool(ThreadPool, NullPool):  # type: ignore[misc]  # theirs differ; ours is called
@@ -376,6 +391,24 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
                 "raise pool_timeout."
             ) from None
 
+    def ask_why(self, error: Exception) -> str | None:
+        """Say why nobody is let in, as `Backend.why_refused` does, which may wait.
+
+        In a thread of its own: those of the loop may all be waiting for this very server.
+        """
+        from concurrent.futures import ThreadPoolExecutor  # only on such a night
+
+        apart = ThreadPoolExecutor(1, "engineroom-ask")
+        try:
+            asking = self.loop.run_in_executor(apart, self.backend.why_refused, error)
+            return await_only(asking)
+        finally:
+            apart.shutdown(wait=False)
+
+    def pause(self, seconds: float) -> None:
+        """Let other tasks go on for so long."""
+        await_only(asyncio.sleep(seconds))
+
     def fill_beside(self) -> None:
         """Fill in a task; the loop's end cancels it."""
         self._filling = asyncio.get_running_loop().create_task(greenlet_spawn(self.fill))
@@ -384,11 +417,16 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
         """Look again by a timer, for as long as anything is lent."""
         if not self.slots.held:
             return 0.0
+        if self.answer_within:
+            seconds = min(seconds, LOOK_EVERY)
         asyncio.get_running_loop().call_later(seconds, self._look_again)
         return inf
 
     def _look_again(self) -> None:
-        self.look_for_slow(time.monotonic())
+        now = time.monotonic()
+        if self.answer_within:
+            self.cut_silent(now)
+        self.look_for_slow(now)
 
 
 class LoopPool(AsyncAdaptedQueuePool):

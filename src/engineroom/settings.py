@@ -79,6 +79,10 @@ class DatabaseSettings(BaseSettings):
     """Likewise (`DB_PASSWORD`); a function is asked at each physical connect."""
     pool_timeout: Seconds = Field(default=30.0, gt=0)
     """How long a caller waits for a connection, connecting included, before `PoolTimeout`."""
+    response_timeout: Seconds = Field(default=30.0, gt=0)
+    """How long the server may take to answer BEGIN and COMMIT; the connection is cut then."""
+    statement_timeout: Seconds = Field(default=0.0, ge=0)
+    """How long a statement may run; 0: for any time."""
     pool_recycle: int = Field(default=3600, ge=-1)
     """The age at which a connection is replaced; -1: never."""
     pool_pre_ping: bool = False
@@ -218,6 +222,8 @@ class Options(TypedDict, total=False):
     max_overflow: int
     max_connections: int
     pool_timeout: float | str | timedelta
+    response_timeout: float | str | timedelta
+    statement_timeout: float | str | timedelta
     pool_recycle: int
     pool_pre_ping: bool
     pooler: Literal["transaction", "session"] | None

@@ -23,7 +23,9 @@ class Permit:
 
     __slots__ = (
         "connection",
+        "cursor",
         "entry",
+        "epitaph",
         "is_interrupted",
         "is_reported",
         "options",
@@ -49,6 +51,8 @@ class Permit:
         self.options: Mapping[str, Any] = NO_OPTIONS  # its execution options
         self.statement_since: float = 0.0  # when it began; when it ended, if it runs no more
         self.running: bool = False
+        self.cursor: Any = None  # what runs the statement; None of COMMIT and ROLLBACK
+        self.epitaph: str = ""  # why its connection was cut, once it was
         self.is_reported: bool = False  # held too long, and the log has said so
         self.is_interrupted: bool = False  # from outside: what did that may still be on its way
 
@@ -269,9 +273,9 @@ class Slots:
     def give(self, permit: Permit) -> None:
         """Give a permit back, and with it serve whoever waits longest."""
         # `clear()`, written out: every return passes here.
-        permit.owner = permit.connection = permit.entry = None
+        permit.owner = permit.connection = permit.entry = permit.cursor = None
         permit.waited = permit.since = permit.statement_since = 0.0
-        permit.statement, permit.options = "", NO_OPTIONS
+        permit.statement, permit.options, permit.epitaph = "", NO_OPTIONS, ""
         permit.running = permit.is_reported = permit.is_interrupted = False
         self.came_back = time.monotonic()
         self._free.append(permit)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from contextlib import suppress
+from typing import Any, cast
 
-from sqlalchemy.engine import Dialect
+from sqlalchemy.engine import Dialect, ExecutionContext, RootTransaction
+from sqlalchemy.engine.interfaces import ExecuteStyle
 from sqlalchemy.pool import PoolProxiedConnection
 
+from .lending import ROLLING_BACK, berth_of
 from .slots import NO_OPTIONS
 
 UNKNOWN_OUTCOME = (
@@ -27,6 +30,7 @@ def note_statements(dialect: Dialect) -> None:
     overridden.do_executemany = noting(dialect.do_executemany)
     overridden.do_execute_no_params = noting_no_parameters(dialect.do_execute_no_params)
     overridden.do_commit = noting_commit(dialect.do_commit)
+    overridden.do_rollback = noting_rollback(dialect.do_rollback)
 
 
 def permit_of(connection: PoolProxiedConnection) -> Any:
@@ -38,6 +42,44 @@ def permit_of(connection: PoolProxiedConnection) -> Any:
     return None if berth is None else berth.permit
 
 
+def begin_anew(cursor: Any, context: ExecutionContext, error: Exception) -> bool:
+    """Take another connection where the first BEGIN of a holder met a dead one.
+
+    It travels as a message of its own, and was not answered: so the statement was never sent, and
+    nothing was done that could be done twice.
+
+    Returns:
+        Whether `context` has another cursor, to execute the statement with.
+    """
+    connection, dialect = context.root_connection, cast(Any, context.dialect)
+    lent = connection.connection
+    berth = berth_of(lent)
+    lender = None if berth is None else berth.lender()
+    if (
+        lender is None
+        # (SQLAlchemy has a batch of rows go through the cursor that it knows already.)
+        or context.execute_style is ExecuteStyle.INSERTMANYVALUES
+        or type(connection.get_transaction()) is not RootTransaction
+        or not lender.backend.awaits_begin(lent, cursor)
+        or not lender.is_dead(lent, error)
+    ):
+        return False
+    with suppress(Exception):
+        cursor.close()
+    try:
+        lender.replace(lent, error)
+    except Exception as failure:  # noqa: BLE001  # it goes on as if nobody had tried
+        error.add_note(f"Another connection could not be opened: {failure!r}")
+        return False
+    for name, value in connection.get_execution_options().items():
+        if name in dialect.connection_characteristics:
+            dialect.connection_characteristics[name].set_connection_characteristic(
+                dialect, connection, lent.dbapi_connection, value
+            )
+    context.cursor = context.create_cursor()
+    return True
+
+
 def noting(execute: Callable[..., None]) -> Callable[..., None]:
     """Wrap a way to execute."""
 
@@ -45,13 +87,22 @@ def noting(execute: Callable[..., None]) -> Callable[..., None]:
         permit = permit_of(context.root_connection.connection)
         if permit is None:
             return execute(cursor, statement, parameters, context)
+        is_first = not permit.statement
         permit.statement, permit.options = statement, context.execution_options
-        permit.statement_since = time.monotonic()
+        permit.cursor, permit.statement_since = cursor, time.monotonic()
         permit.running = True
         try:
             execute(cursor, statement, parameters, context)
+        except Exception as error:
+            if permit.epitaph:
+                error.add_note(permit.epitaph)
+                raise
+            permit.running, permit.cursor = False, None
+            if not (is_first and begin_anew(cursor, context, error)):
+                raise
+            noted(context.cursor, statement, parameters, context)
         finally:
-            permit.running = False
+            permit.running, permit.cursor = False, None
             permit.statement_since = time.monotonic()
         return None
 
@@ -82,9 +133,24 @@ def noting_commit(commit: Callable[[Any], None]) -> Callable[[Any], None]:
         except BaseException as error:
             if not isinstance(error, Exception):
                 error.add_note(UNKNOWN_OUTCOME)
+            elif permit is not None and permit.epitaph:
+                error.add_note(permit.epitaph)
             raise
         finally:
             if permit is not None:
                 permit.running = False
+
+    return noted
+
+
+def noting_rollback(rollback: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Wrap ROLLBACK. SQLAlchemy asks for one after each COMMIT, so this does the least it can."""
+
+    def noted(connection: Any) -> None:
+        ROLLING_BACK[connection] = time.monotonic()
+        try:
+            rollback(connection)
+        finally:
+            ROLLING_BACK.pop(connection, None)
 
     return noted

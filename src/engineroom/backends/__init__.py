@@ -68,6 +68,9 @@ class Diagnosis:
 class Backend(Protocol):
     """One database, as this process meets it through one URL."""
 
+    has_server: bool
+    """Whether there is somebody who may fall silent."""
+
     def engine_url(self, side: Side) -> URL:
         """Return the URL with the driver of a side.
 
@@ -113,6 +116,13 @@ class Backend(Protocol):
     def diagnose(self, error: BaseException) -> Diagnosis | None:
         """Tell why a connect failed; None where that is not known. It may take seconds."""
 
+    def why_refused(self, error: Exception) -> str | None:
+        """Say why nobody is let in just now, after a connect failed; it may take a second.
+
+        Returns:
+            "" if the server would talk to us; None if waiting is no help.
+        """
+
     def descriptor(self, driver: Any) -> int | None:
         """Return the file descriptor of a driver's connection; None where it has no socket."""
 
@@ -124,6 +134,15 @@ class Backend(Protocol):
 
     def ping(self, connection: PoolProxiedConnection, engine: Engine) -> None:
         """Ask the server, in one round trip, whether the connection lives; raise if not."""
+
+    def awaits_begin(self, connection: PoolProxiedConnection, cursor: Any) -> bool:
+        """Whether a statement has not been sent, for the BEGIN before it was not answered.
+
+        Asked while it runs, and after it failed.
+
+        Args:
+            cursor: What it was to be executed with.
+        """
 
     def holds_write_lock(self, connection: PoolProxiedConnection) -> bool:
         """Whether the connection keeps every other writer out, from what the client knows."""

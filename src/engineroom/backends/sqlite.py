@@ -54,6 +54,8 @@ LET_GO_LIMIT = 1.0  # seconds for a thread to leave the statement that was inter
 class SQLite:
     """One SQLite file; `:memory:` is a private temporary one that both sides share."""
 
+    has_server = False
+
     def __init__(self, url: URL, busy_timeout: float) -> None:
         refuse_unknown_driver(url, DRIVERS)
         if url.host:
@@ -270,6 +272,10 @@ class SQLite:
         cure = "Wait, or raise DB_BUSY_TIMEOUT."
         return Diagnosis(True, "another process holds the lock", cure) if busy else None
 
+    def why_refused(self, error: Exception) -> str | None:
+        """Nobody refuses."""
+        return None
+
     def descriptor(self, driver: Any) -> int | None:
         """A file has no socket."""
         return None
@@ -284,6 +290,10 @@ class SQLite:
 
     def ping(self, connection: PoolProxiedConnection, engine: Engine) -> None:
         """A file has no server that could have gone."""
+
+    def awaits_begin(self, connection: PoolProxiedConnection, cursor: Any) -> bool:
+        """Nobody is waited for."""
+        return False
 
     def holds_write_lock(self, connection: PoolProxiedConnection) -> bool:
         """Whether the connection is in a transaction that may write."""

@@ -37,6 +37,8 @@ BREAK_OFF_LIMIT = 1.0  # seconds for the server to end a connection
 class MySQL:
     """MySQL or MariaDB, spoken to directly."""
 
+    has_server = True
+
     def __init__(self, url: URL) -> None:
         refuse_unknown_driver(url, DRIVERS)
         self._shown = masked(url)
@@ -130,6 +132,11 @@ class MySQL:
             return look(connection, None, None, wanted)
         return look(connection, self.descriptor(driver), _tls_of(driver), wanted)
 
+    def why_refused(self, error: Exception) -> str | None:
+        """Say what may pass."""
+        why = self.diagnose(error)
+        return why.what if why is not None and why.passes else None
+
     def diagnose(self, error: BaseException) -> Diagnosis | None:
         """Ask for the number of the server's error, or of the system's behind the driver's."""
         return diagnose(error, self._url.host or "")
@@ -154,6 +161,10 @@ class MySQL:
     def ping(self, connection: PoolProxiedConnection, engine: Engine) -> None:
         """Ask the server in one round trip."""
         engine.dialect.do_ping(connection.dbapi_connection)  # type: ignore[arg-type]
+
+    def awaits_begin(self, connection: PoolProxiedConnection, cursor: Any) -> bool:
+        """A BEGIN is not told from what follows it."""
+        return False
 
     def holds_write_lock(self, connection: PoolProxiedConnection) -> bool:
         """Writers do not keep each other out."""

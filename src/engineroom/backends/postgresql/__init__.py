@@ -23,6 +23,7 @@ from .. import Diagnosis, Reached, Role, Side, choose_driver, refuse_unknown_dri
 from ..sockets import shut
 from .diagnosing import REFUSED, diagnose
 from .looking import look
+from .refusing import AWAY, PASSING, ask_why
 from .schema_lock import AdvisoryLock, without_literals
 from .settling import BREAK_OFF_LIMIT, settling_connection
 from .sockets import asyncpg_transport, descriptor_of, is_closed
@@ -43,12 +44,14 @@ DRIVERS = {
 READ_ONLY = "default_transaction_read_only"
 
 IDLE = 0  # libpq's PQTRANS_IDLE
+READY = 1  # psycopg2's STATUS_READY: it has begun nothing
 AT_REST = (IDLE, 4)  # and PQTRANS_UNKNOWN: it is closed
 
 
 class PostgreSQL:
     """PostgreSQL, spoken to directly."""
 
+    has_server = True
     pooler: str | None = None
     """What stands before the server, as it was declared."""
 
@@ -149,6 +152,19 @@ class PostgreSQL:
         """Ask the SQLSTATE or, where libpq keeps it, the server."""
         return diagnose(error, self._parameters)
 
+    def why_refused(self, error: Exception) -> str | None:
+        """Ask the SQLSTATE, and where libpq keeps that to itself, the server."""
+        if isinstance(error, ConnectionError):
+            return AWAY
+        if (state := sqlstate(error)) is not None:
+            return state if state in PASSING else None
+        pgconn = getattr(error, "pgconn", None)
+        if pgconn is not None and pgconn.used_password:  # it was talked to
+            return None
+        if pgconn is not None or type(error).__module__ == "psycopg2":
+            return ask_why(self._parameters)
+        return None
+
     def descriptor(self, driver: Any) -> int | None:
         """Return the file descriptor of the connection's socket; None once it is closed."""
         return descriptor_of(driver)
@@ -173,6 +189,18 @@ class PostgreSQL:
             adapted.run_async(lambda driver: driver.execute("SELECT 1"))
         else:
             engine.dialect.do_ping(connection.dbapi_connection)  # type: ignore[arg-type]
+
+    def awaits_begin(self, connection: PoolProxiedConnection, cursor: Any) -> bool:
+        """Ask the driver, each of which keeps that in another place."""
+        adapted: Any = connection.dbapi_connection
+        driver = connection.driver_connection
+        if adapted is None or driver is None or adapted.autocommit:
+            return False
+        if hasattr(driver, "get_server_pid"):  # asyncpg: as the server has said last
+            return not driver.is_in_transaction()
+        if hasattr(driver, "pgconn"):
+            return query_of(cursor) is None
+        return bool(driver.status == READY)
 
     def holds_write_lock(self, connection: PoolProxiedConnection) -> bool:
         """Writers of PostgreSQL do not keep each other out."""
@@ -247,6 +275,16 @@ class PostgreSQL:
 
     def dispose(self) -> None:
         """There is nothing to remove."""
+
+
+def query_of(cursor: Any) -> Any:
+    """Return what a cursor of psycopg has sent of its statement; None before.
+
+    `Cursor._query` is in psycopg's documentation, to look at after a failure; SQLAlchemy's adapter
+    of the asynchronous one keeps it as `_cursor`. A test in `tests/test_private_names.py` fails
+    when either goes.
+    """
+    return getattr(cursor, "_cursor", cursor)._query
 
 
 def _rolling_back(rollback: Callable[[Any], None], is_async: bool) -> Callable[[Any], None]:

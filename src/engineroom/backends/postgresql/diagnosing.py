@@ -116,7 +116,7 @@ def _not_reached(error: OSError, place: str) -> Diagnosis:
 def _ask(parameters: Mapping[str, str]) -> Diagnosis:
     """Ask each host in turn; one that may come serves."""
     found: list[Diagnosis] = []
-    for host, port in _places(parameters):
+    for host, port in places(parameters):
         try:
             state = knock(host, port)
         except OSError as error:
@@ -134,7 +134,8 @@ def _ask(parameters: Mapping[str, str]) -> Diagnosis:
     return next(iter(found), refused)
 
 
-def _places(parameters: Mapping[str, str]) -> Iterator[tuple[str, int]]:
+def places(parameters: Mapping[str, str]) -> Iterator[tuple[str, int]]:
+    """Return each host with its port."""
     hosts = (parameters.get("hostaddr") or parameters.get("host") or "").split(",")
     ports = [int(port or DEFAULT_PORT) for port in parameters.get("port", "").split(",")]
     return ((host, port) for host, port in zip(hosts, cycle(ports)) if host)

@@ -1,0 +1,83 @@
+"""A load that keeps a ledger of its own: what each unit was told, against what is stored."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+import time
+from dataclasses import dataclass, field
+
+from scenario import Item
+from sqlalchemy import insert, select, text
+from sqlalchemy.exc import DBAPIError
+
+from engineroom import DatabaseSessionManager
+
+
+@dataclass
+class Accounts:
+    """What the units were told."""
+
+    done: set[int] = field(default_factory=set)
+    failed: dict[int, BaseException] = field(default_factory=dict)
+    unknown: dict[int, BaseException] = field(default_factory=dict)
+    last_done: float = 0.0
+    began: dict[int, float] = field(default_factory=dict)
+
+    def fail(self, number: int, error: Exception) -> None:
+        """Note a failure; of a COMMIT that met a dead connection nobody knows the outcome."""
+        is_commit = isinstance(error, DBAPIError) and error.statement is None
+        (self.unknown if is_commit else self.failed)[number] = error
+
+    def succeed(self, number: int) -> None:
+        self.done.add(number)
+        self.last_done = time.monotonic()
+
+    def compare(self, stored: set[int]) -> None:
+        """Nothing that was told as done is lost; nothing that was told as failed is there."""
+        assert self.done - stored == set()
+        assert stored - self.done - set(self.unknown) == set()
+        assert stored & set(self.failed) == set()
+
+
+class Load:
+    """Units of work on one manager: from tasks, and from threads on its synchronous side."""
+
+    def __init__(self, manager: DatabaseSessionManager) -> None:
+        self.manager = manager
+        self.accounts = Accounts()
+        self.numbers = itertools.count(1)
+        self.stop = threading.Event()
+
+    async def task(self) -> None:
+        while not self.stop.is_set():
+            number = next(self.numbers)
+            self.accounts.began[number] = time.monotonic()
+            try:
+                async with self.manager.session() as db:
+                    await db.execute(insert(Item).values(id=number))
+                    await db.execute(text("SELECT 1"))
+            except Exception as error:
+                self.accounts.fail(number, error)
+            else:
+                self.accounts.succeed(number)
+            await asyncio.sleep(0.002)
+
+    def thread(self, _: int = 0) -> None:
+        while not self.stop.is_set():
+            number = next(self.numbers)
+            self.accounts.began[number] = time.monotonic()
+            try:
+                with self.manager.sync_session() as db:
+                    db.execute(insert(Item).values(id=number))
+                    db.execute(text("SELECT 1"))
+            except Exception as error:
+                self.accounts.fail(number, error)
+            else:
+                self.accounts.succeed(number)
+            time.sleep(0.002)
+
+    async def stored(self) -> set[int]:
+        async with self.manager.session() as db:
+            return set(await db.scalars(select(Item.id)))

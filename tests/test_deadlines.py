@@ -1,0 +1,318 @@
+"""A server that is silent is not waited for longer than was said, in whatever is asked of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from scenario import Item, Log, Model, fork, run, until
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
+
+from engineroom import Database, DatabaseSessionManager
+from engineroom.deadlines import WATCH
+from engineroom.testing import PostgresServer, WireProxy
+
+WITHIN = 0.5  # seconds: every limit of these tests
+ROOM = 1.0  # seconds that are promised beyond it
+LIMITS: dict[str, Any] = {
+    "response_timeout": WITHIN,
+    "pool_ping_after": 60,
+    "pool_size": 1,
+    "max_overflow": 0,
+}
+SIDES = [("async", "asyncpg"), ("async", "psycopg"), ("sync", "psycopg"), ("sync", "psycopg2")]
+every_side = pytest.mark.parametrize(("side", "driver"), SIDES)
+
+
+class Door:
+    """One manager, used from either side by the same functions."""
+
+    def __init__(self, side: str, url: str, **options: Any) -> None:
+        self.side = side
+        self.manager = DatabaseSessionManager().init(url, metadata=Model.metadata, **options)
+        self.runner = asyncio.Runner()
+        self.unit(lambda db: db.execute(text("SELECT 1")))
+
+    def unit(self, work: Callable[[Session], object]) -> None:
+        if self.side == "sync":
+            with self.manager.sync_session() as db:
+                work(db)
+        else:
+            self.runner.run(self._unit(work))
+
+    async def _unit(self, work: Callable[[Session], object]) -> None:
+        async with self.manager.session() as db:
+            await db.run_sync(work)
+
+    def show(self, options: dict[str, Any]) -> list[str]:
+        """Return the isolation level and whether it is read-only, of a transaction with these."""
+        if self.side == "sync":
+            with self.manager.sync_session(**options) as db:
+                return shown(db)
+
+        async def main() -> list[str]:
+            async with self.manager.session(**options) as db:
+                return await db.run_sync(shown)
+
+        return self.runner.run(main())
+
+    def lent(self) -> int:
+        return sum(pool.lent for pool in self.manager.stats().pools)
+
+    def close(self) -> None:
+        self.runner.run(self.manager.close())
+        self.runner.close()
+
+
+def shown(db: Session) -> list[str]:
+    names = "transaction_isolation", "transaction_read_only"
+    return [str(db.scalar(text(f"SHOW {name}"))) for name in names]
+
+
+@pytest.fixture
+def door(
+    request: pytest.FixtureRequest, pg18: PostgresServer, database: str, proxy: WireProxy
+) -> Iterator[Callable[..., Door]]:
+    opened: list[Door] = []
+
+    def open_door(side: str, driver: str, **options: Any) -> Door:
+        opened.append(Door(side, proxy.url(pg18.url(database, driver)), **(LIMITS | options)))
+        return opened[-1]
+
+    yield open_door
+    proxy.thaw()
+    for one in opened:
+        one.close()
+
+
+def notes(error: BaseException | None) -> str:
+    """What is written on an error and on those that it came of."""
+    found: list[str] = []
+    while error is not None:
+        found += getattr(error, "__notes__", [])
+        error = error.__cause__
+    return " ".join(found)
+
+
+def insert(db: Session) -> None:
+    db.add(Item(id=1))
+
+
+def ask(db: Session) -> None:
+    db.execute(text("SELECT 3"))
+
+
+def roll_back(db: Session) -> None:
+    ask(db)
+    db.rollback()
+
+
+@pytest.mark.parametrize(
+    ("what", "work", "options", "told", "within"),
+    [
+        ("BEGIN", ask, {}, "Nothing was done", WITHIN),
+        ("SELECT 3", ask, {"statement_timeout": 0.1}, "DB_STATEMENT_TIMEOUT", 1.1),
+        ("COMMIT", ask, {}, "Whether the transaction was committed is unknown", WITHIN),
+        ("ROLLBACK", roll_back, {}, "", WITHIN),
+    ],
+    ids=["BEGIN", "statement", "COMMIT", "ROLLBACK"],
+)
+@every_side
+def test_a_wire_that_is_silent_is_cut(
+    door: Callable[..., Door],
+    proxy: WireProxy,
+    caplog: pytest.LogCaptureFixture,
+    side: str,
+    driver: str,
+    what: str,
+    work: Callable[[Session], None],
+    options: dict[str, Any],
+    told: str,
+    within: float,
+) -> None:
+    one = door(side, driver, **options)
+    fault = proxy.freeze_before(what)
+    with caplog.at_level(logging.WARNING, "engineroom"):
+        began = time.monotonic()
+        with pytest.raises(DBAPIError) as caught:
+            one.unit(work)
+        took = time.monotonic() - began
+    assert fault.happened
+    assert took < within + ROOM
+    assert told in notes(caught.value)
+    spoken = "a statement" if what == "SELECT 3" else what
+    (line,) = [each for each in caplog.messages if "did not answer" in each]
+    assert f"did not answer {spoken} within {within:g} s" in line
+    assert one.lent() == 0
+    proxy.thaw()
+    one.unit(ask)
+
+
+@every_side
+def test_a_statement_may_take_its_time_where_nothing_else_was_said(
+    door: Callable[..., Door], side: str, driver: str
+) -> None:
+    one = door(side, driver)
+    one.unit(lambda db: db.execute(text(f"SELECT pg_sleep({WITHIN + 0.5})")))
+    one.unit(ask)
+
+
+@every_side
+def test_a_commit_that_was_cut_off_is_told_as_unknown_once(
+    door: Callable[..., Door], pg18: PostgresServer, proxy: WireProxy, side: str, driver: str
+) -> None:
+    one = door(side, driver)
+    one.manager.sync.create_all()
+    proxy.freeze_after("COMMIT")  # it was committed
+    with pytest.raises(DBAPIError) as caught:
+        one.unit(insert)
+    assert "is unknown" in notes(caught.value)
+    proxy.thaw()
+    found: list[int] = []
+    one.unit(lambda db: found.extend(db.scalars(text("SELECT id FROM item"))))
+    assert found == [1]
+
+
+# -- a server that is stopped ------------------------------------------------------------------
+
+
+@every_side
+def test_a_stopped_server_holds_nobody(pg16: PostgresServer, side: str, driver: str) -> None:
+    name = pg16.create_database()
+    options = LIMITS | {"pool_timeout": 2, "statement_timeout": 0.1}
+    one = Door(side, pg16.url(name, driver), **options)
+
+    def freezing(before: Callable[[Session], object], after: Callable[[Session], object]) -> Any:
+        def work(db: Session) -> None:
+            before(db)
+            pg16.freeze()
+            after(db)
+
+        return work
+
+    nothing: Callable[[Session], object] = lambda db: None  # noqa: E731
+    cases = {
+        "BEGIN": (freezing(nothing, ask), WITHIN),
+        "statement": (freezing(ask, ask), 1.1),
+        "COMMIT": (freezing(ask, nothing), WITHIN),
+        "ROLLBACK": (freezing(ask, Session.rollback), WITHIN),
+    }
+    try:
+        for work, within in cases.values():
+            began = time.monotonic()
+            try:
+                with pytest.raises(DBAPIError):
+                    one.unit(work)
+                took = time.monotonic() - began
+            finally:
+                pg16.thaw()
+            assert took < within + ROOM
+            one.unit(ask)
+            assert one.lent() == 0
+        pg16.freeze()
+        began = time.monotonic()
+        one.close()
+        assert time.monotonic() - began < 5 + ROOM
+    finally:
+        pg16.thaw()
+        pg16.drop_database(name)
+
+
+# -- the thread that looks after threads -------------------------------------------------------
+
+
+def watchers() -> list[str]:
+    return [each.name for each in threading.enumerate() if each.name == "engineroom-deadlines"]
+
+
+def watched(url: str) -> None:
+    database = Database(url, **LIMITS)
+    with database.session() as db:
+        ask(db)
+        assert len(watchers()) == 1
+    until(watchers, lambda seen: not seen)  # it ends when nothing is lent
+    with database.session() as db:
+        ask(db)
+        assert len(watchers()) == 1
+
+        def child() -> None:
+            assert watchers() == []
+            own = Database(url, **LIMITS)
+            with own.session() as db:
+                ask(db)
+                assert len(watchers()) == 1
+            own.close()
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # Python's own of a thread beside a fork, from 3.12 on
+            wait = fork(child)
+        assert len(watchers()) == 1  # it goes on
+        wait()
+        assert WATCH._on_duty["thread"].is_alive()
+    database.close()
+
+
+def test_one_thread_watches_while_anything_is_lent(pg18: PostgresServer, database: str) -> None:
+    run(watched, pg18.url(database, "psycopg"))
+
+
+def only_asynchronous(url: str) -> None:
+    async def main() -> None:
+        async with DatabaseSessionManager().init(url, **LIMITS) as manager:
+            async with manager.session() as db:
+                await db.execute(text("SELECT 1"))
+                assert watchers() == []
+
+    asyncio.run(main())
+
+
+def test_an_event_loop_needs_no_thread(pg18: PostgresServer, database: str) -> None:
+    run(only_asynchronous, pg18.url(database))
+
+
+def test_a_database_without_a_server_needs_no_thread(sqlite_url: str) -> None:
+    with Database(sqlite_url) as database, database.session() as db:
+        db.execute(text("SELECT 1"))
+        assert "thread" not in WATCH._on_duty or not WATCH._pools
+
+
+def forked_in_silence(url: str, frozen: str) -> None:
+    """The thread that a fork has ended for a moment cuts what the parent waits for."""
+    log = Log()
+    host, port = frozen.split(":")
+    with WireProxy(host, int(port)) as proxy:
+        through = Database(proxy.url(url), **LIMITS)
+        with through.session() as db:
+            ask(db)
+        fault = proxy.freeze_before("COMMIT")
+
+        def fork_meanwhile() -> None:
+            fault.wait()
+            fork(lambda: None)()
+
+        beside = threading.Thread(target=fork_meanwhile)
+        beside.start()
+        with contextlib.suppress(DBAPIError), through.session() as db:
+            ask(db)
+        beside.join()
+        through.close()
+    assert ["did not answer COMMIT" in message for message in log.messages] == [True]
+
+
+def test_a_fork_keeps_no_deadline_from_its_parent(pg18: PostgresServer, database: str) -> None:
+    run(forked_in_silence, pg18.url(database, "psycopg"), f"{pg18.host}:{pg18.port}", deadline=20)
+
+
+def test_the_limits_are_numbers_of_seconds() -> None:
+    for name in ("response_timeout", "statement_timeout"):
+        with pytest.raises(ValueError, match=name):
+            Database("sqlite://", **{name: -1})  # type: ignore[arg-type]
