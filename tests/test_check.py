@@ -309,7 +309,7 @@ def test_prismas_parameter_leads_to_the_setting() -> None:
 SCRIPT = """
 from engineroom import Database
 try:
-    Database("postgresql+psycopg://u@no-such-host.invalid/d").check(wait=0.3)
+    Database("postgresql+psycopg://u@no-such-host.invalid/d").check(wait=3)
 except Exception:
     pass
 """
