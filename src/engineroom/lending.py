@@ -22,7 +22,7 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, QueuePool
 from sqlalchemy.util.queue import Empty, Full
 
-from .backends import Backend
+from .backends import Backend, Diagnosis
 from .cancellation import SETTLE_LIMIT
 from .cap import CAPS, CameBack, Cap, Stay, stay_of
 from .deadlines import GRACE
@@ -44,7 +44,6 @@ T = TypeVar("T")
 # answer of its server, and each is a system call, 2 % of a small unit's CPU.
 JUST_NOW = 0.0002
 SHORT_PAUSE, LONG_PAUSE = 0.02, 0.5  # seconds before a server that refuses is asked again
-READY = "ready"
 LEAST_CONNECT = 0.1  # seconds that connecting has, though waiting took all but that of the time
 SLACK = 0.01  # seconds by which a timer may be early
 
@@ -585,26 +584,29 @@ class Lender(QueuePool):
 
         One that has never been there is not waited for: its address may be wrong.
         """
-        end, longest, seen = time.monotonic() + self.seconds_left(), SHORT_PAUSE, ""
+        end, longest, doubts, tries = time.monotonic() + self.seconds_left(), SHORT_PAUSE, 0, 0
         while True:
             try:
                 opened = self.open_in_time(connect, max(end - time.monotonic(), LEAST_CONNECT))
             except Exception as error:
+                is_open = self.backend.has_server and self.is_patient and not self.refusal
+                why = self.diagnose(error) if is_open else None
+                if why is None or why.is_silent:
+                    raise
+                doubts = 0 if why.passes else doubts + 1
+                passes = why.passes or (not why.is_certain and doubts < 2)
                 pause = random.uniform(longest / 2, longest)  # noqa: S311  # who came together parts
-                why = self.ask_why(error) if self.is_patient and not self.refusal else None
-                known = self.was_reached or bool(seen) or (why or "")[:1].isdigit()
-                if why is None or not known or time.monotonic() + pause > end:
+                known = self.was_reached or tries or (why.passes and why.is_reached)
+                if not passes or not known or time.monotonic() + pause > end:
                     raise
-                if not why and seen == READY:
-                    raise
-                if why and not self.refused_since:
+                if why.passes and not self.refused_since:
                     self.refused_since = time.monotonic()
                     logger.warning(
-                        "The server lets nobody in (%s). It is asked again for up to %.0f s.",
-                        why,
+                        "No connection can be had: %s. It is asked again for up to %.0f s.",
+                        why.what,
                         self.limit,
                     )
-                seen = why or READY
+                tries += 1
                 self.pause(pause)
                 longest = min(longest * 2, LONG_PAUSE)
             else:
@@ -620,9 +622,9 @@ class Lender(QueuePool):
         """Return how long a connection is kept: what was opened together does not go together."""
         return self.recycle * random.uniform(0.8, 1.0) if self.recycle > 0 else inf  # noqa: S311
 
-    def ask_why(self, error: Exception) -> str | None:
-        """Say why nobody is let in, as `Backend.why_refused` does."""
-        return self.backend.why_refused(error)
+    def diagnose(self, error: Exception) -> Diagnosis | None:
+        """Tell why a connect failed, as `Backend.diagnose` does."""
+        return self.backend.diagnose(error)
 
     def pause(self, seconds: float) -> None:
         """Let others go on for so long."""

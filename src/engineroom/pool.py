@@ -23,6 +23,7 @@ from sqlalchemy.pool import (
 )
 from sqlalchemy.util import await_only, greenlet_spawn
 
+from .backends import Diagnosis
 from .cancellation import settle
 from .cap import STUCK_AFTER, Stay, stay_of
 from .deadlines import LOOK_EVERY, WATCH
@@ -391,8 +392,8 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
                 "raise pool_timeout."
             ) from None
 
-    def ask_why(self, error: Exception) -> str | None:
-        """Say why nobody is let in, as `Backend.why_refused` does, which may wait.
+    def diagnose(self, error: Exception) -> Diagnosis | None:
+        """Tell why a connect failed, as `Backend.diagnose` does, which may wait.
 
         In a thread of its own: those of the loop may all be waiting for this very server.
         """
@@ -400,7 +401,7 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
 
         apart = ThreadPoolExecutor(1, "engineroom-ask")
         try:
-            asking = self.loop.run_in_executor(apart, self.backend.why_refused, error)
+            asking = self.loop.run_in_executor(apart, self.backend.diagnose, error)
             return await_only(asking)
         finally:
             apart.shutdown(wait=False)

@@ -63,6 +63,10 @@ class Diagnosis:
     what: str
     cure: str
     is_certain: bool = True
+    is_reached: bool = True
+    """Whether the server itself was there to say so."""
+    is_silent: bool = False
+    """Whether nobody said anything, for as long as was waited."""
 
 
 class Backend(Protocol):
@@ -115,13 +119,6 @@ class Backend(Protocol):
 
     def diagnose(self, error: BaseException) -> Diagnosis | None:
         """Tell why a connect failed; None where that is not known. It may take seconds."""
-
-    def why_refused(self, error: Exception) -> str | None:
-        """Say why nobody is let in just now, after a connect failed; it may take a second.
-
-        Returns:
-            "" if the server would talk to us; None if waiting is no help.
-        """
 
     def descriptor(self, driver: Any) -> int | None:
         """Return the file descriptor of a driver's connection; None where it has no socket."""

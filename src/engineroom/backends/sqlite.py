@@ -271,10 +271,6 @@ class SQLite:
         is_busy = _code(error) == SQLITE_BUSY
         return Diagnosis(True, "another process holds the lock", cure) if is_busy else None
 
-    def why_refused(self, error: Exception) -> str | None:
-        """Nobody refuses."""
-        return None
-
     def descriptor(self, driver: Any) -> int | None:
         """A file has no socket."""
         return None

@@ -132,11 +132,6 @@ class MySQL:
             return look(connection, None, None, wanted)
         return look(connection, self.descriptor(driver), _tls_of(driver), wanted)
 
-    def why_refused(self, error: Exception) -> str | None:
-        """Say what may pass."""
-        why = self.diagnose(error)
-        return why.what if why is not None and why.passes else None
-
     def diagnose(self, error: BaseException) -> Diagnosis | None:
         """Ask for the number of the server's error, or of the system's behind the driver's."""
         return diagnose(error, self._url.host or "")

@@ -112,6 +112,7 @@ def diagnose(error: BaseException, host: str) -> Diagnosis | None:
             True,
             f"the name {host} does not resolve",
             "See that it is spelled right; that of a container is known once it runs.",
+            is_reached=False,
         )
     if number in UNREACHED or any(isinstance(cause, OSError) for cause in causes):
         return Diagnosis(
@@ -119,5 +120,7 @@ def diagnose(error: BaseException, host: str) -> Diagnosis | None:
             f"nothing answers at {host or 'the default place'}",
             "See that the server runs, that host and port are its own, and that no firewall is "
             "between.",
+            is_reached=False,
+            is_silent=any(isinstance(cause, TimeoutError) for cause in causes),
         )
     return None

@@ -23,7 +23,6 @@ from .. import Diagnosis, Reached, Role, Side, choose_driver, refuse_unknown_dri
 from ..sockets import shut
 from .diagnosing import REFUSED, diagnose
 from .looking import look
-from .refusing import AWAY, PASSING, ask_why
 from .schema_lock import AdvisoryLock, without_literals
 from .settling import BREAK_OFF_LIMIT, settling_connection
 from .sockets import asyncpg_transport, descriptor_of, is_closed
@@ -151,19 +150,6 @@ class PostgreSQL:
     def diagnose(self, error: BaseException) -> Diagnosis | None:
         """Ask the SQLSTATE or, where libpq keeps it, the server."""
         return diagnose(error, self._parameters)
-
-    def why_refused(self, error: Exception) -> str | None:
-        """Ask the SQLSTATE, and where libpq keeps that to itself, the server."""
-        if isinstance(error, ConnectionError):
-            return AWAY
-        if (state := sqlstate(error)) is not None:
-            return state if state in PASSING else None
-        pgconn = getattr(error, "pgconn", None)
-        if pgconn is not None and pgconn.used_password:  # it was talked to
-            return None
-        if pgconn is not None or type(error).__module__ == "psycopg2":
-            return ask_why(self._parameters)
-        return None
 
     def descriptor(self, driver: Any) -> int | None:
         """Return the file descriptor of the connection's socket; None once it is closed."""

@@ -67,6 +67,7 @@ BY_STATE: dict[str, Diagnosis] = {
         "a pooler such as PgBouncer refuses, and does not say in a code why",
         "See its own words, and its log: a wrong password, a database that it does not know, "
         "or a server behind it that is not there yet.",
+        is_reached=False,
     ),
 }
 
@@ -100,12 +101,15 @@ def _not_reached(error: OSError, place: str) -> Diagnosis:
             True,
             f"the name {place} does not resolve",
             "See that it is spelled right; that of a container is known once it runs.",
+            is_reached=False,
         )
     return Diagnosis(
         True,
         f"nothing answers at {place or 'the default place'} ({type(error).__name__})",
         "See that the server runs, that host and port are its own, and that no firewall is "
         "between.",
+        is_reached=False,
+        is_silent=isinstance(error, TimeoutError),
     )
 
 
