@@ -45,6 +45,7 @@ SAMPLES: dict[
     "pool_timeout": (90.0, "1.5min"),
     "pool_recycle": (-1, "-1"),
     "pool_pre_ping": (True, "true"),
+    "pool_clean_always": (True, "true"),
     "username": ("shop", "shop"),
     "password": (SecretStr("known"), "known"),
     "echo": (True, "1"),

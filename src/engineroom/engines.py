@@ -231,6 +231,7 @@ class EngineRoom:
         knows: dict[str, Any] = {
             "backend": self.backend,
             "caps": staticmethod(self.caps),
+            "cleans_always": settings.pool_clean_always,
             "name": f"{side} {role} of {masked(self.settings.url)}",
             "note_parted": staticmethod(partial(self._note_parted, side, role)),
             "end_apart": staticmethod(partial(self.end_apart, role)),

@@ -17,7 +17,7 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, QueuePool
 from sqlalchemy.util.queue import Empty, Full
 
-from .backends import Backend
+from .backends import Backend, Leaving, Sent
 from .cap import CAPS, CameBack, Cap, Stay, stay_of
 from .errors import Holder, ManagerClosed, PoolDeadlock, PoolExhausted
 from .forks import make_immortal
@@ -35,6 +35,7 @@ T = TypeVar("T")
 # Seconds after its return in which a connection is not looked at: no look can be nearer to the last
 # answer of its server, and each is a system call, 2 % of a small unit's CPU.
 JUST_NOW = 0.0002
+CLEAN_LIMIT = 2.0  # seconds; a server that answers takes a millisecond
 LEAST_CONNECT = 0.1  # seconds that connecting has, though waiting took all but that of the time
 SLACK = 0.01  # seconds by which a timer may be early
 
@@ -48,6 +49,8 @@ class Berth:
     __slots__ = (
         "__weakref__",
         "driver",
+        "hooks",
+        "left",
         "lent",
         "permit",
         "poll",
@@ -68,11 +71,21 @@ class Berth:
         self.permit: Permit | None = None
         self.lent: weakref.ref[PoolProxiedConnection] | None = None
         self.stay: Stay | None = None  # under a limit over several pools
+        self.left: Leaving = Leaving.NOTHING  # by the one to whom it is lent
+        self.hooks: list[Sent] = []  # what was sent at connect, and left something as well
         self.poll = None
         if descriptor is not None:
             watcher = select.poll()
             watcher.register(descriptor, SPOKE | HUNG_UP)
             self.poll = watcher.poll
+
+    def note(self, leaving: Leaving, sent: Sent) -> None:
+        """Note what its user leaves on it, or the application's connect hooks before."""
+        record = self.record()
+        if not self.returned and record is not None and not record.in_use:
+            self.hooks.append(sent)
+        elif leaving > Leaving.CALLED:
+            self.left = max(self.left, leaving)
 
 
 def forfeit(connection: PoolProxiedConnection) -> None:
@@ -172,6 +185,7 @@ class Lender(QueuePool):
     """
 
     backend: ClassVar[Backend]
+    cleans_always: ClassVar[bool]  # whatever is seen to be left
     caps: ClassVar[Any]  # returns the limits over several pools that hold now
     engine: ClassVar[Engine]
     ping_after: ClassVar[float]  # seconds idle; 0: ask the server at every checkout
@@ -387,6 +401,8 @@ class Lender(QueuePool):
                     self.ended or permit.is_interrupted or len(self.rack.items) >= self.rack.maxsize
                 ):
                     self._close(record)  # SQLAlchemy would, but where it can be interrupted
+                elif berth.left or self.cleans_always:
+                    self._clean(record, berth)
             finally:
                 super()._do_return_conn(record)
         finally:
@@ -394,6 +410,27 @@ class Lender(QueuePool):
                 self.slots.give(permit)
             if berth.stay is not None:
                 berth.stay.come_back()
+
+    def _clean(self, record: ConnectionPoolEntry, berth: Berth) -> None:
+        """Have the next one find nothing of what was left; who left it waits for that, not they.
+
+        What cannot be cleaned is closed.
+        """
+        if berth.left is Leaving.RELATIONS:
+            self._close(record)
+            return
+        try:
+            self.clean_in_time(partial(self.backend.clean, record, berth.hooks), berth)
+            berth.left = Leaving.NOTHING
+        except BaseException as error:
+            record.invalidate()
+            if not isinstance(error, Exception):
+                raise
+            logger.info("A connection could not be cleaned and is closed: %r", error)
+
+    def clean_in_time(self, clean: Callable[[], None], berth: Berth) -> None:
+        """Clean a connection; raise if that takes too long."""
+        self.ask_in_time(clean, berth, CLEAN_LIMIT)
 
     def _end(self, record: ConnectionPoolEntry) -> None:
         """End a connection that came back while it does something, or is in a transaction."""
@@ -460,9 +497,12 @@ class Lender(QueuePool):
         driver = self.engine.dialect.get_driver_connection(opened)
         descriptor = self.backend.descriptor(driver)
         if descriptor is None and not self._is_asyncio:  # sqlite3 has no weak references
-            return Berth(self.slots, lambda: None, None)
-        self._drivers.add(driver)
-        return Berth(self.slots, weakref.ref(driver), descriptor)
+            berth = Berth(self.slots, lambda: None, None)
+        else:
+            self._drivers.add(driver)
+            berth = Berth(self.slots, weakref.ref(driver), descriptor)
+        self.backend.watch(driver, berth.note)
+        return berth
 
     def wait_for(self, slots: Slots, bell: Bell | None = None) -> Permit:
         """Wait in the queue for a permit.

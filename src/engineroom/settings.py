@@ -83,6 +83,8 @@ class DatabaseSettings(BaseSettings):
     """The age at which a connection is replaced; -1: never."""
     pool_pre_ping: bool = False
     """Ask the server at every checkout; otherwise only when the socket speaks or was idle."""
+    pool_clean_always: bool = False
+    """Clean every connection that comes back; otherwise only after what left something on it."""
     echo: bool = False
     """Log every statement with its parameters; `DEBUG=true` does so too."""
     debug: str = Field(default="", validation_alias=AliasChoices("DEBUG"))
@@ -204,6 +206,7 @@ class Options(TypedDict, total=False):
     pool_timeout: float | str | timedelta
     pool_recycle: int
     pool_pre_ping: bool
+    pool_clean_always: bool
     username: str | Callable[[], str | Awaitable[str]]
     password: str | SecretStr | Callable[[], str | Awaitable[str]]
     echo: bool

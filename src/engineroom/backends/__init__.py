@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sqlalchemy.engine import URL, Connection, Engine
-from sqlalchemy.pool import PoolProxiedConnection
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from ..errors import DriverNotInstalled, InvalidOption, InvalidURL
 from ..urls import ACCOUNT, masked
@@ -31,6 +31,22 @@ class Role(StrEnum):
 
     PRIMARY = "primary"
     READER = "reader"
+
+
+class Leaving(IntEnum):
+    """What a session may leave on its connection, as far as its texts tell."""
+
+    NOTHING = 0
+    CALLED = 1
+    """A function was called for its effect, which no client sees."""
+    STATE = 2
+    """What `clean` takes away."""
+    RELATIONS = 3
+    """What only a new connection is free of."""
+
+
+Sent = tuple[str, tuple[Any, ...]]
+"""A verb of the driver, and what it was called with."""
 
 
 class Backend(Protocol):
@@ -81,6 +97,16 @@ class Backend(Protocol):
 
     def ping(self, connection: PoolProxiedConnection, engine: Engine) -> None:
         """Ask the server, in one round trip, whether the connection lives; raise if not."""
+
+    def watch(self, driver: Any, note: Callable[[Leaving, Sent], None]) -> None:
+        """Have a connection that was opened just now tell what its user leaves on it."""
+
+    def clean(self, connection: ConnectionPoolEntry, hooks: Sequence[Sent]) -> None:
+        """Make a connection like new again, which is in no transaction; raise where that fails.
+
+        Args:
+            hooks: What the application's hooks sent at connect, to be sent again.
+        """
 
     def holds_write_lock(self, connection: PoolProxiedConnection) -> bool:
         """Whether the connection keeps every other writer out, from what the client knows."""

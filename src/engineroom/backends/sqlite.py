@@ -19,13 +19,13 @@ from typing import Any
 
 from sqlalchemy import event
 from sqlalchemy.engine import URL, Connection, Engine
-from sqlalchemy.pool import PoolProxiedConnection
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from sqlalchemy.schema import DropTable
 
 from ..cancellation import settle
 from ..errors import BrokenReferences, InvalidPath, InvalidURL, SelfDeadlock
 from ..urls import masked
-from . import Role, Side, choose_driver, refuse_unknown_driver
+from . import Leaving, Role, Sent, Side, choose_driver, refuse_unknown_driver
 
 DRIVERS = {Side.ASYNC: {"aiosqlite": "aiosqlite"}, Side.SYNC: {"pysqlite": "sqlite3"}}
 
@@ -261,6 +261,12 @@ class SQLite:
 
     def ping(self, connection: PoolProxiedConnection, engine: Engine) -> None:
         """A file has no server that could have gone."""
+
+    def watch(self, driver: Any, note: Callable[[Leaving, Sent], None]) -> None:
+        """Nothing is watched yet."""
+
+    def clean(self, connection: ConnectionPoolEntry, hooks: Sequence[Sent]) -> None:
+        """Nothing is cleaned yet."""
 
     def holds_write_lock(self, connection: PoolProxiedConnection) -> bool:
         """Whether the connection is in a transaction that may write."""

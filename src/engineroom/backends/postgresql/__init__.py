@@ -13,12 +13,13 @@ from importlib.util import find_spec
 from typing import Any
 
 from sqlalchemy.engine import URL, Connection, Engine
-from sqlalchemy.pool import PoolProxiedConnection
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from sqlalchemy.util import await_only
 
 from ...secrecy import Sealed
 from ...urls import masked
-from .. import Role, Side, choose_driver, refuse_unknown_driver
+from .. import Leaving, Role, Sent, Side, choose_driver, refuse_unknown_driver
+from . import leavings
 from .schema_lock import AdvisoryLock, without_literals
 from .settling import BREAK_OFF_LIMIT, settling_connection
 from .sockets import asyncpg_transport, descriptor_of, is_closed, shut
@@ -96,6 +97,7 @@ class PostgreSQL:
             merged = " ".join(text for text in texts if text)
         if merged:
             arguments[name] = merged
+        arguments |= leavings.watching(driver, arguments)
         options: dict[str, Any] = {"connect_args": arguments}
         if role is Role.READER:
             options["isolation_level"] = "AUTOCOMMIT"
@@ -151,6 +153,14 @@ class PostgreSQL:
             adapted.run_async(lambda driver: driver.execute("SELECT 1"))
         else:
             engine.dialect.do_ping(connection.dbapi_connection)  # type: ignore[arg-type]
+
+    def watch(self, driver: Any, note: Callable[[Leaving, Sent], None]) -> None:
+        """Have its class, which is ours, tell."""
+        leavings.watch(driver, note)
+
+    def clean(self, connection: ConnectionPoolEntry, hooks: Sequence[Sent]) -> None:
+        """Clean in one message; each of the hooks' has its own."""
+        leavings.clean(connection.driver_connection, hooks)
 
     def holds_write_lock(self, connection: PoolProxiedConnection) -> bool:
         """Writers of PostgreSQL do not keep each other out."""

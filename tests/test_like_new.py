@@ -1,0 +1,356 @@
+"""A connection that comes out of the pool is like a new one, whatever the session before left."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection, event, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.util import await_only
+
+from engineroom import Database, DatabaseSessionManager
+from engineroom.backends.postgresql import leavings
+from engineroom.testing import PostgresServer, WireProxy
+
+Way = Callable[[Connection], object]
+DRIVERS = ["asyncpg", "psycopg (async)", "psycopg", "psycopg2"]
+every_driver = pytest.mark.parametrize("driver", DRIVERS)
+
+# All that one can see of a session of the server.
+SEEN = """
+SELECT (SELECT json_object_agg(name, setting) FROM pg_settings
+        WHERE left(name, 8) <> 'plpgsql.')::text,  -- of a library that was loaded by now
+    current_user, session_user, current_setting('role'),
+    coalesce(current_setting('app.tenant', true), ''),  -- once set, it is '' for ever, not NULL
+    (SELECT count(*) FROM pg_class WHERE relnamespace = pg_my_temp_schema()),
+    (SELECT count(*) FROM pg_proc WHERE pronamespace = pg_my_temp_schema()),
+    (SELECT count(*) FROM pg_locks WHERE pid = pg_backend_pid() AND locktype = 'advisory'),
+    (SELECT count(*) FROM pg_listening_channels()),
+    (SELECT count(*) FROM pg_prepared_statements WHERE from_sql),
+    (SELECT count(*) FROM pg_cursors WHERE is_holdable)
+"""
+
+
+def say(statement: str) -> Way:
+    return lambda connection: connection.exec_driver_sql(statement)
+
+
+def by_text(connection: Connection) -> None:
+    connection.execute(text("SELECT set_config('app.tenant', :tenant, false)"), {"tenant": "acme"})
+
+
+def by_executemany(connection: Connection) -> None:
+    # A statement with parameters, run for several rows, whose text sets something.
+    connection.execute(
+        text("INSERT INTO notes SELECT set_config('app.tenant', :tenant, false)"),
+        [{"tenant": "acme"}, {"tenant": "evil"}],
+    )
+
+
+def by_raw_cursor(connection: Connection) -> None:
+    cursor = connection.connection.cursor()
+    cursor.execute("SET app.tenant = 'acme'")
+    cursor.close()
+
+
+def by_raw_driver(connection: Connection) -> None:
+    driver: Any = connection.connection.driver_connection
+    if connection.dialect.is_async:
+        await_only(driver.execute("SET app.tenant = 'acme'"))
+    elif hasattr(driver, "execute"):
+        driver.execute("SET app.tenant = 'acme'")
+    else:
+        driver.cursor().execute(b"SET app.tenant = 'acme'")
+
+
+def by_multiple(connection: Connection) -> None:
+    driver: Any = connection.connection.driver_connection
+    several = "SELECT 1; /* and */ SET app.tenant = 'acme'"
+    if connection.dialect.is_async:
+        await_only(driver.execute(several))
+    else:
+        driver.cursor().execute(several)
+
+
+WAYS: dict[str, Way] = {
+    "SET": say("SET work_mem = '5MB'"),
+    "SET SESSION": say("SET SESSION app.tenant = 'acme'"),
+    "set_config": say("SELECT set_config('app.tenant', 'acme', false)"),
+    "set_config with parameters": by_text,
+    "SET ROLE": say("SET ROLE visitor"),
+    "SET SESSION AUTHORIZATION": say("SET SESSION AUTHORIZATION visitor"),
+    "SET TIME ZONE": say("SET TIME ZONE 'Asia/Tokyo'"),
+    "SET SESSION CHARACTERISTICS": say(
+        "SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL SERIALIZABLE"
+    ),
+    "search_path": say("set search_path to tenant_a, public"),
+    "temporary table": say("CREATE TEMP TABLE basket (item text)"),
+    "temporary table, by SELECT INTO": say("SELECT 1 AS one INTO TEMPORARY basket"),
+    "temporary view": say("CREATE OR REPLACE TEMPORARY VIEW basket AS SELECT 1"),
+    "temporary sequence": say("create temporary sequence counter"),
+    "temporary function": say(
+        "CREATE FUNCTION pg_temp.one() RETURNS int LANGUAGE sql AS 'SELECT 1'"
+    ),
+    "advisory lock": say("SELECT pg_advisory_lock(42)"),
+    "advisory lock, tried": say("SELECT pg_try_advisory_lock_shared(42)"),
+    "LISTEN": say("LISTEN news"),
+    "PREPARE": say("PREPARE one AS SELECT 1"),
+    "WITH HOLD": say("DECLARE rows CURSOR WITH HOLD FOR SELECT 1"),
+    "a comment before": say("-- mind the gap\n  /* and /* this */ one */ sEt app.tenant = 'acme'"),
+    "DO": say("DO $$ BEGIN SET app.tenant = 'acme'; END $$"),
+    "executemany": by_executemany,
+    "raw cursor": by_raw_cursor,
+    "raw driver": by_raw_driver,
+    "several in one text": by_multiple,
+    "idle timeout": say("SET idle_in_transaction_session_timeout = '1h'"),
+}
+
+
+@pytest.fixture(scope="module")
+def shop(pg18: PostgresServer) -> Iterator[str]:
+    """A database with a role to become, and a schema of a tenant."""
+    name = pg18.create_database()
+    pg18.execute("CREATE ROLE visitor", name)
+    for statement in ("CREATE TABLE notes (note text)", "CREATE SCHEMA tenant_a"):
+        pg18.execute(statement, name)
+    pg18.execute("GRANT ALL ON notes TO visitor", name)
+    yield name
+    pg18.drop_database(name)
+    pg18.execute("DROP ROLE visitor")
+
+
+class Door:
+    """One connection, of either side: what runs on it is given as a function of it."""
+
+    def __init__(self, server: PostgresServer, name: str, driver: str, **options: Any) -> None:
+        url = server.url(name, driver.removesuffix(" (async)"))
+        if (through := options.pop("through", None)) is not None:
+            url = through.url(url)
+        options = {"pool_size": 1, "max_overflow": 0} | options
+        self.door: Any = None
+        if driver in ("psycopg", "psycopg2"):
+            self.door = Database(url, **options)
+            self.engine = self.door.engine
+        else:
+            self.runner = asyncio.Runner()
+            self.manager = DatabaseSessionManager().init(url, **options)
+            self.engine = self.manager.engine.sync_engine
+
+    def run(self, way: Way, fail: bool = False, scope: str = "session") -> Any:
+        """Run in a session of its own, which commits, or is rolled back."""
+
+        class Fail(Exception):
+            pass
+
+        def work(session: Any) -> Any:
+            return way(session.connection())
+
+        async def main() -> Any:
+            async with getattr(self.manager, scope)() as db:
+                result = await db.run_sync(work)
+                if fail:
+                    raise Fail
+                return result
+
+        try:
+            if self.door is None:
+                return self.runner.run(main())
+            with getattr(self.door, scope)() as db:
+                result = work(db)
+                if fail:
+                    raise Fail
+                return result
+        except Fail:
+            return None
+
+    def see(self, what: str = SEEN, scope: str = "session") -> Any:
+        return self.run(lambda c: tuple(c.exec_driver_sql(what).one()), scope=scope)
+
+    def pid(self) -> int:
+        return int(self.see("SELECT pg_backend_pid()")[0])
+
+    def close(self) -> None:
+        if self.door is not None:
+            self.door.close()
+        else:
+            self.runner.run(self.manager.close())
+            self.runner.close()
+
+
+@pytest.fixture
+def opened(pg18: PostgresServer, shop: str, driver: str) -> Iterator[Callable[..., Door]]:
+    doors: list[Door] = []
+
+    def open_door(**options: Any) -> Door:
+        doors.append(Door(pg18, shop, driver, **options))
+        return doors[-1]
+
+    yield open_door
+    for door in doors:
+        door.close()
+
+
+def differences(new: Any, after: Any) -> list[Any]:
+    found: list[Any] = [pair for pair in zip(new[1:], after[1:], strict=True) if pair[0] != pair[1]]
+    settings = json.loads(new[0]), json.loads(after[0])
+    for name in settings[0].keys() | settings[1].keys():
+        pair = [one.get(name) for one in settings]
+        if pair[0] != pair[1]:
+            found.append((name, *pair))
+    return found
+
+
+@every_driver
+def test_the_next_session_sees_nothing_of_the_one_before(opened: Callable[..., Door]) -> None:
+    door = opened()
+    new, seen = door.see(), {}
+    for name, way in WAYS.items():
+        for ending in ("commit", "rollback"):
+            door.run(way, fail=ending == "rollback")
+            if different := differences(new, door.see()):
+                seen[name, ending] = different
+    assert seen == {}
+
+
+# -- what it costs -----------------------------------------------------------------------------
+
+
+def calls_of(door: Door, count: int) -> int:
+    """Return how many Python functions are called for so many sessions."""
+    calls = 0
+
+    def note(frame: Any, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    def unit() -> None:
+        for _ in range(count):
+            door.see("SELECT 1")
+
+    door.see("SELECT 1")
+    sys.setprofile(note)
+    try:
+        unit()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+@every_driver
+def test_who_left_nothing_pays_at_most_two_calls(
+    opened: Callable[..., Door], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = opened()
+    with monkeypatch.context() as patch:  # engines without what notices it
+        patch.setattr(leavings, "watching", lambda driver, arguments: {})
+        patch.setattr(leavings, "watch", lambda driver, note: None)
+        unwatched = opened()
+        unwatched.see("SELECT 1")
+    calls = [min(calls_of(door, 20) for _ in range(3)) / 20 for door in (watched, unwatched)]
+    assert calls[0] - calls[1] <= 2
+
+
+HARMLESS = [
+    "SELECT 1",
+    "UPDATE notes SET note = 'x'",
+    "INSERT INTO notes VALUES ('x') ON CONFLICT DO NOTHING",
+    "SET LOCAL app.tenant = 'acme'",
+    "SELECT set_config('app.tenant', 'acme', true)",
+    "SET TRANSACTION READ ONLY",
+    "SET CONSTRAINTS ALL IMMEDIATE",
+    "SELECT pg_advisory_xact_lock(42)",
+]
+
+
+@every_driver
+@pytest.mark.parametrize("statement", HARMLESS)
+def test_who_left_nothing_pays_no_round_trip(
+    pg18: PostgresServer, shop: str, driver: str, statement: str, proxy: WireProxy
+) -> None:
+    door = Door(pg18, shop, driver, through=proxy)
+    try:
+        door.run(say(statement))
+        proxy.reset()
+        door.run(say(statement))
+        assert proxy.round_trips <= 3  # BEGIN, the statement, COMMIT
+        assert not any("RESET ALL" in sent for sent in proxy.statements)
+    finally:
+        door.close()
+
+
+@every_driver
+def test_with_the_setting_each_connection_is_cleaned(opened: Callable[..., Door]) -> None:
+    server_side = "SELECT count(*) FROM leave_tenant()"
+    door = opened()
+    door.run(
+        say(
+            "CREATE OR REPLACE FUNCTION leave_tenant() RETURNS text LANGUAGE plpgsql AS "
+            "$$ BEGIN RETURN set_config('app.tenant', 'acme', false); END $$"
+        )
+    )
+    tenant = "SELECT coalesce(current_setting('app.tenant', true), '')"
+    door.run(say(server_side))
+    assert door.see(tenant) == ("acme",)  # what no client can see, as the docs say
+    always = opened(pool_clean_always=True)
+    always.run(say(server_side))
+    assert always.see(tenant) == ("",)
+
+
+# -- what was there before ---------------------------------------------------------------------
+
+
+def listen(door: Door, send: Callable[[Any], object], moment: str = "connect") -> None:
+    @event.listens_for(door.engine, moment)
+    def hook(connection: Any, *_: object) -> None:
+        cursor = connection.cursor()
+        send(cursor)
+        cursor.close()
+        connection.commit()
+
+
+@every_driver
+def test_what_a_connect_hook_had_set_is_set_again(opened: Callable[..., Door]) -> None:
+    door = opened()
+
+    def send(cursor: Any) -> None:
+        cursor.execute("SET search_path = tenant_a")
+        cursor.execute("SET app.tenant = 'of the hook'")
+        cursor.execute("SET ROLE visitor")
+
+    listen(door, send)
+    what = "SELECT current_setting('search_path'), current_setting('app.tenant'), current_user"
+    new, pid = door.see(what), door.pid()
+    assert new == ("tenant_a", "of the hook", "visitor")
+    for left in ("SET search_path = public", "RESET ALL", "RESET ROLE", "SET app.tenant = ''"):
+        door.run(say(left))
+        assert door.see(what) == new
+    assert door.pid() == pid
+
+
+@every_driver
+def test_what_a_checkout_hook_had_set_once_is_not_kept(opened: Callable[..., Door]) -> None:
+    door, tenants = opened(), ["acme"]
+    listen(door, lambda cursor: cursor.execute("SET work_mem = '5MB'"))
+    listen(
+        door,
+        lambda cursor: tenants and cursor.execute(f"SET app.tenant = '{tenants.pop()}'"),
+        "checkout",
+    )
+    what = "SELECT current_setting('work_mem'), coalesce(current_setting('app.tenant', true), '')"
+    assert door.see(what) == ("5MB", "acme")
+    assert door.see(what) == ("5MB", "")
+
+
+@every_driver
+def test_a_reader_stays_one(opened: Callable[..., Door]) -> None:
+    door = opened()
+    for _ in range(2):
+        door.run(say("SET default_transaction_read_only = off"), scope="reader")
+        assert door.see("SHOW default_transaction_read_only", scope="reader") == ("on",)
+        with pytest.raises(DBAPIError, match="read-only transaction"):
+            door.run(say("INSERT INTO notes VALUES ('x')"), scope="reader")
