@@ -6,14 +6,15 @@ import asyncio
 import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
 from sqlalchemy import Connection, event, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.util import await_only
 
-from engineroom import Database, DatabaseSessionManager
+from engineroom import Database, DatabaseSessionManager, lending, pool
 from engineroom.backends.postgresql import leavings
 from engineroom.testing import PostgresServer, WireProxy
 
@@ -128,12 +129,23 @@ class Door:
     """One connection, of either side: what runs on it is given as a function of it."""
 
     def __init__(self, server: PostgresServer, name: str, driver: str, **options: Any) -> None:
+        name, _, query = name.partition("?")
         url = server.url(name, driver.removesuffix(" (async)"))
+        url += f"{'&' if '?' in url else '?'}{query}" if query else ""
         if (through := options.pop("through", None)) is not None:
             url = through.url(url)
+        self._open(url, driver in ("psycopg", "psycopg2"), **options)
+
+    @classmethod
+    def to(cls, url: str, synchronous: bool, **options: Any) -> Door:
+        door = cls.__new__(cls)
+        door._open(url, synchronous, **options)
+        return door
+
+    def _open(self, url: str, synchronous: bool, **options: Any) -> None:
         options = {"pool_size": 1, "max_overflow": 0} | options
         self.door: Any = None
-        if driver in ("psycopg", "psycopg2"):
+        if synchronous:
             self.door = Database(url, **options)
             self.engine = self.door.engine
         else:
@@ -141,7 +153,7 @@ class Door:
             self.manager = DatabaseSessionManager().init(url, **options)
             self.engine = self.manager.engine.sync_engine
 
-    def run(self, way: Way, fail: bool = False, scope: str = "session") -> Any:
+    def run(self, way: Way, fail: bool = False, scope: str = "session", **options: Any) -> Any:
         """Run in a session of its own, which commits, or is rolled back."""
 
         class Fail(Exception):
@@ -151,7 +163,7 @@ class Door:
             return way(session.connection())
 
         async def main() -> Any:
-            async with getattr(self.manager, scope)() as db:
+            async with getattr(self.manager, scope)(**options) as db:
                 result = await db.run_sync(work)
                 if fail:
                     raise Fail
@@ -160,7 +172,7 @@ class Door:
         try:
             if self.door is None:
                 return self.runner.run(main())
-            with getattr(self.door, scope)() as db:
+            with getattr(self.door, scope)(**options) as db:
                 result = work(db)
                 if fail:
                     raise Fail
@@ -354,3 +366,126 @@ def test_a_reader_stays_one(opened: Callable[..., Door]) -> None:
         assert door.see("SHOW default_transaction_read_only", scope="reader") == ("on",)
         with pytest.raises(DBAPIError, match="read-only transaction"):
             door.run(say("INSERT INTO notes VALUES ('x')"), scope="reader")
+
+
+# -- when cleaning fails -----------------------------------------------------------------------
+
+
+@every_driver
+def test_what_cannot_be_cleaned_is_closed(
+    pg18: PostgresServer, shop: str, driver: str, proxy: WireProxy
+) -> None:
+    door = Door(pg18, shop, driver, through=proxy)
+    try:
+        pid = door.pid()
+        fault = proxy.cut_before("RESET ALL")
+        door.run(say("SET app.tenant = 'acme'"))  # its own end is none the worse for it
+        assert fault.happened
+        assert door.see("SELECT coalesce(current_setting('app.tenant', true), '')") == ("",)
+        assert door.pid() != pid
+    finally:
+        door.close()
+
+
+@every_driver
+def test_a_server_that_does_not_answer_is_not_waited_for(
+    pg18: PostgresServer,
+    shop: str,
+    driver: str,
+    proxy: WireProxy,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for module in (lending, pool):
+        monkeypatch.setattr(module, "CLEAN_LIMIT", 0.2)
+    door = Door(pg18, shop, driver, through=proxy)
+    try:
+        pid = door.pid()
+        fault = proxy.freeze_after("RESET ALL")
+        door.run(say("SET app.tenant = 'acme'"))
+        assert fault.happened
+        proxy.thaw()
+        assert door.pid() != pid
+    finally:
+        proxy.thaw()
+        door.close()
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+def test_a_cancelled_cleaning_closes_the_connection(
+    pg18: PostgresServer, shop: str, driver: str, proxy: WireProxy
+) -> None:
+    async def main() -> None:
+        url = proxy.url(pg18.url(shop, driver))
+        async with DatabaseSessionManager().init(url, pool_size=1, max_overflow=0) as manager:
+
+            async def leave() -> None:
+                async with manager.session() as db:
+                    await db.execute(text("SET app.tenant = 'acme'"))
+
+            await leave()
+            fault = proxy.freeze_before("RESET ALL")
+            task = asyncio.create_task(leave())
+            await asyncio.to_thread(fault.wait)
+            task.cancel()
+            await asyncio.sleep(0)
+            proxy.thaw()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            async with manager.session() as db:
+                seen = text("SELECT coalesce(current_setting('app.tenant', true), '')")
+                assert await db.scalar(seen) == ""
+            assert manager.stats().pools[0].lent == 0
+
+    asyncio.run(main())
+
+
+# -- SQLite ------------------------------------------------------------------------------------
+
+SQLITE_WAYS = [
+    "PRAGMA foreign_keys=OFF",
+    "pragma foreign_keys(0)",
+    "PRAGMA query_only=ON",
+    "PRAGMA case_sensitive_like = 1",
+    "PRAGMA busy_timeout=1",
+    "CREATE TEMP TABLE basket (item)",
+    "create table temp.basket (item)",
+    "ATTACH ':memory:' AS other",
+]
+SQLITE_SEEN = """
+SELECT (SELECT group_concat(name) FROM pragma_database_list WHERE name <> 'main'),
+    (SELECT foreign_keys FROM pragma_foreign_keys), (SELECT query_only FROM pragma_query_only),
+    (SELECT timeout FROM pragma_busy_timeout),
+    (SELECT count(*) FROM sqlite_temp_master), 'a' LIKE 'A'
+"""
+
+
+@pytest.mark.parametrize("side", ["sync", "async"])
+@pytest.mark.parametrize("statement", SQLITE_WAYS)
+def test_on_sqlite_the_next_session_sees_nothing_either(
+    statement: str, side: str, sqlite_url: str
+) -> None:
+    door = Door.to(sqlite_url, side == "sync")
+    try:
+        for scope in ("session", "reader"):
+            new = door.see(SQLITE_SEEN, scope=scope)
+            for fail in (False, True):
+                with suppress(OperationalError):  # ATTACH in a transaction, CREATE in a reader
+                    door.run(say(statement), fail=fail, scope=scope)
+                assert door.see(SQLITE_SEEN, scope=scope) == new
+    finally:
+        door.close()
+
+
+def test_on_sqlite_who_left_nothing_keeps_the_connection(sqlite_url: str) -> None:
+    door = Door.to(sqlite_url, synchronous=True, pool_size=1)
+    opened = []
+    event.listen(door.engine, "connect", lambda *what: opened.append(what))
+    try:
+        for statement in ("SELECT 1", "PRAGMA table_info(item)", "PRAGMA foreign_keys"):
+            door.run(say(statement))
+        assert len(opened) == 1
+        door.run(say("PRAGMA foreign_keys=OFF"))
+        door.run(say("SELECT 1"))
+        assert len(opened) == 2
+    finally:
+        door.close()

@@ -24,6 +24,7 @@ class Permit:
     __slots__ = (
         "connection",
         "entry",
+        "failed_after",
         "is_interrupted",
         "is_reported",
         "options",
@@ -49,6 +50,7 @@ class Permit:
         self.options: Mapping[str, Any] = NO_OPTIONS  # its execution options
         self.statement_since: float = 0.0  # when it began; when it ended, if it runs no more
         self.running: bool = False
+        self.failed_after: tuple[float, float] | None = None  # seconds idle, and run, of the last
         self.is_reported: bool = False  # held too long, and the log has said so
         self.is_interrupted: bool = False  # from outside: what did that may still be on its way
 

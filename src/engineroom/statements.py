@@ -38,6 +38,12 @@ def permit_of(connection: PoolProxiedConnection) -> Any:
     return None if berth is None else berth.permit
 
 
+def note_failure(permit: Any, before: float) -> None:
+    """Note for how long the connection was idle until the statement that failed, and that ran."""
+    began = permit.statement_since
+    permit.failed_after = began - (before or began), time.monotonic() - began
+
+
 def noting(execute: Callable[..., None]) -> Callable[..., None]:
     """Wrap a way to execute."""
 
@@ -45,11 +51,15 @@ def noting(execute: Callable[..., None]) -> Callable[..., None]:
         permit = permit_of(context.root_connection.connection)
         if permit is None:
             return execute(cursor, statement, parameters, context)
+        before = permit.statement_since
         permit.statement, permit.options = statement, context.execution_options
         permit.statement_since = time.monotonic()
         permit.running = True
         try:
             execute(cursor, statement, parameters, context)
+        except Exception:
+            note_failure(permit, before)
+            raise
         finally:
             permit.running = False
             permit.statement_since = time.monotonic()
@@ -74,6 +84,7 @@ def noting_commit(commit: Callable[[Any], None]) -> Callable[[Any], None]:
     def noted(connection: Any) -> None:
         permit = permit_of(connection)
         if permit is not None:
+            before = permit.statement_since
             permit.statement, permit.statement_since = "COMMIT", time.monotonic()
             permit.options = NO_OPTIONS
             permit.running = True
@@ -82,6 +93,8 @@ def noting_commit(commit: Callable[[Any], None]) -> Callable[[Any], None]:
         except BaseException as error:
             if not isinstance(error, Exception):
                 error.add_note(UNKNOWN_OUTCOME)
+            elif permit is not None:
+                note_failure(permit, before)
             raise
         finally:
             if permit is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from enum import IntEnum, StrEnum
 from importlib.util import find_spec
@@ -13,6 +13,7 @@ from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from ..errors import DriverNotInstalled, InvalidOption, InvalidURL
+from ..settings import Guards
 from ..urls import ACCOUNT, masked
 
 if TYPE_CHECKING:
@@ -106,6 +107,31 @@ class Backend(Protocol):
 
         Args:
             hooks: What the application's hooks sent at connect, to be sent again.
+        """
+
+    def guard(
+        self, connection: Connection, guards: Mapping[str, float], *, apart: bool = False
+    ) -> None:
+        """Set the server's deadlines of the transaction that begins, in its first trip if possible.
+
+        Args:
+            guards: By their settings' names, in seconds.
+            apart: With a statement of its own, for nothing else may be sent to begin with.
+
+        Raises:
+            InvalidOption: the database has none.
+        """
+
+    def struck(
+        self, error: BaseException, own: Mapping[str, float], idle: float, ran: float, is_lost: bool
+    ) -> tuple[str, float] | None:
+        """Return which of those deadlines an error came from, and how long it is; None: from none.
+
+        Args:
+            own: Those of the session, which come before the settings'.
+            idle: Seconds for which the connection was idle before its last statement.
+            ran: Seconds for which that ran.
+            is_lost: Whether the connection is.
         """
 
     def holds_write_lock(self, connection: PoolProxiedConnection) -> bool:
@@ -230,13 +256,17 @@ def find_backend(url: URL, settings: DatabaseSettings) -> Backend:
     if name == "postgresql":
         from .postgresql import PostgreSQL
 
-        return PostgreSQL(url)
+        return PostgreSQL(url, settings.guards)
     if name == "sqlite":
         from .sqlite import SQLite
 
         for name in settings.given & ACCOUNT.keys():
             raise InvalidOption(
                 f"{name}= says nothing for SQLite: a file has no users. Leave it out."
+            )
+        for name in settings.given & Guards.__annotations__.keys():
+            raise InvalidOption(
+                f"{name}= says nothing for SQLite, which has no server. Leave it out."
             )
         return SQLite(url, settings.busy_timeout)
     raise InvalidURL(

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
@@ -16,11 +16,13 @@ from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from sqlalchemy.util import await_only
 
+from ...errors import InvalidOption
 from ...secrecy import Sealed
 from ...urls import masked
 from .. import Leaving, Role, Sent, Side, choose_driver, refuse_unknown_driver
 from . import leavings
-from .schema_lock import AdvisoryLock, without_literals
+from .guards import at_start, for_transaction, which_struck
+from .schema_lock import AdvisoryLock, stands_alone, without_literals
 from .settling import BREAK_OFF_LIMIT, settling_connection
 from .sockets import asyncpg_transport, descriptor_of, is_closed, shut
 from .sources import resolve
@@ -36,6 +38,7 @@ DRIVERS = {
     Side.ASYNC: {"asyncpg": "asyncpg", "psycopg": "psycopg"},
     Side.SYNC: {"psycopg": "psycopg", "psycopg2": "psycopg2"},
 }
+NO_GUARDS: Mapping[str, float] = {}
 READ_ONLY = "default_transaction_read_only"
 
 # invalid_password; invalid_authorization_specification (of PAM, through which Amazon's tokens go)
@@ -47,12 +50,13 @@ AT_REST = (IDLE, 4)  # and PQTRANS_UNKNOWN: it is closed
 class PostgreSQL:
     """PostgreSQL, spoken to directly."""
 
-    def __init__(self, url: URL) -> None:
+    def __init__(self, url: URL, guards: Mapping[str, float] = NO_GUARDS) -> None:
         refuse_unknown_driver(url, DRIVERS)
         parameters = resolve(url)
         if uses_files(parameters):
             make_context(parameters)  # says now what cannot be read, for all drivers
         self._sealed = Sealed(parameters)
+        self._guards = guards  # those that a session of the server begins with
         self._shown = masked(url)
         # Its parameters tell it apart from others; their secrets are with the password.
         self._url = url.set(password=parameters.get("password", url.password))
@@ -87,12 +91,15 @@ class PostgreSQL:
             # Its own sessions are read-only, so none would ever match.
             arguments["target_session_attrs"] = "primary"
         settings = {READ_ONLY: "on"} if role is Role.READER else {}
+        guards = at_start(self._guards)  # first: the server takes the last of each that it is told
         if driver == "asyncpg":
             name: str = "server_settings"
             merged: Any = told.get(name, {}) | connect_args.get(name, {}) | settings
+            if line := " ".join(filter(None, [guards, merged.get("options")])):
+                merged["options"] = line
         else:
             name = "options"
-            texts = [told.get(name), connect_args.get(name)]
+            texts = [guards, told.get(name), connect_args.get(name)]
             texts += [f"-c {setting}={value}" for setting, value in settings.items()]
             merged = " ".join(text for text in texts if text)
         if merged:
@@ -143,7 +150,7 @@ class PostgreSQL:
             return driver.pgconn.transaction_status in AT_REST
         if hasattr(driver, "get_transaction_status"):  # psycopg2
             return driver.get_transaction_status() in AT_REST
-        return not driver.is_in_transaction()
+        return not (driver.is_in_transaction() or getattr(driver, "with_begin", ""))
 
     def ping(self, connection: PoolProxiedConnection, engine: Engine) -> None:
         """Ask the server in one round trip."""
@@ -161,6 +168,30 @@ class PostgreSQL:
     def clean(self, connection: ConnectionPoolEntry, hooks: Sequence[Sent]) -> None:
         """Clean in one message; each of the hooks' has its own."""
         leavings.clean(connection.driver_connection, hooks)
+
+    def guard(
+        self, connection: Connection, guards: Mapping[str, float], *, apart: bool = False
+    ) -> None:
+        """Set them with BEGIN, where the driver sends that by a verb of its own: asyncpg."""
+        driver: Any = connection.connection.driver_connection
+        if stands_alone(connection):
+            raise InvalidOption(
+                f"{', '.join(guards)} cannot be set where each statement stands alone "
+                "(AUTOCOMMIT): they end with a transaction. Leave them out, or the isolation level."
+            )
+        statements = for_transaction(guards)
+        if not apart and hasattr(driver, "get_server_pid"):
+            driver.with_begin = statements
+        else:
+            connection.exec_driver_sql(statements)
+
+    def struck(
+        self, error: BaseException, own: Mapping[str, float], idle: float, ran: float, is_lost: bool
+    ) -> tuple[str, float] | None:
+        """Tell them by SQLSTATE and by time."""
+        guards = {**self._guards, **own}
+        name = which_struck(error, guards, idle, ran, is_lost)
+        return None if name is None else (name, guards[name])
 
     def holds_write_lock(self, connection: PoolProxiedConnection) -> bool:
         """Writers of PostgreSQL do not keep each other out."""

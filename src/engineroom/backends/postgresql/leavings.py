@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import cache
 from inspect import iscoroutinefunction
 from typing import Any
@@ -73,7 +74,7 @@ READINGS = Readings()
 
 PSYCOPG_VERBS = ("execute", "executemany", "stream")
 PSYCOPG2_VERBS = ("execute", "executemany")
-ASYNCPG_VERBS = ("execute", "executemany", "fetch", "fetchval", "fetchrow", "fetchmany", "cursor")
+ASYNCPG_VERBS = ("executemany", "fetch", "fetchval", "fetchrow", "fetchmany", "cursor")
 
 
 def watching(driver: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -100,8 +101,13 @@ def watching(driver: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def watch(driver: Any, note: Callable[[Leaving, Sent], None]) -> None:
-    """Have a connection, opened with those arguments, tell what passes it."""
-    driver.note = note
+    """Have a connection, opened with those arguments, tell what passes it.
+
+    One that a function of the user's has opened in another way has no room for that: it is cleaned
+    where each is.
+    """
+    with suppress(AttributeError):
+        driver.note = note
     if hasattr(driver, "server_cursor_factory"):  # psycopg
         driver.cursor_factory = watching_cursor(driver.cursor_factory, PSYCOPG_VERBS)
         driver.server_cursor_factory = watching_cursor(driver.server_cursor_factory, ("execute",))
@@ -166,6 +172,15 @@ def watching_connection(base: Any) -> Any:
 
         return tell
 
+    def execute(self: Any, query: str, *arguments: Any, **options: Any) -> Any:
+        if READINGS[query]:  # (not by way of `watched`: each BEGIN and COMMIT comes here)
+            tell_of(self, READINGS[query], ("execute", (query, *arguments)))
+        if self.with_begin:
+            if query.startswith("BEGIN"):
+                query = f"{query} {self.with_begin}"
+            self.with_begin = ""
+        return base.execute(self, query, *arguments, **options)
+
     async def prepare(self: Any, query: str, **options: Any) -> Any:
         statement = await base.prepare(self, query, **options)
         return WatchedStatement(statement, self, query) if READINGS[query] else statement
@@ -176,7 +191,13 @@ def watching_connection(base: Any) -> Any:
         await base.add_listener(self, channel, callback)
 
     verbs = {verb: watched(verb) for verb in ASYNCPG_VERBS if hasattr(base, verb)}
-    own = {"note": None, "prepare": prepare, "add_listener": add_listener}
+    own = {
+        "note": None,
+        "with_begin": "",
+        "execute": execute,
+        "prepare": prepare,
+        "add_listener": add_listener,
+    }
     return type(base.__name__, (base,), verbs | own)
 
 
