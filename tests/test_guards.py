@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection
+from sqlalchemy import Column, Connection, Integer, MetaData, Table, event, text
 from sqlalchemy.exc import DBAPIError
 from test_like_new import Door, every_driver, say
 
-from engineroom import Database
+from engineroom import Database, DatabaseSessionManager
 from engineroom.errors import InvalidOption
-from engineroom.testing import PostgresServer, WireProxy
+from engineroom.testing import PostgresServer, WireProxy, sandbox
 
 IDLE = "SHOW idle_in_transaction_session_timeout"
 
@@ -193,3 +194,38 @@ def test_where_none_is_kept_none_is_taken(sqlite_url: str, postgres_url: str) ->
             db.connection()
     with Database(postgres_url) as door, pytest.raises(TypeError, match="query_timeout"):
         door.session(query_timeout=2)  # type: ignore[call-arg]
+
+
+@pytest.mark.anyio
+async def test_a_sandbox_holds_and_its_sessions_have_their_own(driver_url: str) -> None:
+    manager = DatabaseSessionManager().init(driver_url, idle_in_transaction_timeout=0.2)
+    show = text("SELECT current_setting('statement_timeout')")
+    async with manager, sandbox(manager):
+        async with manager.session(statement_timeout=2) as db:
+            assert await db.scalar(show) == "2s"
+        async with manager.session() as db:
+            assert await db.scalar(show) == "0"
+            await asyncio.sleep(0.5)  # between two statements, or two tests
+        async with manager.session() as db:
+            assert await db.scalar(text(IDLE)) == "0"
+
+        def in_a_thread() -> None:
+            with manager.sync_session(statement_timeout=3) as db:
+                assert db.scalar(show) == "3s"
+
+        await asyncio.to_thread(in_a_thread)
+
+
+def test_migrations_and_create_all_hold(postgres_url: str) -> None:
+    metadata = MetaData()
+    Table("slow", metadata, Column("id", Integer, primary_key=True))
+
+    @event.listens_for(metadata, "before_create")
+    def hold(*_: Any, **__: Any) -> None:
+        time.sleep(0.5)
+
+    with Database(postgres_url, idle_in_transaction_timeout=0.1, statement_timeout=5) as door:
+        door.create_all(metadata)
+        with door.session() as db:
+            assert db.scalar(text("SELECT count(*) FROM slow")) == 0
+            assert db.scalar(text(IDLE)) == "100ms"

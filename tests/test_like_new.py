@@ -15,6 +15,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.util import await_only
 
 from engineroom import Database, DatabaseSessionManager, lending, pool
+from engineroom.backends import Leaving
 from engineroom.backends.postgresql import leavings
 from engineroom.testing import PostgresServer, WireProxy
 
@@ -489,3 +490,110 @@ def test_on_sqlite_who_left_nothing_keeps_the_connection(sqlite_url: str) -> Non
         assert len(opened) == 2
     finally:
         door.close()
+
+
+# -- texts -------------------------------------------------------------------------------------
+
+TEXTS = {
+    "SELECT set_config('app.tenant', %(tenant)s::VARCHAR, true)": Leaving.CALLED,
+    "SELECT set_config($1::VARCHAR, $2::VARCHAR, $3::BOOLEAN)": Leaving.STATE,
+    "SELECT set_config('a', (SELECT 'x'), true), set_config('b', 'y', false)": Leaving.STATE,
+    "WITH one AS (SELECT 1) SELECT set_config('a', 'b', FALSE) FROM one": Leaving.STATE,
+    "UPDATE items\n   SET name = 'x' WHERE id = 1": Leaving.NOTHING,
+    "UPDATE items -- all of them\n SET name = 'x'": Leaving.STATE,  # it may: so it pays
+    "INSERT INTO items VALUES (nextval('items_id_seq'), 'x')": Leaving.NOTHING,
+    "select nextval('items_id_seq')": Leaving.STATE,
+    "SELECT temp, prepare, hold FROM weather": Leaving.NOTHING,
+    "INSERT INTO items VALUES (1) ON CONFLICT (id) DO UPDATE SET name = 'x'": Leaving.NOTHING,
+    "MERGE INTO a USING b ON a.id = b.id WHEN MATCHED THEN UPDATE SET n = 1": Leaving.NOTHING,
+    "PREPARE TRANSACTION 'one'": Leaving.NOTHING,
+    "BEGIN; SET LOCAL a.b = 'c'": Leaving.NOTHING,
+    "BEGIN; SET a.b = 'c'": Leaving.STATE,
+    "BEGIN READ ONLY;": Leaving.NOTHING,
+    "SELECT 1;set role visitor": Leaving.STATE,
+    "SET /* not LOCAL */ a.b = 'c'": Leaving.STATE,
+    "SELECT pg_advisory_xact_lock(1)": Leaving.CALLED,
+    "SELECT pg_try_advisory_lock(1) FROM items": Leaving.STATE,
+    "SELECT setup_session('x')": Leaving.CALLED,
+    "select pg_catalog.version()": Leaving.NOTHING,
+    "CREATE UNLOGGED TABLE temperatures (id int)": Leaving.NOTHING,
+    "CREATE GLOBAL TEMPORARY TABLE t (id int)": Leaving.RELATIONS,
+    "CREATE TABLE pg_temp.t (id int)": Leaving.RELATIONS,
+    "LOAD 'auto_explain'": Leaving.RELATIONS,
+}
+
+
+@pytest.mark.parametrize("statement", TEXTS)
+def test_what_a_text_may_leave(statement: str) -> None:
+    assert leavings.read(statement) is TEXTS[statement]
+
+
+def test_texts_with_their_values_in_them_are_not_kept_for_ever() -> None:
+    for n in range(2 * leavings.KEPT):
+        assert not leavings.READINGS[f"SELECT {n} AS unique_to_this_test"]
+    assert len(leavings.READINGS) <= leavings.KEPT
+
+
+@every_driver
+def test_a_number_that_was_drawn_is_forgotten(opened: Callable[..., Door]) -> None:
+    door = opened()
+    door.run(say("CREATE SEQUENCE IF NOT EXISTS numbers"))
+    door.run(say("SELECT nextval('numbers')"))
+    with pytest.raises(DBAPIError, match="lastval is not yet defined"):
+        door.see("SELECT lastval()")
+
+
+@pytest.mark.parametrize("driver", ["asyncpg"])
+def test_a_listener_of_asyncpgs_is_gone(opened: Callable[..., Door]) -> None:
+    door, heard = opened(), []
+
+    def listen_by_driver(connection: Connection) -> None:
+        driver: Any = connection.connection.driver_connection
+        await_only(driver.add_listener("news", lambda *what: heard.append(what)))
+
+    door.run(listen_by_driver)
+    door.run(say("NOTIFY news"))
+    door.run(say("SELECT 1"))
+    assert not heard
+    assert door.see("SELECT count(*) FROM pg_listening_channels()") == (0,)
+
+
+@every_driver
+def test_a_query_that_the_driver_composes_is_read(opened: Callable[..., Door], driver: str) -> None:
+    door = opened()
+
+    def compose(connection: Connection) -> None:
+        raw: Any = connection.connection.driver_connection
+        if driver == "psycopg2":
+            from psycopg2 import sql
+
+            query = sql.SQL("SET app.tenant = {}").format(sql.Literal("acme"))
+            raw.cursor().execute(query)
+        elif driver != "asyncpg":
+            from psycopg import sql as sql3
+
+            done = raw.execute(sql3.SQL("SET app.tenant = {}").format(sql3.Literal("acme")))
+            if connection.dialect.is_async:
+                await_only(done)
+        else:
+            await_only(raw.fetchval("SELECT set_config($1, $2, false)", "app.tenant", "acme"))
+
+    door.run(compose)
+    assert door.see("SELECT coalesce(current_setting('app.tenant', true), '')") == ("",)
+
+
+@every_driver
+def test_a_function_that_a_connect_hook_called_is_called_again(opened: Callable[..., Door]) -> None:
+    door = opened()
+    door.run(
+        say(
+            "CREATE OR REPLACE FUNCTION begin_work(name text) RETURNS text LANGUAGE plpgsql AS "
+            "$$ BEGIN RETURN set_config('app.tenant', name, false); END $$"
+        )
+    )
+    door = opened()
+    listen(door, lambda cursor: cursor.execute("SELECT begin_work('hooked')"))
+    tenant = "SELECT current_setting('app.tenant')"
+    assert door.see(tenant) == ("hooked",)
+    door.run(say("SET app.tenant = 'acme'"))
+    assert door.see(tenant) == ("hooked",)
