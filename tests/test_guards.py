@@ -229,3 +229,19 @@ def test_migrations_and_create_all_hold(postgres_url: str) -> None:
         with door.session() as db:
             assert db.scalar(text("SELECT count(*) FROM slow")) == 0
             assert db.scalar(text(IDLE)) == "100ms"
+
+
+@every_driver
+def test_it_is_logged_though_its_owner_only_rolls_back(
+    opened: Callable[..., Door], caplog: pytest.LogCaptureFixture
+) -> None:
+    door = opened(idle_in_transaction_timeout=0.05)
+
+    def hold(connection: Connection) -> None:
+        connection.exec_driver_sql("SELECT 1")
+        time.sleep(0.5)
+
+    with caplog.at_level(logging.WARNING):
+        door.run(hold, fail=True)
+    logged = [record.getMessage() for record in caplog.records]
+    assert [line for line in logged if "idle in a transaction" in line] == logged[:1] != []

@@ -271,8 +271,8 @@ class EngineRoom:
         watch_connects(engine, side, self.backend, self.credentials)
         self.backend.attach(engine, role, self._refuse_self_deadlock)
         if side is Side.ASYNC:
-            event.listen(engine, "handle_error", self._break_off_cancelled)
-        event.listen(engine, "handle_error", self._explain_guard)
+            event.listen(engine, "handle_error", weakly(self._break_off_cancelled))
+        event.listen(engine, "handle_error", weakly(self._explain_guard))
         return engine
 
     def _note_parted(self, side: Side, role: Role, lender: Lender) -> None:
@@ -311,9 +311,9 @@ class EngineRoom:
         connection, error = context.connection, context.original_exception
         if connection is None or (permit := permit_of_open(connection)) is None:
             return
-        if permit.failed_after is None:
-            return
-        (idle, ran), permit.failed_after = permit.failed_after, None
+        since = permit.statement_since  # of a ROLLBACK, nothing is noted
+        idle, ran = permit.failed_after or (time.monotonic() - since if since else 0.0, 0.0)
+        permit.failed_after = None
         entry = None if permit.entry is None else permit.entry()
         own = {} if entry is None else entry.guards or {}
         struck = self.backend.struck(error, own, idle, ran, context.is_disconnect)
@@ -589,6 +589,20 @@ def mind_isolation_level(engine: Engine, name: str) -> None:
             f"isolation_level={name!r} cannot be used: {engine.dialect.name} has "
             f"{', '.join(sorted(known))}. Write one of these."
         )
+
+
+def weakly(method: Callable[[ExceptionContext], None]) -> Callable[[ExceptionContext], None]:
+    """Listen with a method, and do not keep its object.
+
+    It is the dialect that has such listeners, and mappers remember dialects.
+    """
+    reference = weakref.WeakMethod(method)
+
+    def listener(context: ExceptionContext) -> None:
+        if (known := reference()) is not None:
+            known(context)
+
+    return listener
 
 
 def permit_of_open(connection: Connection) -> Any:
