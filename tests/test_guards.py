@@ -201,8 +201,9 @@ async def test_a_sandbox_holds_and_its_sessions_have_their_own(driver_url: str) 
     manager = DatabaseSessionManager().init(driver_url, idle_in_transaction_timeout=0.2)
     show = text("SELECT current_setting('statement_timeout')")
     async with manager, sandbox(manager):
-        async with manager.session(statement_timeout=2) as db:
+        async with manager.session(statement_timeout=2, lock_timeout=1) as db:
             assert await db.scalar(show) == "2s"
+            assert await db.scalar(text("SHOW lock_timeout")) == "1s"
         async with manager.session() as db:
             assert await db.scalar(show) == "0"
             await asyncio.sleep(0.5)  # between two statements, or two tests

@@ -389,6 +389,18 @@ def test_what_cannot_be_cleaned_is_closed(
 
 
 @every_driver
+def test_a_hook_that_cannot_be_run_again_has_a_new_connection(opened: Callable[..., Door]) -> None:
+    door = opened()
+    door.run(say("CREATE TABLE IF NOT EXISTS begun (pid int PRIMARY KEY)"))
+    door = opened()
+    once = "DO $$ BEGIN INSERT INTO begun VALUES (pg_backend_pid()); END $$"
+    listen(door, lambda cursor: cursor.execute(once))
+    pid = door.pid()
+    door.run(say("SET app.tenant = 'acme'"))
+    assert door.pid() != pid
+
+
+@every_driver
 def test_a_server_that_does_not_answer_is_not_waited_for(
     pg18: PostgresServer,
     shop: str,

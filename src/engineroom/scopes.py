@@ -119,8 +119,7 @@ class Scope(Entry):
 
     def guard(self, connection: Connection) -> None:
         """Set the server's deadlines for the transaction that has begun."""
-        room = self._room
-        room.backend.guard(connection, self.guards or {}, apart=room.sandbox is not None)
+        self._room.backend.guard(connection, self.guards or {})
 
     @property
     def stands_alone(self) -> bool:

@@ -109,14 +109,11 @@ class Backend(Protocol):
             hooks: What the application's hooks sent at connect, to be sent again.
         """
 
-    def guard(
-        self, connection: Connection, guards: Mapping[str, float], *, apart: bool = False
-    ) -> None:
+    def guard(self, connection: Connection, guards: Mapping[str, float]) -> None:
         """Set the server's deadlines of the transaction that begins, in its first trip if possible.
 
         Args:
             guards: By their settings' names, in seconds.
-            apart: With a statement of its own, for nothing else may be sent to begin with.
 
         Raises:
             InvalidOption: the database has none.

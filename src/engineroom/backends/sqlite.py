@@ -295,9 +295,7 @@ class SQLite:
         """Close it: opening a file costs less than asking what there is to clean."""
         connection.close()
 
-    def guard(
-        self, connection: Connection, guards: Mapping[str, float], *, apart: bool = False
-    ) -> None:
+    def guard(self, connection: Connection, guards: Mapping[str, float]) -> None:
         """Refuse them: a file has no server that could keep a deadline."""
         raise InvalidOption(
             f"{', '.join(guards)} cannot be set for a session of SQLite, which has no server that "

@@ -169,9 +169,7 @@ class PostgreSQL:
         """Clean in one message; each of the hooks' has its own."""
         leavings.clean(connection.driver_connection, hooks)
 
-    def guard(
-        self, connection: Connection, guards: Mapping[str, float], *, apart: bool = False
-    ) -> None:
+    def guard(self, connection: Connection, guards: Mapping[str, float]) -> None:
         """Set them with BEGIN, where the driver sends that by a verb of its own: asyncpg."""
         driver: Any = connection.connection.driver_connection
         if stands_alone(connection):
@@ -180,10 +178,13 @@ class PostgreSQL:
                 "(AUTOCOMMIT): they end with a transaction. Leave them out, or the isolation level."
             )
         statements = for_transaction(guards)
-        if not apart and hasattr(driver, "get_server_pid"):
-            driver.with_begin = statements
+        if hasattr(driver, "get_server_pid"):
+            driver.with_begin = "; ".join(statements)
+        elif connection.dialect.driver == "asyncpg":  # in a sandbox, where nothing begins
+            for statement in statements:
+                connection.exec_driver_sql(statement)
         else:
-            connection.exec_driver_sql(statements)
+            connection.exec_driver_sql("; ".join(statements))
 
     def struck(
         self, error: BaseException, own: Mapping[str, float], idle: float, ran: float, is_lost: bool

@@ -28,10 +28,9 @@ def at_start(guards: Mapping[str, float]) -> str:
     return " ".join(told)
 
 
-def for_transaction(guards: Mapping[str, float]) -> str:
+def for_transaction(guards: Mapping[str, float]) -> list[str]:
     """Write down the statements that set them until the transaction ends."""
-    told = [f"SET LOCAL {NAMES[name]} = {milliseconds(guards[name])}" for name in guards]
-    return "; ".join(told)
+    return [f"SET LOCAL {NAMES[name]} = {milliseconds(guards[name])}" for name in guards]
 
 
 def which_struck(
