@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 from scenario import in_threads, run, run_on, server, until
-from sqlalchemy import text
+from sqlalchemy import event, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.pool import Pool
 
 from engineroom import Database, DatabaseSessionManager
 from engineroom.testing import PostgresServer, WireProxy
@@ -314,9 +315,17 @@ def test_pool_pre_ping_asks_always(
 def test_a_notification_costs_a_ping_and_not_the_connection(
     pg18: PostgresServer, database: str, proxy: WireProxy, side: str, driver: str
 ) -> None:
-    url = pg18.url(database, driver)
-    units = Units(proxy, url, side, pool_ping_after=60)
-    units.unit("LISTEN somebody")
+    def listen(connection: Any, record: object) -> None:
+        cursor = connection.cursor()
+        cursor.execute("LISTEN somebody")
+        cursor.close()
+        connection.commit()
+
+    event.listen(Pool, "connect", listen)  # what a session listens to ends with it
+    try:
+        units = Units(proxy, pg18.url(database, driver), side, pool_ping_after=60)
+    finally:
+        event.remove(Pool, "connect", listen)
 
     def notify() -> None:
         seen = proxy.notifications

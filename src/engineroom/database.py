@@ -18,7 +18,7 @@ from .engines import EngineRoom, Stats
 from .schema import SchemaScope, create_once
 from .scopes import ConnectScope, LooseScope, SessionScope
 from .secrecy import unseen
-from .settings import Options
+from .settings import Guards, Options
 
 
 class Database:
@@ -81,7 +81,11 @@ class Database:
         return self
 
     def session(
-        self, *, read_only: bool = False, isolation_level: str | None = None
+        self,
+        *,
+        read_only: bool = False,
+        isolation_level: str | None = None,
+        **guards: Unpack[Guards],
     ) -> SessionScope:
         """Open a session in a transaction: it commits at the end, or rolls back on any exception.
 
@@ -89,8 +93,12 @@ class Database:
             read_only: Begin a transaction in which the server refuses writes.
             isolation_level: Of this transaction, as SQLAlchemy names it ("SERIALIZABLE"). One that
                 the database does not have is an `InvalidOption` at the scope's enter.
+            guards: `statement_timeout`, `lock_timeout` and `idle_in_transaction_timeout`: deadlines
+                that the server keeps in this session, in seconds; 0 for none.
         """
-        return SessionScope(self._room, "session", Role.PRIMARY, read_only, isolation_level)
+        return SessionScope(
+            self._room, "session", Role.PRIMARY, read_only, isolation_level, guards=guards
+        )
 
     def reader(self) -> SessionScope:
         """Open a session without a transaction: each statement stands alone, in one round trip.

@@ -58,6 +58,11 @@ from .urls import masked
 
 logger: logging.Logger = logging.getLogger("engineroom")
 
+MEANING = {
+    "idle_in_transaction_timeout": "it was idle in a transaction",
+    "statement_timeout": "the statement ran",
+    "lock_timeout": "it waited for a lock",
+}
 END_LIMIT = 3.0  # seconds to connect, for ending what runs on connections that nobody serves
 
 
@@ -232,6 +237,7 @@ class EngineRoom:
         knows: dict[str, Any] = {
             "backend": self.backend,
             "caps": staticmethod(self.caps),
+            "cleans_always": settings.pool_clean_always,
             "name": f"{side} {role} of {masked(self.settings.url)}",
             "note_parted": staticmethod(partial(self._note_parted, side, role)),
             "end_apart": staticmethod(partial(self.end_apart, role)),
@@ -269,7 +275,8 @@ class EngineRoom:
         watch_connects(engine, side, self.backend, self.credentials)
         self.backend.attach(engine, role, self._refuse_self_deadlock)
         if side is Side.ASYNC:
-            event.listen(engine, "handle_error", self._break_off_cancelled)
+            event.listen(engine, "handle_error", weakly(self._break_off_cancelled))
+        event.listen(engine, "handle_error", weakly(self._explain_guard))
         return engine
 
     def _note_parted(self, side: Side, role: Role, lender: Lender) -> None:
@@ -302,6 +309,37 @@ class EngineRoom:
             losing = self._lose(connection.connection, None if call is None else call.cursor)
             with suppress(asyncio.CancelledError, Exception):
                 await_only(settle(losing))
+
+    def _explain_guard(self, context: ExceptionContext) -> None:
+        """Say in a note which guard of the server an error came from; and in the log, who held."""
+        connection, error = context.connection, context.original_exception
+        if connection is None or (permit := permit_of_open(connection)) is None:
+            return
+        since = permit.statement_since  # of a ROLLBACK, nothing is noted
+        idle, ran = permit.failed_after or (time.monotonic() - since if since else 0.0, 0.0)
+        permit.failed_after = None
+        entry = None if permit.entry is None else permit.entry()
+        own = {} if entry is None else entry.guards or {}
+        struck = self.backend.struck(error, own, idle, ran, context.is_disconnect)
+        if struck is None:
+            return
+        name, seconds = struck
+        whose = (
+            f"{name}={seconds:g} of this session"
+            if name in own
+            else f"DB_{name.upper()}={seconds:g}"
+        )
+        note = f"The server ended this for a guard: {MEANING[name]} for {seconds:g} s ({whose})."
+        shown = context.sqlalchemy_exception or error
+        shown.add_note(note)
+        if name == "idle_in_transaction_timeout":
+            logger.warning(
+                "The server ended a connection that was idle in a transaction for %.1f s (%s), "
+                "held by %s. Do slow work outside of the scope, or raise the limit.",
+                idle,
+                whose,
+                entry or name_of(permit.owner),
+            )
 
     async def _lose(self, connection: PoolProxiedConnection, cursor: DBAPICursor | None) -> None:
         """Break off what a connection does, and part with it.
@@ -563,6 +601,25 @@ def mind_isolation_level(engine: Engine, name: str) -> None:
             f"isolation_level={name!r} cannot be used: {engine.dialect.name} has "
             f"{', '.join(sorted(known))}. Write one of these."
         )
+
+
+def weakly(method: Callable[[ExceptionContext], None]) -> Callable[[ExceptionContext], None]:
+    """Listen with a method, and do not keep its object.
+
+    It is the dialect that has such listeners, and mappers remember dialects.
+    """
+    reference = weakref.WeakMethod(method)
+
+    def listener(context: ExceptionContext) -> None:
+        if (known := reference()) is not None:
+            known(context)
+
+    return listener
+
+
+def permit_of_open(connection: Connection) -> Any:
+    """Return the permit of a connection of SQLAlchemy, if it has one of the pool's."""
+    return None if connection.closed or connection.invalidated else permit_of(connection.connection)
 
 
 def discard(connection: PoolProxiedConnection, cursor: DBAPICursor | None) -> None:

@@ -16,6 +16,7 @@ from traceback import walk_stack
 from types import CodeType, FrameType
 from typing import Any, ClassVar
 
+from sqlalchemy.engine import Connection
 from sqlalchemy.pool import PoolProxiedConnection
 
 from .errors import AlreadyEntered, Holder
@@ -63,6 +64,7 @@ class Entry:
     line: int
     since: float
     is_open: bool  # whether it stands in the ledger
+    guards: dict[str, float] | None  # deadlines of the server that are its own
     thread: int
     task: asyncio.Task[Any] | None
     request: Request | None  # what it serves, if a framework said so
@@ -107,6 +109,10 @@ class Entry:
         berth = connection.info.get("berth")  # `statements.permit_of`, written out: each begin
         if berth is not None and berth.permit is not None:
             berth.permit.entry = berth.permit.owner = weakref.ref(self)
+
+    def guard(self, connection: Connection) -> None:
+        """Set those deadlines for the transaction that has begun."""
+        raise NotImplementedError
 
     @property
     def stands_alone(self) -> bool:

@@ -22,7 +22,7 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, QueuePool
 from sqlalchemy.util.queue import Empty, Full
 
-from .backends import Backend, Diagnosis
+from .backends import Backend, Diagnosis, Leaving, Sent
 from .cancellation import SETTLE_LIMIT
 from .cap import CAPS, CameBack, Cap, Stay, stay_of
 from .deadlines import GRACE
@@ -44,6 +44,7 @@ T = TypeVar("T")
 # answer of its server, and each is a system call, 2 % of a small unit's CPU.
 JUST_NOW = 0.0002
 SHORT_PAUSE, LONG_PAUSE = 0.02, 0.5  # seconds before a server that refuses is asked again
+CLEAN_LIMIT = 2.0  # seconds; a server that answers takes a millisecond
 LEAST_CONNECT = 0.1  # seconds that connecting has, though waiting took all but that of the time
 SLACK = 0.01  # seconds by which a timer may be early
 
@@ -61,6 +62,8 @@ class Berth:
         "__weakref__",
         "driver",
         "expires",
+        "hooks",
+        "left",
         "lender",
         "lent",
         "permit",
@@ -84,11 +87,21 @@ class Berth:
         self.permit: Permit | None = None
         self.lent: weakref.ref[PoolProxiedConnection] | None = None
         self.stay: Stay | None = None  # under a limit over several pools
+        self.left: Leaving = Leaving.NOTHING  # by the one to whom it is lent
+        self.hooks: list[Sent] = []  # what was sent at connect, and left something as well
         self.poll = None
         if descriptor is not None:
             watcher = select.poll()
             watcher.register(descriptor, SPOKE | HUNG_UP)
             self.poll = watcher.poll
+
+    def note(self, leaving: Leaving, sent: Sent) -> None:
+        """Note what its user leaves on it, or the application's connect hooks before."""
+        record = self.record()
+        if not self.returned and record is not None and not record.in_use:
+            self.hooks.append(sent)
+        elif leaving > Leaving.CALLED:
+            self.left = max(self.left, leaving)
 
 
 def berth_of(connection: PoolProxiedConnection) -> Berth | None:
@@ -197,6 +210,7 @@ class Lender(QueuePool):
     """
 
     backend: ClassVar[Backend]
+    cleans_always: ClassVar[bool]  # whatever is seen to be left
     caps: ClassVar[Any]  # returns the limits over several pools that hold now
     engine: ClassVar[Engine]
     ping_after: ClassVar[float]  # seconds idle; 0: ask the server at every checkout
@@ -423,6 +437,8 @@ class Lender(QueuePool):
                     or len(self.rack.items) >= self.rack.maxsize
                 ):
                     self._close(record)  # SQLAlchemy would, but where it can be interrupted
+                elif berth.left or self.cleans_always:
+                    self._clean(record, berth)
             finally:
                 super()._do_return_conn(record)
         finally:
@@ -430,6 +446,27 @@ class Lender(QueuePool):
                 self.slots.give(permit)
             if berth.stay is not None:
                 berth.stay.come_back()
+
+    def _clean(self, record: ConnectionPoolEntry, berth: Berth) -> None:
+        """Have the next one find nothing of what was left; who left it waits for that, not they.
+
+        What cannot be cleaned is closed.
+        """
+        if berth.left is Leaving.RELATIONS:
+            self._close(record)
+            return
+        try:
+            self.clean_in_time(partial(self.backend.clean, record, berth.hooks), berth)
+            berth.left = Leaving.NOTHING
+        except BaseException as error:
+            record.invalidate()
+            if not isinstance(error, Exception):
+                raise
+            logger.info("A connection could not be cleaned and is closed: %r", error)
+
+    def clean_in_time(self, clean: Callable[[], None], berth: Berth) -> None:
+        """Clean a connection; raise if that takes too long."""
+        self.ask_in_time(clean, berth, CLEAN_LIMIT)
 
     def _end(self, record: ConnectionPoolEntry) -> None:
         """End a connection that came back while it does something, or is in a transaction."""
@@ -529,9 +566,12 @@ class Lender(QueuePool):
         driver = self.engine.dialect.get_driver_connection(opened)
         descriptor = self.backend.descriptor(driver)
         if descriptor is None and not self._is_asyncio:  # sqlite3 has no weak references
-            return Berth(self.slots, lambda: None, None)
-        self._drivers.add(driver)
-        return Berth(self.slots, weakref.ref(driver), descriptor)
+            berth = Berth(self.slots, lambda: None, None)
+        else:
+            self._drivers.add(driver)
+            berth = Berth(self.slots, weakref.ref(driver), descriptor)
+        self.backend.watch(driver, berth.note)
+        return berth
 
     def wait_for(self, slots: Slots, bell: Bell | None = None) -> Permit:
         """Wait in the queue for a permit.
@@ -741,10 +781,11 @@ class Lender(QueuePool):
         return True
 
     def _cut_if_silent(self, permit: Permit, now: float) -> None:
-        since, cursor = permit.statement_since, permit.cursor
+        since, cursor, own = permit.statement_since, permit.cursor, permit.statement_within
+        within = self.statement_within if own is None else own
         connection = None if permit.connection is None else permit.connection()
         if connection is None or now - since <= min(
-            self.answer_within, (self.statement_within or self.answer_within) + GRACE
+            self.answer_within, (within or self.answer_within) + GRACE
         ):
             return
         setting, limit, outcome = "DB_RESPONSE_TIMEOUT", self.answer_within, ""
@@ -758,7 +799,8 @@ class Lender(QueuePool):
             what, outcome = "BEGIN", " Nothing was done."
         else:
             what, setting = "a statement", "DB_STATEMENT_TIMEOUT"
-            limit = self.statement_within + GRACE if self.statement_within else inf
+            setting = setting if own is None else f"statement_timeout={own:g} of this session"
+            limit = within + GRACE if within else inf
         if now - since <= limit:
             return
         holder = describe(permit, now)

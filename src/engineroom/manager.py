@@ -21,7 +21,7 @@ from .engines import EngineRoom, Stats
 from .schema import AsyncSchemaScope, create_once
 from .scopes import AsyncConnectScope, AsyncSessionScope, SessionScope
 from .secrecy import unseen
-from .settings import Options
+from .settings import Guards, Options
 
 
 class DatabaseSessionManager:
@@ -69,7 +69,11 @@ class DatabaseSessionManager:
         return self
 
     def session(
-        self, *, read_only: bool = False, isolation_level: str | None = None
+        self,
+        *,
+        read_only: bool = False,
+        isolation_level: str | None = None,
+        **guards: Unpack[Guards],
     ) -> AsyncSessionScope:
         """Open a session in a transaction: it commits at the end, or rolls back on any exception.
 
@@ -77,8 +81,12 @@ class DatabaseSessionManager:
             read_only: Begin a transaction in which the server refuses writes.
             isolation_level: Of this transaction, as SQLAlchemy names it ("SERIALIZABLE"). One that
                 the database does not have is an `InvalidOption` at the scope's enter.
+            guards: `statement_timeout`, `lock_timeout` and `idle_in_transaction_timeout`: deadlines
+                that the server keeps in this session, in seconds; 0 for none.
         """
-        return AsyncSessionScope(self._room, "session", Role.PRIMARY, read_only, isolation_level)
+        return AsyncSessionScope(
+            self._room, "session", Role.PRIMARY, read_only, isolation_level, guards=guards
+        )
 
     def reader(self) -> AsyncSessionScope:
         """Open a session without a transaction: each statement stands alone, in one round trip.
@@ -181,7 +189,11 @@ class DatabaseSessionManager:
         return self.sync.engine
 
     def sync_session(
-        self, *, read_only: bool = False, isolation_level: str | None = None
+        self,
+        *,
+        read_only: bool = False,
+        isolation_level: str | None = None,
+        **guards: Unpack[Guards],
     ) -> SessionScope:
         """Open a session on the synchronous side, short for `.sync.session()`.
 
@@ -189,8 +201,12 @@ class DatabaseSessionManager:
             read_only: Begin a transaction in which the server refuses writes.
             isolation_level: Of this transaction, as SQLAlchemy names it ("SERIALIZABLE"). One that
                 the database does not have is an `InvalidOption` at the scope's enter.
+            guards: `statement_timeout`, `lock_timeout` and `idle_in_transaction_timeout`: deadlines
+                that the server keeps in this session, in seconds; 0 for none.
         """
-        return SessionScope(self._room, "session", Role.PRIMARY, read_only, isolation_level)
+        return SessionScope(
+            self._room, "session", Role.PRIMARY, read_only, isolation_level, guards=guards
+        )
 
     async def __aenter__(self) -> Self:
         """Open, if it is not open already."""

@@ -29,7 +29,7 @@ from .cap import STUCK_AFTER, Stay, stay_of
 from .deadlines import LOOK_EVERY, WATCH
 from .errors import ConnectTimeout, PoolDeadlock, PoolExhausted
 from .ledger import REQUEST, Entry, current_owner, has_ended, line_of, name_of
-from .lending import Berth, Lender
+from .lending import CLEAN_LIMIT, Berth, Lender
 from .slots import GROW_AFTER, RECOVER_AFTER, WAITING, Reservation, Slots
 
 logger: logging.Logger = logging.getLogger("engineroom.pool")
@@ -273,6 +273,17 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
 
     def _discard(self, connection: PoolProxiedConnection) -> None:
         await_only(settle(greenlet_spawn(super()._discard, connection)))
+
+    def clean_in_time(self, clean: Callable[[], None], berth: Berth) -> None:
+        """Clean in a task of its own: interrupted, it would lose a connection that is whole."""
+        try:
+            await_only(settle(greenlet_spawn(clean), CLEAN_LIMIT))
+        except asyncio.CancelledError as error:
+            error.add_note(
+                "The cancellation struck after the transaction had ended, as its connection was "
+                "cleaned: what was committed stays committed."
+            )
+            raise
 
     def new_bell(self, seconds: float | None = None) -> LoopBell:
         """Return an event of the running loop to wait on."""

@@ -21,6 +21,7 @@ from .backends import SchemaLock, find_schema_lock
 from .errors import InvalidOption, SchemaLocked, SchemaMismatch
 from .scopes import AsyncConnectScope, ConnectScope
 from .settings import DatabaseSettings
+from .statements import permit_of
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -191,6 +192,8 @@ def take(
     started = time.monotonic()
     pause, told = FIRST_PAUSE, False
     lock.set_guards(connection, whole_session=whole_session)
+    if (permit := permit_of(connection.connection)) is not None:
+        permit.statement_within = 0.0  # our own deadline as well
     while True:
         taken = lock.try_take(connection, whole_session=whole_session)
         waited = time.monotonic() - started

@@ -50,6 +50,7 @@ from .lending import forfeit
 from .retiring import ENDED, retire
 from .secrecy import hide_values
 from .sessions import Guarded, in_use, recall, used_by_another_thread
+from .settings import Guards, read_guards
 from .statements import permit_of
 
 logger: logging.Logger = logging.getLogger("engineroom")
@@ -64,7 +65,7 @@ class Scope(Entry):
     any order.
     """
 
-    __slots__ = ("_resource", "_room", "_target", "hooks", "is_rollback_only", "obituary")
+    __slots__ = ("_resource", "_room", "_target", "guards", "hooks", "is_rollback_only", "obituary")
 
     side: ClassVar[Side]
     keyword: ClassVar[str]  # what it is entered with
@@ -76,6 +77,8 @@ class Scope(Entry):
         role: Role = Role.PRIMARY,
         read_only: bool = False,
         isolation_level: str | None = None,
+        *,
+        guards: Guards | None = None,
     ) -> None:
         caller = sys._getframe(2)  # whoever called the verb that makes this scope
         self.kind: str = kind
@@ -83,6 +86,7 @@ class Scope(Entry):
         self.line: int = caller.f_lineno
         self.is_open: bool = False
         self.obituary: str = ""  # why it was ended from outside, once it was
+        self.guards: dict[str, float] | None = read_guards(guards) if guards else None
         self.hooks: Hooks | None = None  # what is called after its end
         self.is_rollback_only: bool = False
         self._resource: Any = None  # while it is open
@@ -112,6 +116,13 @@ class Scope(Entry):
             retire(opened.sync_connection, why)
         elif opened is not None:
             retire(opened, why)
+
+    def guard(self, connection: Connection) -> None:
+        """Set the server's deadlines for the transaction that has begun."""
+        guards = self.guards or {}
+        if (permit := permit_of(connection.connection)) is not None:
+            permit.statement_within = guards.get("statement_timeout")
+        self._room.backend.guard(connection, guards)
 
     @property
     def stands_alone(self) -> bool:

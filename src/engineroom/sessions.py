@@ -175,9 +175,13 @@ def guarded(session_class: Any) -> type[Guarded]:
     return made
 
 
-def _note_connection(session: Guarded, transaction: object, connection: Connection) -> None:
-    if session._scope is not None:
-        session._scope.hold(connection.connection)
+def _note_connection(
+    session: Guarded, transaction: SessionTransaction, connection: Connection
+) -> None:
+    if (scope := session._scope) is not None:
+        scope.hold(connection.connection)
+        if scope.guards is not None and not transaction.nested:
+            scope.guard(connection)
 
 
 # What was loaded stays readable after the scope: as it was last seen, which after a rollback is not

@@ -81,14 +81,16 @@ class DatabaseSettings(BaseSettings):
     """How long a caller waits for a connection, connecting included, before `PoolTimeout`."""
     response_timeout: Seconds = Field(default=30.0, gt=0)
     """How long the server may take to answer BEGIN and COMMIT; the connection is cut then."""
-    statement_timeout: Seconds = Field(default=0.0, ge=0)
-    """How long a statement may run; 0: for any time."""
     pool_recycle: int = Field(default=3600, ge=-1)
     """The age at which a connection is replaced; -1: never."""
     pool_pre_ping: bool = False
     """Ask the server at every checkout; otherwise only when the socket speaks or was idle."""
     pooler: Literal["transaction", "session"] | None = None
     """PostgreSQL: the `pool_mode` of the pooler before the server (PgBouncer), if there is one."""
+    pool_clean_always: bool = False
+    """Clean every connection that comes back; otherwise only after what left something on it."""
+    idle_in_transaction_timeout: Seconds = Field(default=60.0, ge=0)
+    """PostgreSQL ends a connection that is idle in a transaction for so long; 0: never."""
     echo: bool = False
     """Log every statement with its parameters; `DEBUG=true` does so too."""
     debug: str = Field(default="", validation_alias=AliasChoices("DEBUG"))
@@ -103,6 +105,10 @@ class DatabaseSettings(BaseSettings):
     """Connections opened at the first use, beside it, and kept open; at most `pool_size`."""
     slow_checkout: Seconds = Field(default=30.0, gt=0)
     """A connection held for longer is reported in the log, once; at most `pool_timeout`."""
+    statement_timeout: Seconds = Field(default=0.0, ge=0)
+    """How long a statement may run before the server cancels it; 0: for any time."""
+    lock_timeout: Seconds = Field(default=0.0, ge=0)
+    """PostgreSQL cancels a statement that waits for a lock for so long; 0: none."""
     pool_ping_after: Seconds = Field(default=0.5, ge=0)
     """A connection idle for longer than this is asked whether it lives, in one round trip."""
     close_timeout: Seconds = Field(default=10.0, ge=0)
@@ -208,11 +214,49 @@ class DatabaseSettings(BaseSettings):
         return self._given
 
     @property
+    def guards(self) -> dict[str, float]:
+        """The server's deadlines that are set; one that is off, but not asked for, is its own."""
+        return {
+            name: getattr(self, name)
+            for name in Guards.__annotations__
+            if getattr(self, name) or name in self.model_fields_set
+        }
+
+    @property
     def shows_statements(self) -> bool:
         """Whether statements and their parameters are logged."""
         if "echo" in self.model_fields_set:
             return self.echo
         return self.debug.strip().lower() in TRUE
+
+
+class Guards(TypedDict, total=False):
+    """The deadlines of the server that a session may have of its own: seconds, and 0 for none."""
+
+    idle_in_transaction_timeout: float | str | timedelta
+    statement_timeout: float | str | timedelta
+    lock_timeout: float | str | timedelta
+
+
+def read_guards(guards: Guards) -> dict[str, float]:
+    """Read the deadlines of a session.
+
+    Raises:
+        InvalidOption: one is not a time.
+        TypeError: there is none of that name.
+    """
+    read: dict[str, float] = {}
+    for name, value in guards.items():
+        if name not in Guards.__annotations__:
+            raise TypeError(f"session() got an unexpected keyword argument {name!r}")
+        try:
+            seconds = read_seconds(value)
+            if not isinstance(seconds, int | float) or not 0 <= seconds <= LONGEST:
+                raise ValueError(f"it has to be from 0 (none) to {LONGEST} seconds")
+        except ValueError as error:
+            raise InvalidOption(f"{name}={value!r} cannot be used: {error}.") from None
+        read[name] = float(seconds)
+    return read
 
 
 class Options(TypedDict, total=False):
@@ -223,10 +267,13 @@ class Options(TypedDict, total=False):
     max_connections: int
     pool_timeout: float | str | timedelta
     response_timeout: float | str | timedelta
-    statement_timeout: float | str | timedelta
     pool_recycle: int
     pool_pre_ping: bool
     pooler: Literal["transaction", "session"] | None
+    pool_clean_always: bool
+    idle_in_transaction_timeout: float | str | timedelta
+    statement_timeout: float | str | timedelta
+    lock_timeout: float | str | timedelta
     username: str | Callable[[], str | Awaitable[str]]
     password: str | SecretStr | Callable[[], str | Awaitable[str]]
     echo: bool

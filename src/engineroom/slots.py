@@ -26,6 +26,7 @@ class Permit:
         "cursor",
         "entry",
         "epitaph",
+        "failed_after",
         "is_interrupted",
         "is_reported",
         "options",
@@ -34,6 +35,7 @@ class Permit:
         "since",
         "statement",
         "statement_since",
+        "statement_within",
         "waited",
     )
 
@@ -50,9 +52,11 @@ class Permit:
         self.statement: str = ""  # the last one
         self.options: Mapping[str, Any] = NO_OPTIONS  # its execution options
         self.statement_since: float = 0.0  # when it began; when it ended, if it runs no more
+        self.statement_within: float | None = None  # seconds; None: the pool's setting
         self.running: bool = False
         self.cursor: Any = None  # what runs the statement; None of COMMIT and ROLLBACK
         self.epitaph: str = ""  # why its connection was cut, once it was
+        self.failed_after: tuple[float, float] | None = None  # seconds idle, and run, of the last
         self.is_reported: bool = False  # held too long, and the log has said so
         self.is_interrupted: bool = False  # from outside: what did that may still be on its way
 

@@ -76,8 +76,17 @@ def begin_anew(cursor: Any, context: ExecutionContext, error: Exception) -> bool
             dialect.connection_characteristics[name].set_connection_characteristic(
                 dialect, connection, lent.dbapi_connection, value
             )
+    permit = permit_of(lent)
+    entry = None if permit is None or permit.entry is None else permit.entry()
+    lender.backend.guard(connection, {} if entry is None else entry.guards or {})
     context.cursor = context.create_cursor()
     return True
+
+
+def note_failure(permit: Any, before: float) -> None:
+    """Note for how long the connection was idle until the statement that failed, and that ran."""
+    began = permit.statement_since
+    permit.failed_after = began - (before or began), time.monotonic() - began
 
 
 def noting(execute: Callable[..., None]) -> Callable[..., None]:
@@ -88,6 +97,7 @@ def noting(execute: Callable[..., None]) -> Callable[..., None]:
         if permit is None:
             return execute(cursor, statement, parameters, context)
         is_first = not permit.statement
+        before = permit.statement_since
         permit.statement, permit.options = statement, context.execution_options
         permit.cursor, permit.statement_since = cursor, time.monotonic()
         permit.running = True
@@ -99,6 +109,7 @@ def noting(execute: Callable[..., None]) -> Callable[..., None]:
                 raise
             permit.running, permit.cursor = False, None
             if not (is_first and begin_anew(cursor, context, error)):
+                note_failure(permit, before)
                 raise
             noted(context.cursor, statement, parameters, context)
         finally:
@@ -125,6 +136,7 @@ def noting_commit(commit: Callable[[Any], None]) -> Callable[[Any], None]:
     def noted(connection: Any) -> None:
         permit = permit_of(connection)
         if permit is not None:
+            before = permit.statement_since
             permit.statement, permit.statement_since = "COMMIT", time.monotonic()
             permit.options = NO_OPTIONS
             permit.running = True
@@ -135,6 +147,8 @@ def noting_commit(commit: Callable[[Any], None]) -> Callable[[Any], None]:
                 error.add_note(UNKNOWN_OUTCOME)
             elif permit is not None and permit.epitaph:
                 error.add_note(permit.epitaph)
+            elif permit is not None:
+                note_failure(permit, before)
             raise
         finally:
             if permit is not None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sqlalchemy.engine import URL, Connection, Engine
-from sqlalchemy.pool import PoolProxiedConnection
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from ..errors import DriverNotInstalled, InvalidOption, InvalidURL
+from ..settings import Guards
 from ..urls import ACCOUNT, masked
 
 if TYPE_CHECKING:
@@ -67,6 +68,22 @@ class Diagnosis:
     """Whether the server itself was there to say so."""
     is_silent: bool = False
     """Whether nobody said anything, for as long as was waited."""
+
+
+class Leaving(IntEnum):
+    """What a session may leave on its connection, as far as its texts tell."""
+
+    NOTHING = 0
+    CALLED = 1
+    """A function was called for its effect, which no client sees."""
+    STATE = 2
+    """What `clean` takes away."""
+    RELATIONS = 3
+    """What only a new connection is free of."""
+
+
+Sent = tuple[str, tuple[Any, ...]]
+"""A verb of the driver, and what it was called with."""
 
 
 class Backend(Protocol):
@@ -139,6 +156,38 @@ class Backend(Protocol):
 
         Args:
             cursor: What it was to be executed with.
+        """
+
+    def watch(self, driver: Any, note: Callable[[Leaving, Sent], None]) -> None:
+        """Have a connection that was opened just now tell what its user leaves on it."""
+
+    def clean(self, connection: ConnectionPoolEntry, hooks: Sequence[Sent]) -> None:
+        """Make a connection like new again, which is in no transaction; raise where that fails.
+
+        Args:
+            hooks: What the application's hooks sent at connect, to be sent again.
+        """
+
+    def guard(self, connection: Connection, guards: Mapping[str, float]) -> None:
+        """Set the server's deadlines of the transaction that begins, in its first trip if possible.
+
+        Args:
+            guards: By their settings' names, in seconds.
+
+        Raises:
+            InvalidOption: the database has none.
+        """
+
+    def struck(
+        self, error: BaseException, own: Mapping[str, float], idle: float, ran: float, is_lost: bool
+    ) -> tuple[str, float] | None:
+        """Return which of those deadlines an error came from, and how long it is; None: from none.
+
+        Args:
+            own: Those of the session, which come before the settings'.
+            idle: Seconds for which the connection was idle before its last statement.
+            ran: Seconds for which that ran.
+            is_lost: Whether the connection is.
         """
 
     def holds_write_lock(self, connection: PoolProxiedConnection) -> bool:
@@ -277,11 +326,13 @@ def find_backend(url: URL, settings: DatabaseSettings) -> Backend:
     if name == "postgresql" and settings.pooler is not None:
         from .pooled import SessionPooled, TransactionPooled
 
-        return (SessionPooled if settings.pooler == "session" else TransactionPooled)(url)
+        return (SessionPooled if settings.pooler == "session" else TransactionPooled)(
+            url, settings.guards
+        )
     if name == "postgresql":
         from .postgresql import PostgreSQL
 
-        return PostgreSQL(url)
+        return PostgreSQL(url, settings.guards)
     if name == "sqlite":
         from .sqlite import SQLite
 
@@ -289,11 +340,15 @@ def find_backend(url: URL, settings: DatabaseSettings) -> Backend:
             raise InvalidOption(
                 f"{name}= says nothing for SQLite: a file has no users. Leave it out."
             )
+        for name in settings.given & Guards.__annotations__.keys():
+            raise InvalidOption(
+                f"{name}= says nothing for SQLite, which has no server. Leave it out."
+            )
         return SQLite(url, settings.busy_timeout)
     if name in MYSQL:
         from .mysql import MySQL
 
-        return MySQL(url)
+        return MySQL(url, settings.guards)
     raise InvalidURL(
         f"{masked(url)}: engineroom does not support {name!r}. Supported are postgresql://, "
         "mysql://, mariadb:// and sqlite://."

@@ -8,17 +8,19 @@ the server: whatever one has prepared, set or locked there belongs to whoever co
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from inspect import iscoroutinefunction
 from typing import Any
 
 from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.pool import PoolProxiedConnection
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from sqlalchemy.util import await_only
 
 from ..errors import InvalidOption, NotBehindPooler
-from . import POOLER, Role, Side
-from .postgresql import AdvisoryLock, PostgreSQL
+from . import POOLER, Leaving, Role, Sent, Side
+from .postgresql import NO_GUARDS, AdvisoryLock, PostgreSQL
+from .postgresql.guards import for_transaction
 from .postgresql.settling import BREAK_OFF_LIMIT
 
 # What asyncpg and SQLAlchemy's adapter of it, or psycopg, keep prepared: nothing, and no name.
@@ -34,6 +36,7 @@ class SessionPooled(PostgreSQL):
     """Behind a pooler whose connections keep their session of the server until they are closed."""
 
     pooler: str | None = "session"
+    start_guards: Mapping[str, float] = NO_GUARDS  # they would be refused
 
     def engine_options(
         self, side: Side, role: Role, connect_args: dict[str, Any]
@@ -50,12 +53,19 @@ class SessionPooled(PostgreSQL):
         transaction mode after all, it would have strangers write nothing.
         """
         self.tune(engine)
+        if role is Role.PRIMARY and self._guards:
+            dialect: Any = engine.dialect
+            dialect.do_begin = _guarded(dialect.do_begin, for_transaction(self._guards))
         if role is Role.READER:
             engine.update_execution_options(**self.read_only_options())
-            dialect: Any = engine.dialect
+            dialect = engine.dialect
             dialect.do_execute = _alone(dialect.do_execute)
             dialect.do_executemany = _alone(dialect.do_executemany)
             dialect.do_execute_no_params = _alone(dialect.do_execute_no_params)
+
+    def guard(self, connection: Connection, guards: Mapping[str, float]) -> None:
+        """Set them beside those of every transaction."""
+        super().guard(connection, {**self._guards, **guards})
 
     def end(
         self,
@@ -122,6 +132,12 @@ class TransactionPooled(SessionPooled):
         """Tell whoever is connected by it that no session is its own."""
         super().attach(engine, role, before_write)
         engine.update_execution_options(**{POOLER: "transaction"})
+
+    def watch(self, driver: Any, note: Callable[[Leaving, Sent], None]) -> None:
+        """What a session of the server was left with is the pooler's business."""
+
+    def clean(self, connection: ConnectionPoolEntry, hooks: Sequence[Sent]) -> None:
+        """Clean nothing: it would be a stranger's session by now."""
 
 
 @contextmanager
@@ -193,3 +209,33 @@ def _alone(execute: Callable[..., None]) -> Callable[..., None]:
         connection.commit()
 
     return executed
+
+
+def _guarded(begin: Callable[[Any], None], guards: list[str]) -> Callable[[Any], None]:
+    """Wrap BEGIN, such that the server's deadlines travel with it."""
+
+    def begun(connection: Any) -> None:
+        begin(connection)
+        driver = connection.driver_connection
+        if connection.dbapi_connection.autocommit:
+            return
+        if hasattr(driver, "get_server_pid"):
+            driver.with_begin = "; ".join(guards)
+        elif not hasattr(driver, "pipeline"):  # psycopg2
+            with driver.cursor() as cursor:
+                cursor.execute("; ".join(guards))
+        elif iscoroutinefunction(driver.execute):
+            await_only(_told_on_loop(driver, guards))
+        else:
+            with driver.pipeline():
+                for guard in guards:
+                    driver.execute(guard)
+
+    return begun
+
+
+async def _told_on_loop(driver: Any, guards: list[str]) -> None:
+    """Send them with BEGIN, which psycopg would else wait for."""
+    async with driver.pipeline():
+        for guard in guards:
+            await driver.execute(guard)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
 import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Coroutine, Generator, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache, partial
 from itertools import chain, repeat
@@ -19,13 +20,22 @@ from typing import Any
 
 from sqlalchemy import event
 from sqlalchemy.engine import URL, Connection, Engine
-from sqlalchemy.pool import PoolProxiedConnection
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from sqlalchemy.schema import DropTable
 
 from ..cancellation import settle
-from ..errors import BrokenReferences, InvalidPath, InvalidURL, SelfDeadlock
+from ..errors import BrokenReferences, InvalidOption, InvalidPath, InvalidURL, SelfDeadlock
 from ..urls import masked
-from . import Diagnosis, Reached, Role, Side, choose_driver, refuse_unknown_driver
+from . import (
+    Diagnosis,
+    Leaving,
+    Reached,
+    Role,
+    Sent,
+    Side,
+    choose_driver,
+    refuse_unknown_driver,
+)
 
 DRIVERS = {Side.ASYNC: {"aiosqlite": "aiosqlite"}, Side.SYNC: {"pysqlite": "sqlite3"}}
 
@@ -33,6 +43,15 @@ READ_ONLY = "engineroom_read_only"
 QUERY_ONLY = "engineroom_query_only"
 WAITS_HERE = "engineroom_waits_here"  # for the lock: SQLite itself does not
 BEGINS_LATER = "engineroom_begins_later"
+
+# What a session leaves on its connection. (Pragmas that only ask take parentheses, too.)
+LEAVES = re.compile(
+    r"\bpragma\s+(?:\w+\.)?\w+\s*=|\bpragma\s+(?:\w+\.)?(?!\w*(?:_x?info|_list|_check)\b)\w+\s*\("
+    r"|\b(?:attach|detach)\b|\bcreate\s+temp(?:orary)?\b|\bcreate\s[^;]*?\btemp\s*\.",
+    re.IGNORECASE,
+)
+OURS = " -- engineroom"  # stands in pragmas that are our own
+KEPT = 5000  # texts; some have their values in them, and are never seen again
 
 BEGIN_WRITE = "BEGIN IMMEDIATE"
 REFERRING = """
@@ -48,6 +67,20 @@ PAUSES = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.025)
 INTERRUPT_EVERY = 0.02  # seconds
 ROLLBACKS = 3
 LET_GO_LIMIT = 1.0  # seconds for a thread to leave the statement that was interrupted
+
+
+class Readings(dict[str, bool]):
+    """Whether each text leaves something that was sent once."""
+
+    def __missing__(self, text: str) -> bool:
+        """Read a text."""
+        if len(self) >= KEPT:
+            self.clear()
+        self[text] = leaves = not text.endswith(OURS) and LEAVES.search(text) is not None
+        return leaves
+
+
+READINGS = Readings()
 
 
 class SQLite:
@@ -123,17 +156,19 @@ class SQLite:
         if role is Role.PRIMARY:
             event.listen(engine, "begin", partial(self._begin, before_write))
             self._wait_for_the_lock_here(engine.dialect)
+        _note_what_is_left(engine.dialect)
 
     def _begin(self, before_write: Callable[[Connection], None], connection: Connection) -> None:
         """Begin as the session asks for: to read, to write, or not at all."""
         options, info = connection.get_execution_options(), connection.info
         reads = bool(options.get(READ_ONLY))
         if reads is not info.get(QUERY_ONLY, False):
-            connection.exec_driver_sql(f"PRAGMA query_only={'ON' if reads else 'OFF'}")
+            connection.exec_driver_sql(f"PRAGMA query_only={'ON' if reads else 'OFF'}{OURS}")
             info[QUERY_ONLY] = reads
         stands_alone = options.get("isolation_level") == "AUTOCOMMIT"
         if stands_alone is not info.get(WAITS_HERE, False):
-            connection.exec_driver_sql(self._busy_pragma(0 if stands_alone else self._busy_timeout))
+            pragma = self._busy_pragma(0 if stands_alone else self._busy_timeout)
+            connection.exec_driver_sql(f"{pragma}{OURS}")
             info[WAITS_HERE] = stands_alone
         if stands_alone:
             return
@@ -290,6 +325,28 @@ class SQLite:
         """Nobody is waited for."""
         return False
 
+    def watch(self, driver: Any, note: Callable[[Leaving, Sent], None]) -> None:
+        """Its dialect tells, to what lies in its `info`: a connection has no room for more."""
+
+    def clean(self, connection: ConnectionPoolEntry, hooks: Sequence[Sent]) -> None:
+        """Close it: opening a file costs less than asking what there is to clean."""
+        connection.close()
+
+    def guard(self, connection: Connection, guards: Mapping[str, float]) -> None:
+        """Refuse them: a file has no server that could keep a deadline."""
+        if not guards:
+            return
+        raise InvalidOption(
+            f"{', '.join(guards)} cannot be set for a session of SQLite, which has no server that "
+            "would keep them. Leave them out here."
+        )
+
+    def struck(
+        self, error: BaseException, own: Mapping[str, float], idle: float, ran: float, is_lost: bool
+    ) -> tuple[str, float] | None:
+        """There are none."""
+        return None
+
     def holds_write_lock(self, connection: PoolProxiedConnection) -> bool:
         """Whether the connection is in a transaction that may write."""
         driver: Any = connection.driver_connection
@@ -411,11 +468,11 @@ class FileLock:
     def looking(self, connection: Connection) -> Generator[None]:
         """Have SQLite refuse writes: a connection that engineroom did not make knows no option."""
         before = connection.exec_driver_sql("PRAGMA query_only").scalar_one()
-        connection.exec_driver_sql("PRAGMA query_only=ON")
+        connection.exec_driver_sql(f"PRAGMA query_only=ON{OURS}")
         try:
             yield
         finally:
-            connection.exec_driver_sql(f"PRAGMA query_only={before}")
+            connection.exec_driver_sql(f"PRAGMA query_only={before}{OURS}")
 
     def is_refusal(self, error: BaseException | None) -> bool:
         """Ask for SQLITE_READONLY."""
@@ -676,6 +733,21 @@ def _sqlite3_connection(driver: Any) -> Any:
     No public name leads to it. `tests/test_private_names.py` fails when it goes.
     """
     return getattr(driver, "_conn", driver)
+
+
+def _note_what_is_left(dialect: Any) -> None:
+    """Have a dialect note on a connection what a text leaves on it."""
+
+    def watching(execute: Callable[..., None]) -> Callable[..., None]:
+        def watched(cursor: Any, statement: str, *rest: Any) -> None:
+            if READINGS[statement] and (berth := rest[-1].root_connection.info.get("berth")):
+                berth.note(Leaving.STATE, ("execute", (statement,)))
+            execute(cursor, statement, *rest)
+
+        return watched
+
+    for verb in ("do_execute", "do_executemany", "do_execute_no_params"):
+        setattr(dialect, verb, watching(getattr(dialect, verb)))
 
 
 def _remove_folder(folder: str, owner: int) -> None:

@@ -7,24 +7,34 @@ import logging
 import os
 import socket
 import ssl
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 from sqlalchemy import event
 from sqlalchemy.engine import URL, Connection, Engine
-from sqlalchemy.pool import PoolProxiedConnection
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from sqlalchemy.util import greenlet_spawn
 
-from ...errors import UnsupportedByDriver
+from ...errors import InvalidOption, UnsupportedByDriver
 from ...secrecy import Sealed
 from ...urls import masked
-from .. import Diagnosis, Reached, Role, Side, choose_driver, refuse_unknown_driver
+from .. import (
+    Diagnosis,
+    Leaving,
+    Reached,
+    Role,
+    Sent,
+    Side,
+    choose_driver,
+    refuse_unknown_driver,
+)
 from ..sockets import shut
 from .errnos import NO_SUCH_THREAD, REFUSED, errno
+from .guards import NAMES, NAMES_OF_MYSQL, at_start, is_mariadb, struck
 from .looking import diagnose, look
 from .parameters import PLACE, SECRETS, for_driver, read_parameters
-from .sparing import READ_ONLY, ReadOnly, beginning, sparing, tell
+from .sparing import READ_ONLY, ReadOnly, beginning, send, sparing, tell, unnoticed
 from .tls import ENCRYPTING, MODE, make_context, mode_of
 
 logger: logging.Logger = logging.getLogger("engineroom")
@@ -39,7 +49,7 @@ class MySQL:
 
     has_server = True
 
-    def __init__(self, url: URL) -> None:
+    def __init__(self, url: URL, guards: Mapping[str, float] | None = None) -> None:
         refuse_unknown_driver(url, DRIVERS)
         self._shown = masked(url)
         parameters = read_parameters(url)
@@ -48,6 +58,7 @@ class MySQL:
             make_context(parameters, mode)  # says now what cannot be read
         self._mode = mode
         self._sealed = Sealed(parameters)
+        self._guards = guards or {}
         # Its parameters tell it apart from others; the secret ones are with the password.
         place = {name: parameters.get(name) for name in PLACE}
         self._url = URL.create(
@@ -105,11 +116,14 @@ class MySQL:
             driver = dialect.get_driver_connection(opened)
             driver.__class__ = sparing(driver.__class__)
             driver.another = lambda: dialect.connect(*args, **kw)
+            if statement := at_start(self._guards, driver.get_server_info()):
+                send(opened, statement)
             if not dialect.is_async:
                 _read_for_ever(driver, kw.get("read_timeout"))
             return opened
 
         dialect.connect = connect_sparing
+        dialect.set_isolation_level = unnoticed(dialect.set_isolation_level, dialect)
         if role is Role.READER:
             event.listen(engine, "connect", lambda connection, _: tell(connection, reads_only=True))
         else:
@@ -160,6 +174,36 @@ class MySQL:
     def awaits_begin(self, connection: PoolProxiedConnection, cursor: Any) -> bool:
         """A BEGIN is not told from what follows it."""
         return False
+
+    def watch(self, driver: Any, note: Callable[[Leaving, Sent], None]) -> None:
+        """Have its class, which is ours, tell."""
+        driver.tell = note
+
+    def clean(self, connection: ConnectionPoolEntry, hooks: Sequence[Sent]) -> None:
+        """Close it: neither driver has a public word for COM_RESET_CONNECTION."""
+        connection.close()
+
+    def guard(self, connection: Connection, guards: Mapping[str, float]) -> None:
+        """Set them for the connection, which has none for a transaction; it is closed after that.
+
+        Raises:
+            InvalidOption: this server does not have one of them.
+        """
+        driver: Any = connection.connection.driver_connection
+        known = NAMES if is_mariadb(driver.get_server_info()) else NAMES_OF_MYSQL
+        if missing := [name for name in guards if name not in known]:
+            raise InvalidOption(
+                f"{', '.join(missing)} cannot be set for a session of MySQL, which has no such "
+                "deadline (MariaDB has). Leave it out."
+            )
+        if statement := at_start(guards, driver.get_server_info()):
+            connection.exec_driver_sql(statement)
+
+    def struck(
+        self, error: BaseException, own: Mapping[str, float], idle: float, ran: float, is_lost: bool
+    ) -> tuple[str, float] | None:
+        """Tell them by the number of the error and by time."""
+        return struck(errno(error), {**self._guards, **own}, idle, ran, is_lost)
 
     def holds_write_lock(self, connection: PoolProxiedConnection) -> bool:
         """Writers do not keep each other out."""

@@ -1,18 +1,35 @@
 """The drivers' connections, which spare what the server would answer with "nothing to do".
 
+And which tell what a session leaves on them.
+
 SQLAlchemy commits and rolls back where no transaction is open: after each COMMIT, and for sessions
 whose statements stand alone. Other drivers know better than to ask; these send it.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 from sqlalchemy.engine.characteristics import ConnectionCharacteristic
 
+from .. import Leaving, Sent
+
 READ_ONLY = "engineroom_read_only"
+
+# What leaves something on a connection: settings, temporary tables, locks, variables and more.
+READ_OF_IT = 2000  # characters: values stand in the texts, and may be long
+LEAVES = re.compile(
+    r"""
+    ^ (?:\s | /\*.*?\*/ | \#[^\n]*\n | --[^\n]*\n)*
+    (?: set \s+ (?!transaction\b | statement\b) | create \s+ (?:or \s+ replace \s+)? temporary \b
+        | lock \s+ tables? | prepare | deallocate | use | call | handler | flush ) \b
+    | \bget_lock \s* \( | :=
+    """,
+    re.IGNORECASE | re.VERBOSE | re.DOTALL,
+)
 
 # In what the server says with its answers: SERVER_STATUS_IN_TRANS and SERVER_STATUS_AUTOCOMMIT.
 IN_TRANSACTION, AUTOCOMMIT = 1, 2
@@ -30,7 +47,16 @@ class Notes:
     """Whether the server knows its transactions as such."""
     another: Callable[[], Any]
     """Opens another connection to the same server, as SQLAlchemy has it."""
+    tell: Callable[[Leaving, Sent], None] | None = None
+    """Whom to tell what is left on it."""
     server_status: int
+
+    def read(self, sql: Any) -> None:
+        """Tell what a statement leaves, if it does."""
+        if self.tell is not None:
+            text = sql if isinstance(sql, str) else bytes(sql).decode(errors="replace")
+            if LEAVES.search(text, 0, READ_OF_IT):
+                self.tell(Leaving.STATE, ("query", (sql,)))
 
     def note(self, sql: Any) -> None:
         """Note that a statement has succeeded.
@@ -53,6 +79,7 @@ def _of_pymysql(driver_class: Any) -> Any:
     class SparingConnection(Notes, driver_class):  # type: ignore[misc]
         def query(self, sql: Any, unbuffered: bool = False) -> Any:
             """Send a statement: each one passes here."""
+            self.read(sql)
             self.rests = False  # an error says nothing about the transaction
             affected = super().query(sql, unbuffered)
             self.note(sql)
@@ -77,6 +104,7 @@ def _of_asyncmy(driver_class: Any) -> Any:
     class SparingConnection(Notes, driver_class):  # type: ignore[misc]
         async def query(self, sql: Any, unbuffered: bool = False) -> Any:
             """Send a statement: each one passes here."""
+            self.read(sql)
             self.rests = False  # an error says nothing about the transaction
             affected = await super().query(sql, unbuffered)
             self.note(sql)
@@ -140,6 +168,30 @@ def beginning(begin: Callable[[Any], None]) -> Callable[[Any], None]:
 
 def tell(connection: Any, reads_only: bool) -> None:
     """Tell the server whether the transactions of a connection only read from now on."""
+    driver = getattr(connection, "driver_connection", connection)  # or the driver's itself
+    listener, driver.tell = driver.tell, None
+    try:
+        send(connection, f"SET SESSION TRANSACTION READ {'ONLY' if reads_only else 'WRITE'}")
+    finally:
+        driver.tell = listener
+
+
+def send(connection: Any, statement: str) -> None:
+    """Send a statement that has no rows."""
     cursor = connection.cursor()
-    cursor.execute(f"SET SESSION TRANSACTION READ {'ONLY' if reads_only else 'WRITE'}")
+    cursor.execute(statement)
     cursor.close()
+
+
+def unnoticed(set_level: Callable[..., None], dialect: Any) -> Callable[..., None]:
+    """Wrap how a dialect sets the isolation level, which it sets back itself."""
+
+    def set_unnoticed(connection: Any, level: Any) -> None:
+        driver = dialect.get_driver_connection(connection)
+        listener, driver.tell = driver.tell, None
+        try:
+            set_level(connection, level)
+        finally:
+            driver.tell = listener
+
+    return set_unnoticed

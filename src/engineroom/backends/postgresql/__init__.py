@@ -7,30 +7,41 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
 from sqlalchemy.engine import URL, Connection, Engine
-from sqlalchemy.pool import PoolProxiedConnection
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from sqlalchemy.util import await_only
 
+from ...errors import InvalidOption
 from ...secrecy import Sealed
 from ...urls import masked
-from .. import Diagnosis, Reached, Role, Side, choose_driver, refuse_unknown_driver
+from .. import (
+    Diagnosis,
+    Leaving,
+    Reached,
+    Role,
+    Sent,
+    Side,
+    choose_driver,
+    refuse_unknown_driver,
+)
 from ..sockets import shut
+from . import leavings, undeclared
 from .diagnosing import REFUSED, diagnose
+from .guards import at_start, for_transaction, struck
 from .looking import look
-from .schema_lock import AdvisoryLock, without_literals
+from .schema_lock import AdvisoryLock, stands_alone, without_literals
 from .settling import BREAK_OFF_LIMIT, settling_connection
 from .sockets import asyncpg_transport, descriptor_of, is_closed
 from .sources import resolve
 from .sqlstates import sqlstate
 from .tls import make_context, uses_files
 from .translation import SECRETS, for_asyncpg, for_libpq, refuse_unable, unable
-from .undeclared import UNDECLARED, is_made_up, watch
 
 __all__ = ["DRIVERS", "AdvisoryLock", "PostgreSQL", "sqlstate", "without_literals"]
 
@@ -40,6 +51,7 @@ DRIVERS = {
     Side.ASYNC: {"asyncpg": "asyncpg", "psycopg": "psycopg"},
     Side.SYNC: {"psycopg": "psycopg", "psycopg2": "psycopg2"},
 }
+NO_GUARDS: Mapping[str, float] = {}
 READ_ONLY = "default_transaction_read_only"
 
 IDLE = 0  # libpq's PQTRANS_IDLE
@@ -54,16 +66,22 @@ class PostgreSQL:
     pooler: str | None = None
     """What stands before the server, as it was declared."""
 
-    def __init__(self, url: URL) -> None:
+    def __init__(self, url: URL, guards: Mapping[str, float] = NO_GUARDS) -> None:
         refuse_unknown_driver(url, DRIVERS)
         parameters = resolve(url)
         if uses_files(parameters):
             make_context(parameters)  # says now what cannot be read, for all drivers
         self._sealed = Sealed(parameters)
+        self._guards = guards  # those that a session of the server begins with
         self._shown = masked(url)
         # Its parameters tell it apart from others; their secrets are with the password.
         self._url = url.set(password=parameters.get("password", url.password))
         self._url = self._url.difference_update_query(SECRETS)
+
+    @property
+    def start_guards(self) -> Mapping[str, float]:
+        """What the server is told of them when one connects."""
+        return self._guards
 
     @property
     def _parameters(self) -> dict[str, str]:
@@ -94,16 +112,22 @@ class PostgreSQL:
             # Its own sessions are read-only, so none would ever match.
             arguments["target_session_attrs"] = "primary"
         settings = {READ_ONLY: "on"} if role is Role.READER else {}
+        guards = at_start(
+            self.start_guards
+        )  # first: the server takes the last of each that it is told
         if driver == "asyncpg":
             name: str = "server_settings"
             merged: Any = told.get(name, {}) | connect_args.get(name, {}) | settings
+            if line := " ".join(filter(None, [guards, merged.get("options")])):
+                merged["options"] = line
         else:
             name = "options"
-            texts = [told.get(name), connect_args.get(name)]
+            texts = [guards, told.get(name), connect_args.get(name)]
             texts += [f"-c {setting}={value}" for setting, value in settings.items()]
             merged = " ".join(text for text in texts if text)
         if merged:
             arguments[name] = merged
+        arguments |= leavings.watching(driver, arguments)
         options: dict[str, Any] = {"connect_args": arguments}
         if role is Role.READER:
             options["isolation_level"] = "AUTOCOMMIT"
@@ -118,7 +142,7 @@ class PostgreSQL:
     ) -> None:
         """PostgreSQL behaves as it is; a pooler before it would not."""
         self.tune(engine)
-        watch(engine, _backend_pid)
+        undeclared.watch(engine, _backend_pid)
 
     def tune(self, engine: Engine) -> None:
         """Name what is connected to, and spare psycopg a rollback where nothing has begun."""
@@ -143,8 +167,14 @@ class PostgreSQL:
     def look(self, connection: Connection, driver: Any, wanted: int) -> Reached:
         """Ask the server; a pooler that nobody has declared is known by what it calls itself."""
         found = look(connection, driver, self.pooler, wanted)
-        if driver is not None and self.pooler is None and is_made_up(_backend_pid(driver)):
-            return replace(found, pooler="undeclared", problems=(UNDECLARED, *found.problems))
+        if (
+            driver is not None
+            and self.pooler is None
+            and undeclared.is_made_up(_backend_pid(driver))
+        ):
+            return replace(
+                found, pooler="undeclared", problems=(undeclared.UNDECLARED, *found.problems)
+            )
         return found
 
     def diagnose(self, error: BaseException) -> Diagnosis | None:
@@ -165,7 +195,7 @@ class PostgreSQL:
             return driver.pgconn.transaction_status in AT_REST
         if hasattr(driver, "get_transaction_status"):  # psycopg2
             return driver.get_transaction_status() in AT_REST
-        return not driver.is_in_transaction()
+        return not (driver.is_in_transaction() or getattr(driver, "with_begin", ""))
 
     def ping(self, connection: PoolProxiedConnection, engine: Engine) -> None:
         """Ask the server in one round trip."""
@@ -187,6 +217,39 @@ class PostgreSQL:
         if hasattr(driver, "pgconn"):
             return query_of(cursor) is None
         return bool(driver.status == READY)
+
+    def watch(self, driver: Any, note: Callable[[Leaving, Sent], None]) -> None:
+        """Have its class, which is ours, tell."""
+        leavings.watch(driver, note)
+
+    def clean(self, connection: ConnectionPoolEntry, hooks: Sequence[Sent]) -> None:
+        """Clean in one message; each of the hooks' has its own."""
+        leavings.clean(connection.driver_connection, hooks)
+
+    def guard(self, connection: Connection, guards: Mapping[str, float]) -> None:
+        """Set them with BEGIN, where the driver sends that by a verb of its own: asyncpg."""
+        if not guards:
+            return
+        driver: Any = connection.connection.driver_connection
+        if stands_alone(connection):
+            raise InvalidOption(
+                f"{', '.join(guards)} cannot be set where each statement stands alone "
+                "(AUTOCOMMIT): they end with a transaction. Leave them out, or the isolation level."
+            )
+        statements = for_transaction(guards)
+        if hasattr(driver, "get_server_pid"):
+            driver.with_begin = "; ".join(statements)
+        elif connection.dialect.driver == "asyncpg":  # in a sandbox, where nothing begins
+            for statement in statements:
+                connection.exec_driver_sql(statement)
+        else:
+            connection.exec_driver_sql("; ".join(statements))
+
+    def struck(
+        self, error: BaseException, own: Mapping[str, float], idle: float, ran: float, is_lost: bool
+    ) -> tuple[str, float] | None:
+        """Tell them by SQLSTATE and by time."""
+        return struck(error, {**self._guards, **own}, idle, ran, is_lost)
 
     def holds_write_lock(self, connection: PoolProxiedConnection) -> bool:
         """Writers of PostgreSQL do not keep each other out."""

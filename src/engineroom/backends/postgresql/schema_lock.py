@@ -40,7 +40,7 @@ class AdvisoryLock:
 
     def begin(self, connection: Connection, *, writes: bool) -> None:
         """Begin at the level that is needed, which is what most connections begin at anyhow."""
-        if _stands_alone(connection) or (writes and connection.get_isolation_level() != LEVEL):
+        if stands_alone(connection) or (writes and connection.get_isolation_level() != LEVEL):
             connection.execution_options(**self.options())
         connection.begin()
         if not writes:
@@ -60,7 +60,7 @@ class AdvisoryLock:
         A step that works elsewhere (in Python, on another connection) leaves this one idle, and a
         server that ended it for that would let a second starter begin.
         """
-        if whole_session and _stands_alone(connection):
+        if whole_session and stands_alone(connection):
             self._stood_alone = True
             connection.execution_options(**self.options())
         guards = connection.exec_driver_sql(
@@ -75,7 +75,7 @@ class AdvisoryLock:
 
         CREATE INDEX CONCURRENTLY, of who holds the lock, would wait for that snapshot to end.
         """
-        if not whole_session and _stands_alone(connection):
+        if not whole_session and stands_alone(connection):
             raise InvalidOption(
                 "The lock under which the schema is changed cannot be taken: the connection is in "
                 "AUTOCOMMIT, and would lose it with the statement that takes it. Give one in a "
@@ -135,7 +135,7 @@ class AdvisoryLock:
         return "end it (SELECT pg_terminate_backend(…) with that number)"
 
 
-def _stands_alone(connection: Connection) -> bool:
+def stands_alone(connection: Connection) -> bool:
     """Whether each of its statements does, whatever has been begun (AUTOCOMMIT)."""
     lent: Any = connection.connection.dbapi_connection
     return connection.dialect.detect_autocommit_setting(lent)
