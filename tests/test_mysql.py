@@ -152,6 +152,47 @@ def wired(
         work.close()
 
 
+LEFT = {
+    "a setting": ("SET SESSION sort_buffer_size = 65536", "SELECT @@sort_buffer_size = 65536"),
+    "a variable": ("SELECT @tenant := 7", "SELECT @tenant IS NOT NULL"),
+    "a temporary table": (
+        "CREATE TEMPORARY TABLE item SELECT 7 AS value",
+        "SELECT value = 7 FROM item",
+    ),
+    "a lock": ("SELECT GET_LOCK('engineroom-test', 0)", "SELECT IS_USED_LOCK('engineroom-test')"),
+    "a level": (
+        "SET SESSION TRANSACTION ISOLATION LEVEL SERIALIZABLE",
+        "SELECT @@tx_isolation = 'SERIALIZABLE'",
+    ),
+    "read-only": ("SET SESSION TRANSACTION READ ONLY", "SELECT @@tx_read_only"),
+}
+
+
+@pytest.mark.parametrize("what", LEFT)
+@pytest.mark.parametrize("ends", ["commit", "rollback"])
+def test_the_next_session_finds_nothing_of_what_one_left(wired: Any, what: str, ends: str) -> None:
+    work, _ = wired
+    leave, look = LEFT[what]
+    before = work.unit("SELECT CONNECTION_ID()")
+    if ends == "commit":
+        work.unit(leave)
+    else:
+        work.fails(leave)
+    assert not work.unit(look)
+    assert work.unit("SELECT CONNECTION_ID()") != before
+
+
+def test_who_left_nothing_keeps_the_connection(wired: Any) -> None:
+    work, wire = wired
+    before = work.unit("SELECT CONNECTION_ID()")
+    for options in ({}, {"isolation_level": "SERIALIZABLE"}, {"read_only": True}, {}):
+        assert work.unit("SELECT 'SET x = 1'", **options) == "SET x = 1"
+    assert work.unit("SELECT CONNECTION_ID()") == before
+    wire.commands.clear()
+    assert work.unit(FORTY_TWO) == 42
+    assert wire.commands == [FORTY_TWO, "COMMIT"]
+
+
 def test_a_session_sends_its_statements_and_commit(wired: Any) -> None:
     """The server begins by itself, and no ROLLBACK follows a COMMIT."""
     work, wire = wired
@@ -728,3 +769,41 @@ def test_a_reader_streams(mysql_url: str, side: str) -> None:
         work.runner.run(main())
     assert len(backends(mysql_url)) == 1
     work.close()
+
+
+# -- the server's deadlines --------------------------------------------------------------------
+
+SHOW = "SELECT CONCAT_WS(' ', @@idle_transaction_timeout, @@max_statement_time)"
+
+
+def notes_of(error: BaseException) -> str:
+    return "\n".join(getattr(error, "__notes__", ()))
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_the_server_keeps_deadlines(mariadb: MariaServer, mysql_database: str, side: str) -> None:
+    work = Work(mariadb.url(mysql_database), side, lock_timeout=7)
+    assert work.unit(SHOW) == "60 0.000000"
+    assert work.unit("SELECT @@innodb_lock_wait_timeout") == 7
+    with pytest.raises(DBAPIError) as caught:
+        work.unit("SELECT SLEEP(20) FROM information_schema.tables", statement_timeout=0.2)
+    assert "the statement ran for 0.2 s (statement_timeout=0.2 of this session)" in notes_of(
+        caught.value
+    )
+    assert work.unit(SHOW) == "60 0.000000"
+    work.close()
+
+
+def test_who_is_idle_in_a_transaction_for_too_long_is_ended(
+    mariadb: MariaServer, mysql_database: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    mariadb.execute("CREATE TABLE item (value int)", mysql_database)
+    with Database(mariadb.url(mysql_database), idle_in_transaction_timeout=1) as database:
+        with pytest.raises(DBAPIError) as caught, database.session() as db:
+            db.execute(text(FORTY_TWO))
+            time.sleep(2.5)
+            db.execute(text(ONE))
+        assert "DB_IDLE_IN_TRANSACTION_TIMEOUT=1" in notes_of(caught.value)
+        assert "held by the session of thread MainThread" in caplog.text
+        with database.session() as db:
+            assert db.scalar(text(ONE)) == 1
