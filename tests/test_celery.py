@@ -58,7 +58,7 @@ class Watch:
         with psycopg.connect(
             self._url.render_as_string(hide_password=False), autocommit=True
         ) as raw:
-            while not self._over.wait(0.002):
+            while not self._over.wait(0.01):
                 row = raw.execute(
                     f"SELECT count(*) FROM pg_stat_activity WHERE application_name = '{WORKER}'"
                 ).fetchone()
