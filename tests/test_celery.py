@@ -118,7 +118,7 @@ def results_of(app: Celery, jobs: list[Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    "count", [120, pytest.param(1_000, marks=[pytest.mark.soak, pytest.mark.timeout(600)])]
+    "count", [60, pytest.param(1_000, marks=[pytest.mark.soak, pytest.mark.timeout(600)])]
 )
 def test_a_worker_with_four_children_one_of_which_is_killed(
     app: Celery, folder: Path, url: str, count: int
