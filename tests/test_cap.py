@@ -1043,7 +1043,7 @@ def test_check_behind_a_full_pool_has_a_place_as_well(driver_url: str, watch: Wa
         async with manager.reader() as db:
             await db.execute(text("SELECT 1"))
             assert (await manager.check()).seconds > 0
-            assert await asyncio.to_thread(manager.sync.check) > 0
+            assert (await asyncio.to_thread(manager.sync.check)).seconds > 0
             async with manager.session() as another:
                 await another.execute(text("SELECT 1"))
                 with pytest.raises(PoolExhausted):

@@ -23,7 +23,13 @@ from sqlalchemy import URL, make_url
 from tls import TLSProxy
 
 from engineroom import CheckResult, Database, DatabaseSessionManager
-from engineroom.errors import CredentialsFailed, InvalidOption, InvalidURL, NotInitialized
+from engineroom.errors import (
+    ConnectTimeout,
+    CredentialsFailed,
+    InvalidOption,
+    InvalidURL,
+    NotInitialized,
+)
 from engineroom.testing import PostgresServer, postgres
 
 LONG = 60.0  # seconds; for what takes one or two
@@ -188,7 +194,7 @@ def test_a_name_that_does_not_resolve_is_waited_for(
     ask: Ask, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "engineroom")
-    with pytest.raises(CANNOT_CONNECT) as caught:
+    with pytest.raises((*CANNOT_CONNECT, ConnectTimeout)) as caught:  # the last try may be cut off
         ask("postgresql://u:secret-4711@no-such-host.invalid/d", 0.6)
     note = told(caught.value)
     assert "no-such-host.invalid" in note
@@ -303,7 +309,7 @@ def test_prismas_parameter_leads_to_the_setting() -> None:
 SCRIPT = """
 from engineroom import Database
 try:
-    Database("postgresql+psycopg://u@no-such-host.invalid/d").check(wait=0.3)
+    Database("postgresql+psycopg://u@no-such-host.invalid/d").check(wait=3)
 except Exception:
     pass
 """

@@ -167,6 +167,7 @@ class Wait:
         self._tries = 0
         self._doubts = 0  # how often in turn it did not look as if it would pass
         self._told: tuple[str, float] = ("", -math.inf)
+        self._known = NO_CONNECT  # what was found last: a try that is cut off finds nothing new
 
     @property
     def left(self) -> float:
@@ -205,8 +206,10 @@ class Wait:
 
     def _diagnose(self, error: Exception) -> Diagnosis | None:
         if isinstance(error, ConnectTimeout):
-            return NO_CONNECT
-        return self._room.backend.diagnose(getattr(error, "orig", None) or error)
+            return self._known
+        why = self._room.backend.diagnose(getattr(error, "orig", None) or error)
+        self._known = why or NO_CONNECT
+        return why
 
     def _tell(self, why: Diagnosis) -> None:
         """Say why one waits: at once, when that changes, and now and then."""
