@@ -59,7 +59,7 @@ class Plan:
     """How much is spent on counting, and on measuring CPU."""
 
     warm_up: int
-    """Units before all else: every connection open, every statement prepared, every cache filled."""
+    """Units before all else: connections open, statements prepared, caches filled."""
     counted: int
     """Units whose round trips and Python calls are counted."""
     rounds: int

@@ -67,7 +67,7 @@ def anyio_backend() -> tuple[str, dict[str, Any]]:
 
 
 def in_memory() -> Path | None:
-    """Return where a server's files lie in memory: a database is made in 10 ms there, not in 130."""
+    """Return a folder in memory: a database is made in 10 ms there, not in 130."""
     folder = Path("/dev/shm")
     if os.access(folder, os.W_OK) and shutil.disk_usage(folder).free > ROOM:
         return folder
