@@ -1,4 +1,7 @@
-"""Examples in the docs and the README run as tests, and a skip that nobody expected fails CI."""
+"""Examples in the docs and the README run as tests, and a skip that nobody expected fails CI.
+
+The files that take longest begin first.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,13 @@ EXPECTED_SKIPS: dict[str, str] = {
     "tests/test_plugin.py::test_the_projects_migrations_make_the_tables[pyproject.toml": TOML,
     "tests/test_tls.py::test_channels": "needs a PostgreSQL of the system: ours have no TLS",
 }
+
+# They take longest. A worker has whole files, and one that came late would be waited for.
+LONG_FIRST = [
+    *("test_celery", "test_plugin", "test_close", "test_fork", "test_starters", "test_shop"),
+    *("test_cap", "test_strikes", "test_pooler", "test_loops", "test_servers", "test_web_load"),
+    *("test_preload", "test_docs", "test_clones", "test_bench", "test_memory", "test_sqlite"),
+]
 
 _unexpected: list[str] = []
 _collected: list[pytest.Item] = []
@@ -79,8 +89,15 @@ def pytest_make_collect_report(
     return report
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config.option, "loadscopereorder"):  # xdist's: the files with most tests first
+        config.option.loadscopereorder = False
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: number for number, name in enumerate(LONG_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
     _collected[:] = items
 
 

@@ -42,7 +42,6 @@ from rich.table import Table
 from engineroom.testing import PostgresServer, WireProxy, postgres
 
 LATEST = Path(__file__).parent / "results" / "latest.json"
-WARM_UP = 100  # units: every connection open, every statement prepared, every cache filled
 CHALLENGERS = [name for name in ASYNC if name != BASELINE]
 COUNTED = {
     "round_trips": "Round trips per unit of work",
@@ -57,8 +56,12 @@ SIDES: tuple[tuple[Side, str], ...] = (
 
 @dataclass(frozen=True)
 class Plan:
-    """How much CPU is spent on measuring CPU."""
+    """How much is spent on counting, and on measuring CPU."""
 
+    warm_up: int
+    """Units before all else: connections open, statements prepared, caches filled."""
+    counted: int
+    """Units whose round trips and Python calls are counted."""
     rounds: int
     """Each with new processes: where a process's memory happens to lie makes a percent or two."""
     pairs: int
@@ -72,6 +75,8 @@ class Plan:
 
 
 FULL = Plan(
+    warm_up=100,
+    counted=100,
     rounds=3,
     pairs=30,
     slices=8,
@@ -85,7 +90,16 @@ FULL = Plan(
         ("sync", "psycopg", 1),
     ),
 )
-QUICK = replace(FULL, rounds=1, pairs=3, places=(("asyncio", "asyncpg", 1), ("sync", "psycopg", 1)))
+QUICK = replace(
+    FULL,
+    warm_up=20,
+    counted=20,
+    rounds=1,
+    pairs=2,
+    slices=2,
+    units=10,
+    places=(("asyncio", "asyncpg", 1), ("sync", "psycopg", 1)),
+)
 
 
 @dataclass(frozen=True)
@@ -130,24 +144,24 @@ def units_of_work() -> Iterator[tuple[Side, str, Name, Work]]:
                     yield side, driver, name, work
 
 
-def round_trips(server: PostgresServer) -> Iterator[Count]:
+def round_trips(server: PostgresServer, plan: Plan) -> Iterator[Count]:
     """Count what passes between a contender and the server, once its connections are in use."""
-    units = 100
+    units = plan.counted
     with WireProxy(server.host, server.port) as proxy:
         for side, driver, name, work in units_of_work():
             with contender(name, proxy.url(server.url(driver=driver)), side) as one:
-                one.do(work, WARM_UP)
+                one.do(work, plan.warm_up)
                 proxy.reset()
                 one.do(work, units)
                 yield Count(side, driver, work, name, proxy.round_trips / units)
 
 
-def python_calls(server: PostgresServer) -> Iterator[Count]:
+def python_calls(server: PostgresServer, plan: Plan) -> Iterator[Count]:
     """Count the calls of Python functions, resumed generators and coroutines included."""
-    units = 100
+    units = plan.counted
     for side, driver, name, work in units_of_work():
         with contender(name, server.url(driver=driver), side) as one:
-            one.do(work, WARM_UP)
+            one.do(work, plan.warm_up)
             once, twice = calls_of(one, work, units), calls_of(one, work, 2 * units)
             # The difference: without what it costs to begin and to end.
             yield Count(side, driver, work, name, (twice - once) / units)
@@ -178,7 +192,7 @@ def cpu(server: PostgresServer, plan: Plan) -> Iterator[Cost]:
         own: dict[Name, list[float]] = {name: [] for name in ASYNC}
         ratios: dict[Name, list[float]] = {name: [] for name in ASYNC}
         label = f"{side}, {driver}, {concurrency} at once"
-        start = partial(Sampler, server.url(driver=driver), side, plan.units, concurrency)
+        start = partial(Sampler, server.url(driver=driver), side, plan, concurrency)
         for pairs in shares(plan.pairs, plan.rounds):
             with ExitStack() as stack:
                 samplers = {name: stack.enter_context(start(name)) for name in ASYNC}
@@ -225,10 +239,10 @@ class Sampler:
     cost up to a tenth more beside the others than alone.
     """
 
-    def __init__(self, url: str, side: Side, units: int, concurrency: int, name: Name) -> None:
+    def __init__(self, url: str, side: Side, plan: Plan, concurrency: int, name: Name) -> None:
         spawn = multiprocessing.get_context("spawn")
         self._pipe, theirs = spawn.Pipe()
-        arguments = (theirs, url, side, units, concurrency, name)
+        arguments = (theirs, url, side, plan, concurrency, name)
         self._process = spawn.Process(target=serve_slices, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
@@ -251,7 +265,7 @@ def serve_slices(
     pipe: Connection[float, None],
     url: str,
     side: Side,
-    units: int,
+    plan: Plan,
     concurrency: int,
     name: Name,
 ) -> None:
@@ -263,7 +277,7 @@ def serve_slices(
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
     with contender(name, url, side) as one, suppress(EOFError):
-        one.do("get", WARM_UP, concurrency)
+        one.do("get", plan.warm_up, concurrency)
         gc.collect()
         gc.freeze()
         gc.disable()
@@ -271,9 +285,9 @@ def serve_slices(
             pipe.recv()
             one.do("get", 10, concurrency)  # connections that rested are asked whether they live
             start = time.process_time_ns()
-            one.do("get", units, concurrency)
+            one.do("get", plan.units, concurrency)
             gc.collect()
-            pipe.send((time.process_time_ns() - start) / 1_000 / units)
+            pipe.send((time.process_time_ns() - start) / 1_000 / plan.units)
 
 
 # --- Telling. -------------------------------------------------------------------------------------
@@ -386,8 +400,8 @@ def main() -> None:
     with postgres(version=18) as server:
         fill(server.url(driver="psycopg"))
         measurements: dict[str, Callable[[], Iterator[Count | Cost]]] = {
-            "round_trips": lambda: round_trips(server),
-            "python_calls": lambda: python_calls(server),
+            "round_trips": lambda: round_trips(server, plan),
+            "python_calls": lambda: python_calls(server, plan),
             "cpu": lambda: cpu(server, plan),
         }
         results = circumstances(server)

@@ -25,11 +25,13 @@ def make_app(folder: Path, results: str) -> Celery:
             "data_folder_in": str(folder / "queue"),
             "data_folder_out": str(folder / "queue"),
             "control_folder": str(folder / "control"),
+            "polling_interval": 0.05,  # not a second
         },
         broker_connection_retry_on_startup=True,
         result_extended=True,
         task_acks_late=True,
         task_reject_on_worker_lost=True,
+        worker_lost_wait=1.0,  # seconds; a killed child's job is taken up again after ten otherwise
         worker_prefetch_multiplier=4,
         worker_hijack_root_logger=False,
     )

@@ -51,6 +51,19 @@ CHILD_DEADLINE = 20  # seconds for a forked child
 LOOPS = ["asyncio", "uvloop"]
 ASYNC_DRIVERS = ["asyncpg", "psycopg", "aiosqlite"]
 SYNC_DRIVERS = ["psycopg", "psycopg2", "sqlite"]
+PRELOADED = [  # by the process from which scenarios are forked
+    "asyncmy",
+    "engineroom.backends.mysql",
+    "engineroom.backends.postgresql",
+    "engineroom.backends.sqlite",
+    "engineroom.testing",
+    "psycopg2",
+    "sqlalchemy.dialects.postgresql.asyncpg",
+    "sqlalchemy.dialects.sqlite.aiosqlite",
+    "aiosqlite",
+    "asyncpg",
+    "uvloop",
+]
 
 
 def sample(names: str, first: list[tuple[str, str]], *axes: list[str]) -> pytest.MarkDecorator:
@@ -201,7 +214,7 @@ def is_alive(group: int) -> bool:
 
 def serve() -> None:
     """Stand at the other end of a `Nursery`; in each fork, return when its scenario has run."""
-    for module in ("aiosqlite", "asyncmy", "asyncpg", "psycopg2", "uvloop"):
+    for module in PRELOADED:
         importlib.import_module(module)
     asked = socket.socket(fileno=os.dup(0))
     while True:
@@ -211,6 +224,8 @@ def serve() -> None:
         place, call = (
             asked.recv(int.from_bytes(size), socket.MSG_WAITALL) for size in (sizes[:4], sizes[4:])
         )
+        with suppress(Exception):  # the scenario's process will say it
+            importlib.import_module(json.loads(call)[0])
         pid = os.fork()
         if pid == 0:
             os.setsid()

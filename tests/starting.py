@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import json
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import traceback
+import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
+from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from scenario import is_postgres, run
+from scenario import is_postgres, run, until
 from sqlalchemy import (
     CheckConstraint,
     Column,
@@ -100,47 +101,58 @@ def create_on(side: str, url: str, **options: Any) -> None:
     asyncio.run(main())
 
 
+FORKS = multiprocessing.get_context("forkserver")
+PRELOADED = ["aiosqlite", "alembic.config", "asyncpg", "engineroom.alembic", "psycopg", "pytest"]
+FORKS.set_forkserver_preload(PRELOADED)
+
+
 class Starter:
-    """A process that runs a function of a test's module, once it is told to begin."""
+    """A process that runs a function of a test's module, once it is told to begin.
+
+    It is forked from one that has imported what is large.
+    """
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
-        call = json.dumps([function.__module__, function.__name__, arguments])
-        self.process = subprocess.Popen(
-            [
-                *(sys.executable, "-W", "error"),
-                "-c",
-                f"import sys; sys.path.insert(0, {str(HERE)!r}); import starting; starting.main()",
-                call,
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        self._folder = TemporaryDirectory()
+        self._out, self._err = (Path(self._folder.name, name) for name in ("out", "err"))
+        begin, self._begin = FORKS.Pipe(duplex=False)
+        call = (function.__module__, function.__name__, arguments)
+        place = (str(self._out), str(self._err), str(Path.cwd()), dict(os.environ))
+        self.process = FORKS.Process(target=main, args=(begin, place, call), daemon=True)
+        self.process.start()
+        begin.close()
 
     def says(self, word: str) -> None:
         """Wait until it says this."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.strip() == word:
-                return
-        raise AssertionError(f"{word!r} was not said: {self.ended()}")
+
+        def said() -> bool:
+            return self._out.exists() and word in self._out.read_text().splitlines()
+
+        until(lambda: said() or not self.process.is_alive(), bool, DEADLINE)
+        assert said(), f"{word!r} was not said: {self.ended()}"
 
     def begin(self) -> None:
         """Let it begin; it has imported what it needs."""
-        assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
+        self._begin.send(None)
 
     def kill(self) -> None:
         """End it as the kernel does where memory is short."""
         self.process.kill()
-        self.process.wait()
+        self.process.join()
 
     def ended(self) -> tuple[int, str, str]:
         """Wait for its end, and return its exit code, what it said and what it complained about."""
-        out, err = self.process.communicate(timeout=DEADLINE)
-        return self.process.returncode, out, err
+        self.process.join(DEADLINE)
+        code = self.process.exitcode
+        assert code is not None, "it has not ended"
+        return code, self._out.read_text(), self._err.read_text()
+
+    def close(self) -> None:
+        """End it if need be, and leave nothing of it."""
+        self.kill()
+        self.process.close()
+        self._begin.close()
+        self._folder.cleanup()
 
 
 def together(
@@ -162,8 +174,8 @@ def fork_crowd(
 ) -> list[list[Any]]:
     """Fork, let them begin, and collect."""
     function = getattr(importlib.import_module(module), name)
-    for driver in ("aiosqlite", "asyncpg", "psycopg"):
-        importlib.import_module(driver)
+    for needed in PRELOADED:
+        importlib.import_module(needed)
     begin, hold = os.pipe()
     with TemporaryDirectory() as folder:
         files = [(Path(folder, f"out{n}"), Path(folder, f"err{n}")) for n in range(count)]
@@ -213,22 +225,27 @@ def starters(count: int, function: Callable[..., Any], *arguments: Any) -> Itera
         yield crowd
     finally:
         for starter in crowd:
-            starter.kill()
-            for stream in (starter.process.stdin, starter.process.stdout, starter.process.stderr):
-                if stream is not None:
-                    try:
-                        stream.close()
-                    except BrokenPipeError:
-                        pass
+            starter.close()
 
 
-def main() -> None:
+def main(
+    begin: Connection,
+    place: tuple[str, str, str, dict[str, str]],
+    call: tuple[str, str, tuple[Any, ...]],
+) -> None:
     """Stand at the other end."""
-    module, name, arguments = json.loads(sys.argv[1])
-    function = getattr(importlib.import_module(module), name)
+    out, err, folder, environment = place
+    for number, file in enumerate((out, err), 1):
+        os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    warnings.simplefilter("error")
     signal.alarm(DEADLINE)
+    module, name, arguments = call
+    function = getattr(importlib.import_module(module), name)
     print(READY, flush=True)
-    sys.stdin.readline()
+    begin.recv()
     function(*arguments)
 
 

@@ -841,7 +841,7 @@ def return_to(cap: Cap, over: threading.Event, held: Any) -> None:
 
 @pytest.mark.parametrize("what", ["gives way", "waits", "returns", "hands over"])
 @pytest.mark.parametrize(
-    "every", [23, pytest.param(1, marks=[pytest.mark.soak, pytest.mark.timeout(1200)])]
+    "every", [47, pytest.param(1, marks=[pytest.mark.soak, pytest.mark.timeout(1200)])]
 )
 def test_ctrl_c_at_a_line_costs_no_place(sqlite_url: str, every: int, what: str) -> None:
     assert run(struck_at_each_line, sqlite_url, every, what, deadline=1000) > 50

@@ -58,7 +58,7 @@ class Watch:
         with psycopg.connect(
             self._url.render_as_string(hide_password=False), autocommit=True
         ) as raw:
-            while not self._over.wait(0.002):
+            while not self._over.wait(0.01):
                 row = raw.execute(
                     f"SELECT count(*) FROM pg_stat_activity WHERE application_name = '{WORKER}'"
                 ).fetchone()
@@ -118,7 +118,7 @@ def results_of(app: Celery, jobs: list[Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    "count", [120, pytest.param(1_000, marks=[pytest.mark.soak, pytest.mark.timeout(600)])]
+    "count", [60, pytest.param(1_000, marks=[pytest.mark.soak, pytest.mark.timeout(600)])]
 )
 def test_a_worker_with_four_children_one_of_which_is_killed(
     app: Celery, folder: Path, url: str, count: int

@@ -309,7 +309,8 @@ def test_other_failures_of_a_connect_ask_nobody_again(driver: str, vault: Vault)
     assert vault.asked == 1
 
 
-ROTATIONS, TASKS = 20, 20
+TASKS = 20
+rotations = pytest.mark.parametrize("rotations", [5, pytest.param(20, marks=pytest.mark.soak)])
 
 
 def renew(engine: Engine) -> None:
@@ -318,7 +319,10 @@ def renew(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
-def test_twenty_rotations_under_twenty_tasks_fail_no_unit(driver: str, vault: Vault) -> None:
+@rotations
+def test_rotations_under_twenty_tasks_fail_no_unit(
+    rotations: int, driver: str, vault: Vault
+) -> None:
     url = vault.url().replace("postgresql:", f"postgresql+{driver}:")
     manager = DatabaseSessionManager().init(url, password=vault.apassword, pool_size=TASKS)
     failed, over, units = list[BaseException](), asyncio.Event(), [0] * TASKS
@@ -336,7 +340,7 @@ def test_twenty_rotations_under_twenty_tasks_fail_no_unit(driver: str, vault: Va
 
     async def main() -> None:
         tasks = [asyncio.create_task(work(number)) for number in range(TASKS)]
-        for _ in range(ROTATIONS):
+        for _ in range(rotations):
             await asyncio.to_thread(vault.rotate)
             before = list(units)
             # Each has met it, and none meets two of them in one connect.
@@ -348,11 +352,14 @@ def test_twenty_rotations_under_twenty_tasks_fail_no_unit(driver: str, vault: Va
 
     asyncio.run(main())
     assert failed == []
-    assert vault.asked > ROTATIONS * TASKS
+    assert vault.asked > rotations * TASKS
 
 
 @pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
-def test_twenty_rotations_under_twenty_threads_fail_no_unit(driver: str, vault: Vault) -> None:
+@rotations
+def test_rotations_under_twenty_threads_fail_no_unit(
+    rotations: int, driver: str, vault: Vault
+) -> None:
     url = vault.url().replace("postgresql:", f"postgresql+{driver}:")
     failed, over, units = list[BaseException](), threading.Event(), [0] * TASKS
 
@@ -371,7 +378,7 @@ def test_twenty_rotations_under_twenty_threads_fail_no_unit(driver: str, vault: 
             for number in range(TASKS):
                 threads.submit(work, number)
             try:
-                for _ in range(ROTATIONS):
+                for _ in range(rotations):
                     vault.rotate()
                     before = list(units)
                     while not all(
@@ -381,7 +388,7 @@ def test_twenty_rotations_under_twenty_threads_fail_no_unit(driver: str, vault: 
             finally:
                 over.set()
     assert failed == []
-    assert vault.asked > ROTATIONS * TASKS
+    assert vault.asked > rotations * TASKS
 
 
 # --- cost -----------------------------------------------------------------------------------------

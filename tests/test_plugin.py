@@ -586,7 +586,14 @@ MANY = """
 
 
 @pytest.mark.timeout(300)  # it starts nine processes, on whatever machine this is
-@pytest.mark.parametrize(("where", "workers"), [("throwaway", 8), ("environment", 3)])
+@pytest.mark.parametrize(
+    ("where", "workers"),
+    [
+        ("throwaway", 3),
+        ("environment", 3),
+        pytest.param("throwaway", 8, marks=pytest.mark.soak),
+    ],
+)
 def test_of_a_killed_worker_nothing_is_left(
     where: str, workers: int, run: Run, pg18: PostgresServer, eventually: Callable[..., None]
 ) -> None:

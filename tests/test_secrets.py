@@ -48,6 +48,9 @@ def printed(error: BaseException) -> str:
         locals_hide_dunder=False,
         locals_hide_sunder=False,
     )
+    for stack in trace.trace.stacks:
+        for frame in stack.frames:  # rich would colour the whole file of each, for seconds
+            frame.filename = f"<{frame.filename}>"
     console.print(trace)
     plain = "".join(
         traceback.TracebackException.from_exception(error, capture_locals=True).format()

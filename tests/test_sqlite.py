@@ -27,7 +27,7 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 from engineroom import Database, DatabaseSessionManager
 from engineroom.errors import SessionInUse
 
-EACH = [100, pytest.param(500, marks=pytest.mark.soak)]
+EACH = [25, *(pytest.param(each, marks=pytest.mark.soak) for each in (100, 500))]
 
 
 class Part(Model):

@@ -111,7 +111,7 @@ def test_one_is_killed_while_it_holds_the_lock_and_the_others_go_on(place: str) 
         for starter in crowd:
             starter.begin()
         time.sleep(0.5)  # they may ask already; whether they do changes nothing that is asserted
-        assert [starter.process.poll() for starter in crowd] == [None] * 4
+        assert [starter.process.exitcode for starter in crowd] == [None] * 4
         holder.kill()
         ends = [starter.ended() for starter in crowd]
     assert [(code, err) for code, _, err in ends if code] == []
@@ -206,7 +206,7 @@ def test_one_is_killed_in_a_migration_and_the_others_go_on(place: str, tmp_path:
             for starter in crowd:
                 starter.begin()
             time.sleep(0.5)
-            assert [starter.process.poll() for starter in crowd] == [None] * 4
+            assert [starter.process.exitcode for starter in crowd] == [None] * 4
             holder.kill()
             ends = [starter.ended() for starter in crowd]
     assert [(code, err) for code, _, err in ends if code] == []
