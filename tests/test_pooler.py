@@ -159,7 +159,7 @@ def wire(pgbouncer: PgBouncer) -> Iterator[WireProxy]:
 ONE = text("SELECT CAST(:n AS int)")
 # A unit with one statement, and with three: trips of each, by scope and driver.
 TRIPS = {
-    ("session", "psycopg"): (3, 5),
+    ("session", "psycopg"): (4, 6),  # one tells the guards, which asyncpg sends with BEGIN
     ("session", "asyncpg"): (4, 8),
     ("reader", "psycopg"): (3, 9),
     ("reader", "asyncpg"): (4, 12),
@@ -169,7 +169,7 @@ TRIPS = {
 @pytest.mark.anyio
 @pytest.mark.parametrize("verb", ["session", "reader"])
 async def test_trips(url: str, wire: WireProxy, driver: str, verb: str) -> None:
-    """As many as without a pooler, but for asyncpg's second one, and a reader's transaction."""
+    """As many as without a pooler, but for asyncpg's second, guards and a reader's transaction."""
     options: Any = {"pooler": "transaction", "pool_ping_after": 60}
     async with DatabaseSessionManager().init(wire.url(url), **options) as manager:
         seen = []
@@ -183,17 +183,20 @@ async def test_trips(url: str, wire: WireProxy, driver: str, verb: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["psycopg", "psycopg2"])
+@pytest.mark.parametrize("guards", ["with", "without"])
 def test_trips_of_the_synchronous_side(
-    pgbouncer: PgBouncer, database: str, wire: WireProxy, kind: str
+    pgbouncer: PgBouncer, database: str, wire: WireProxy, kind: str, guards: str
 ) -> None:
     where = wire.url(pgbouncer.url(database, kind))
-    with Database(where, pooler="transaction", pool_ping_after=60) as door:
+    options: Any = {"idle_in_transaction_timeout": 0} if guards == "without" else {}
+    with Database(where, pooler="transaction", pool_ping_after=60, **options) as door:
         for verb in (door.session, door.reader):
             for _ in range(10):  # at the sixth time, psycopg would prepare it
                 before = wire.round_trips
                 with verb() as session:
                     assert session.scalar(ONE, {"n": 7}) == 7
-            assert wire.round_trips - before == 3
+            guarded = verb == door.session and guards == "with"
+            assert wire.round_trips - before == 3 + guarded
 
 
 @pytest.mark.anyio
@@ -349,9 +352,30 @@ def test_a_migration_that_leaves_the_transaction_is_told_where_to_run(
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("verb", ["session", "reader"])
+async def test_an_undeclared_pooler_that_refuses_names_the_setting(url: str, verb: str) -> None:
+    async with DatabaseSessionManager().init(url) as manager:
+        with pytest.raises(CANNOT_CONNECT) as caught:
+            async with getattr(manager, verb)() as session:
+                await session.execute(text("SELECT 1"))
+    original = getattr(caught.value, "orig", None)
+    links = (caught.value, original, getattr(original, "__cause__", None))
+    notes = "".join(note for link in links for note in getattr(link, "__notes__", []))
+    assert "DB_POOLER=transaction" in notes
+
+
+@pytest.fixture
+def tolerant(pg18: PostgresServer, database: str, driver: str) -> Iterator[str]:
+    """A pooler that takes what we say at connect, and does nothing with it."""
+    with PgBouncer(pg18, ignore_startup_parameters="options, extra_float_digits") as pooler:
+        yield pooler.url(database, driver)
+
+
+@pytest.mark.anyio
 async def test_an_undeclared_pooler_is_noticed_once(
-    url: str, caplog: pytest.LogCaptureFixture, database: str
+    tolerant: str, caplog: pytest.LogCaptureFixture, database: str
 ) -> None:
+    url = tolerant
     async with DatabaseSessionManager().init(url) as manager:
         for _ in range(3):
             async with manager.session() as one, manager.session() as other:
@@ -359,13 +383,6 @@ async def test_an_undeclared_pooler_is_noticed_once(
                 await other.execute(text("SELECT 1"))
         async with manager.session():
             pass
-        with pytest.raises(CANNOT_CONNECT) as caught:
-            async with manager.reader() as session:
-                await session.execute(text("SELECT 1"))
-    original = getattr(caught.value, "orig", None)
-    links = (caught.value, original, getattr(original, "__cause__", None))
-    notes = "".join(note for link in links for note in getattr(link, "__notes__", []))
-    assert "DB_POOLER=transaction" in notes
     told = [record.getMessage() for record in caplog.records if "pooler" in record.getMessage()]
     assert len(told) == 1
     assert "DB_POOLER=transaction" in told[0]
@@ -391,8 +408,8 @@ async def test_a_declared_pooler_or_none_is_no_news(
 
 
 @pytest.mark.anyio
-async def test_a_statement_that_is_not_there_says_that_it_may_be_a_pooler(url: str) -> None:
-    async with DatabaseSessionManager().init(url) as manager:
+async def test_a_statement_that_is_not_there_says_that_it_may_be_a_pooler(tolerant: str) -> None:
+    async with DatabaseSessionManager().init(tolerant) as manager:
         async with manager.session() as session:
             with pytest.raises(DBAPIError) as caught:
                 await session.execute(text("EXECUTE nothing"))
@@ -526,6 +543,42 @@ def test_close_ends_what_a_thread_runs(
     assert len(ended) == 1
     eventually(lambda: at_work() == [])
     eventually(lambda: pgbouncer.clients(database) == [])
+
+
+SHOWN = text("SELECT current_setting(:name)")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("mode", ["transaction", "session"])
+async def test_guards_go_by_transaction(url: str, mode: Any) -> None:
+    guards: Any = {"idle_in_transaction_timeout": 41, "lock_timeout": 2}
+    names = {"name": "idle_in_transaction_session_timeout"}
+    async with DatabaseSessionManager().init(url, pooler=mode, **guards) as manager:
+        for _ in range(3):
+            async with manager.session() as session:
+                assert await session.scalar(SHOWN, names) == "41s"
+                assert await session.scalar(SHOWN, {"name": "lock_timeout"}) == "2s"
+            async with manager.session(statement_timeout=3) as session:
+                assert await session.scalar(SHOWN, {"name": "statement_timeout"}) == "3s"
+                assert await session.scalar(SHOWN, names) == "41s"
+            async with manager.connect() as connection:
+                assert await connection.scalar(SHOWN, names) == "41s"
+                await connection.rollback()
+                assert await connection.scalar(SHOWN, names) == "41s"
+    async with DatabaseSessionManager().init(url, pooler=mode, idle_in_transaction_timeout=0) as it:
+        async with it.session() as session:
+            assert await session.scalar(SHOWN, names) == "0"
+
+
+@pytest.mark.anyio
+async def test_nothing_is_cleaned(url: str, wire: WireProxy) -> None:
+    """It would be a stranger's session of the server by then."""
+    options: Any = {"pooler": "transaction", "pool_clean_always": True}
+    async with DatabaseSessionManager().init(wire.url(url), **options) as manager:
+        async with manager.session() as session:
+            await session.execute(text("SET LOCAL search_path = public"))
+            await session.execute(text("DO $$ BEGIN END $$"))
+    assert [each for each in wire.statements if "RESET" in each or "DISCARD" in each] == []
 
 
 @pytest.mark.anyio

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from inspect import iscoroutinefunction
 from typing import Any
 
 from sqlalchemy.engine import Connection, Engine
@@ -53,9 +52,10 @@ class SessionPooled(PostgreSQL):
         transaction mode after all, it would have strangers write nothing.
         """
         self.tune(engine)
-        if role is Role.PRIMARY and self._guards:
+        guards = {name: seconds for name, seconds in self._guards.items() if seconds}
+        if role is Role.PRIMARY and guards:
             dialect: Any = engine.dialect
-            dialect.do_begin = _guarded(dialect.do_begin, for_transaction(self._guards))
+            dialect.do_begin = _guarded(dialect.do_begin, "; ".join(for_transaction(guards)))
         if role is Role.READER:
             engine.update_execution_options(**self.read_only_options())
             dialect = engine.dialect
@@ -199,20 +199,20 @@ def _alone(execute: Callable[..., None]) -> Callable[..., None]:
     """Wrap a way to execute, such that the transaction that it begins ends with it."""
 
     def executed(*call: Any) -> None:
-        connection = call[-1].root_connection.connection.dbapi_connection  # the last: its context
+        lent = call[-1].root_connection.connection  # the last: its context
         try:
             execute(*call)
         except Exception:
             with suppress(Exception):  # it may be lost
-                connection.rollback()
+                lent.dbapi_connection.rollback()
             raise
-        connection.commit()
+        lent.dbapi_connection.commit()  # another one, where the first was found dead
 
     return executed
 
 
-def _guarded(begin: Callable[[Any], None], guards: list[str]) -> Callable[[Any], None]:
-    """Wrap BEGIN, such that the server's deadlines travel with it."""
+def _guarded(begin: Callable[[Any], None], guards: str) -> Callable[[Any], None]:
+    """Wrap BEGIN, which asyncpg sends them with; the others need a round trip more."""
 
     def begun(connection: Any) -> None:
         begin(connection)
@@ -220,22 +220,10 @@ def _guarded(begin: Callable[[Any], None], guards: list[str]) -> Callable[[Any],
         if connection.dbapi_connection.autocommit:
             return
         if hasattr(driver, "get_server_pid"):
-            driver.with_begin = "; ".join(guards)
-        elif not hasattr(driver, "pipeline"):  # psycopg2
-            with driver.cursor() as cursor:
-                cursor.execute("; ".join(guards))
-        elif iscoroutinefunction(driver.execute):
-            await_only(_told_on_loop(driver, guards))
+            driver.with_begin = guards
         else:
-            with driver.pipeline():
-                for guard in guards:
-                    driver.execute(guard)
+            cursor = connection.cursor()
+            cursor.execute(guards)
+            cursor.close()
 
     return begun
-
-
-async def _told_on_loop(driver: Any, guards: list[str]) -> None:
-    """Send them with BEGIN, which psycopg would else wait for."""
-    async with driver.pipeline():
-        for guard in guards:
-            await driver.execute(guard)

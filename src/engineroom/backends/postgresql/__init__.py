@@ -195,7 +195,7 @@ class PostgreSQL:
             return driver.pgconn.transaction_status in AT_REST
         if hasattr(driver, "get_transaction_status"):  # psycopg2
             return driver.get_transaction_status() in AT_REST
-        return not (driver.is_in_transaction() or getattr(driver, "with_begin", ""))
+        return not (_has_begun(driver) or getattr(driver, "with_begin", ""))
 
     def ping(self, connection: PoolProxiedConnection, engine: Engine) -> None:
         """Ask the server in one round trip."""
@@ -213,7 +213,7 @@ class PostgreSQL:
         if adapted is None or driver is None or adapted.autocommit:
             return False
         if hasattr(driver, "get_server_pid"):  # asyncpg: as the server has said last
-            return not driver.is_in_transaction()
+            return _has_begun(driver) is False
         if hasattr(driver, "pgconn"):
             return query_of(cursor) is None
         return bool(driver.status == READY)
@@ -331,6 +331,14 @@ class PostgreSQL:
 
     def dispose(self) -> None:
         """There is nothing to remove."""
+
+
+def _has_begun(driver: Any) -> bool | None:
+    """Ask asyncpg whether a transaction is open; once it was terminated, it does not know."""
+    try:
+        return bool(driver.is_in_transaction())
+    except AttributeError:
+        return None
 
 
 def query_of(cursor: Any) -> Any:
