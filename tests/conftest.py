@@ -102,7 +102,7 @@ def pgbouncer(pg18: PostgresServer) -> Iterator[PgBouncer]:
 def mariadb() -> Iterator[MariaServer]:
     """MariaDB, as the system has it, one for the run."""
     if find_mariadbd() is None:
-        pytest.skip("there is no mariadbd here: as root, `apt-get install mariadb-server`")
+        pytest.skip("did not run: there is no mariadbd here. `make servers`, as root, installs it")
     with MariaServer() as server:
         SERVERS.append(server)
         yield server

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import random
 import threading
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 from scenario import Item
 from sqlalchemy import insert, select, text
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
 
 from engineroom import DatabaseSessionManager
 
@@ -64,6 +67,10 @@ class Load:
                 self.accounts.succeed(number)
             await asyncio.sleep(0.002)
 
+    async def stored(self) -> set[int]:
+        async with self.manager.session() as db:
+            return set(await db.scalars(select(Item.id)))
+
     def thread(self, _: int = 0) -> None:
         while not self.stop.is_set():
             number = next(self.numbers)
@@ -78,6 +85,50 @@ class Load:
                 self.accounts.succeed(number)
             time.sleep(0.002)
 
-    async def stored(self) -> set[int]:
-        async with self.manager.session() as db:
-            return set(await db.scalars(select(Item.id)))
+
+class WatchedLoad(Load):
+    """Notes of each unit that failed on which backend it was, and when it was lent that."""
+
+    def __init__(self, manager: DatabaseSessionManager) -> None:
+        super().__init__(manager)
+        self.lent: dict[int, tuple[int, float]] = {}
+
+    def unit(self, db: Session, number: int) -> None:
+        """Insert a row, and ask once more."""
+        began = time.monotonic()
+        raw = db.connection().connection
+        self.lent[number] = backend_of(raw.driver_connection), began
+        db.execute(insert(Item).values(id=number))
+        # It may be another one by now, if the first was dead before anything was done.
+        self.lent[number] = backend_of(raw.driver_connection), began
+        db.execute(text("SELECT 1"))
+
+    async def task(self) -> None:
+        while not self.stop.is_set():
+            number = next(self.numbers)
+            try:
+                async with self.manager.session() as db:
+                    await db.run_sync(self.unit, number)
+            except Exception as error:
+                self.accounts.fail(number, error)
+            else:
+                self.accounts.succeed(number)
+            await asyncio.sleep(random.uniform(0, 0.1))
+
+    def thread(self, _: int = 0) -> None:
+        while not self.stop.is_set():
+            number = next(self.numbers)
+            try:
+                with self.manager.sync_session() as db:
+                    self.unit(db, number)
+            except Exception as error:
+                self.accounts.fail(number, error)
+            else:
+                self.accounts.succeed(number)
+            time.sleep(random.uniform(0, 0.1))
+
+
+def backend_of(driver: Any) -> int:
+    if hasattr(driver, "get_server_pid"):  # asyncpg
+        return int(driver.get_server_pid())
+    return int(driver.info.backend_pid)

@@ -15,7 +15,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from nights import Load
+from nights import Load, WatchedLoad
 from scenario import Model, backends, run, server
 from sqlalchemy import event, text
 from sqlalchemy.engine import make_url
@@ -223,6 +223,71 @@ def test_who_was_never_there_is_not_waited_for() -> None:
     assert time.monotonic() - began < 10
 
 
+# -- backends that are killed ------------------------------------------------------------------
+
+
+def kill_at_random(url: str, side: str, seconds: float) -> dict[str, int]:
+    """Kill backends under 50 callers; an error is told only of what was in flight, and once."""
+    logging.getLogger("engineroom").setLevel(logging.CRITICAL)
+    killed: dict[int, float] = {}
+
+    def kill() -> None:
+        with server(url) as raw:
+            found = raw.execute(
+                "SELECT pid FROM pg_stat_activity WHERE application_name = 'shop' "
+                "ORDER BY random() LIMIT 1"
+            ).fetchone()
+            if found is None:
+                return
+            raw.execute("SELECT pg_terminate_backend(%s)", found)
+        while Path(f"/proc/{found[0]}").exists():
+            time.sleep(0.0005)
+        killed[found[0]] = time.monotonic()
+
+    async def main() -> dict[str, int]:
+        where = make_url(url).update_query_dict({"application_name": "shop"})
+        manager = DatabaseSessionManager().init(
+            where, metadata=Model.metadata, pool_size=50, max_overflow=0
+        )
+        await manager.create_all()
+        load = WatchedLoad(manager)
+        end = time.monotonic() + seconds
+
+        async def nights() -> None:
+            while time.monotonic() < end:
+                await asyncio.to_thread(kill)
+                await asyncio.sleep(random.uniform(0, 0.05))
+
+        await under_load(load, side, 50, nights)
+        failures = load.accounts.failed | load.accounts.unknown
+        backends_of = [load.lent[number][0] for number in failures]
+        assert sorted(set(backends_of)) == sorted(backends_of), "one death failed two units"
+        for number, error in failures.items():
+            backend, lent = load.lent[number]
+            assert backend in killed, (number, error)
+            assert killed[backend] > lent - 0.01, "it was gone before that was lent"
+        load.accounts.compare(await load.stored())
+        await manager.close()
+        done = len(load.accounts.done)
+        return {"killed": len(killed), "failed": len(failures), "done": done}
+
+    return asyncio.run(main())
+
+
+KILLING = [pytest.param(4, id="sample"), pytest.param(60, id="long", marks=pytest.mark.soak)]
+
+
+@pytest.mark.parametrize("seconds", KILLING)
+@every_side
+def test_who_is_killed_fails_what_was_in_flight_and_nothing_else(
+    pg18: PostgresServer, database: str, side: str, driver: str, seconds: int
+) -> None:
+    seen = run(kill_at_random, pg18.url(database, driver), side, seconds, deadline=seconds + 60)
+    print(seen)
+    assert seen["killed"] > 2 * seconds
+    assert seen["failed"] < seen["killed"]
+
+
 # -- long runs ---------------------------------------------------------------------------------
 
 
@@ -237,15 +302,16 @@ def state(url: str) -> dict[str, int]:
     }
 
 
-def soak(url: str, side: str, seconds: float) -> dict[str, Any]:
+def soak(side: str, driver: str, seconds: float) -> dict[str, Any]:
     """Let random nights fall on 50 callers, and compare the ledger, and what is left at the end."""
     logging.getLogger("engineroom").setLevel(logging.CRITICAL)
     dice = random.Random(16)
-    where = make_url(url)
     counts: dict[str, int] = {}
 
-    async def main() -> dict[str, Any]:
-        with WireProxy(where.host or "", where.port or 0) as proxy:
+    async def main(own: PostgresServer) -> dict[str, Any]:
+        database = own.create_database()
+        url = own.url(database, driver)
+        with WireProxy(own.host, own.port) as proxy:
             manager = DatabaseSessionManager().init(
                 proxy.url(url),
                 metadata=Model.metadata,
@@ -261,15 +327,20 @@ def soak(url: str, side: str, seconds: float) -> dict[str, Any]:
                     raw.execute(
                         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s"
                         " ORDER BY random() LIMIT 3",
-                        [where.database],
+                        [database],
                     )
 
-            def freeze() -> None:
+            def silence() -> None:
                 proxy.freeze()
                 time.sleep(dice.uniform(0.2, 2.5))
                 proxy.thaw()
 
-            faults = [kill, kill, kill, proxy.cut, freeze]
+            def stop() -> None:
+                own.freeze()
+                time.sleep(dice.uniform(0.2, 2.5))
+                own.thaw()
+
+            faults = [kill, kill, kill, proxy.cut, silence, stop, own.restart]
             end = time.monotonic() + seconds
             load = Load(manager)
             states: list[dict[str, int]] = []
@@ -304,19 +375,18 @@ def soak(url: str, side: str, seconds: float) -> dict[str, Any]:
                 "unknown": len(accounts.unknown),
             }
 
-    return asyncio.run(main())
+    with postgres(18) as own:
+        return asyncio.run(main(own))
 
 
-SECONDS = [pytest.param(4, id="sample"), pytest.param(300, id="long", marks=pytest.mark.soak)]
+SECONDS = [pytest.param(30, id="sample"), pytest.param(600, id="long", marks=pytest.mark.soak)]
 
 
 @pytest.mark.parametrize("seconds", SECONDS)
 @pytest.mark.parametrize(("side", "driver"), [("async", "asyncpg"), ("sync", "psycopg")])
-@pytest.mark.timeout(700)
-def test_random_nights_lose_nothing_and_leave_nothing(
-    pg18: PostgresServer, database: str, side: str, driver: str, seconds: int
-) -> None:
-    seen = run(soak, pg18.url(database, driver), side, seconds, deadline=seconds + 60)
+@pytest.mark.timeout(900)
+def test_random_nights_lose_nothing_and_leave_nothing(side: str, driver: str, seconds: int) -> None:
+    seen = run(soak, side, driver, seconds, deadline=seconds + 120)
     print(seen)
     assert (seen["lent"], seen["tasks"]) == (0, 1)
     first, last = seen["states"][0], seen["states"][-1]
