@@ -7,14 +7,10 @@ It does nothing where they are there, and starts none of them: the tests start t
 
 from __future__ import annotations
 
-import contextlib
-import os
-import platform
-import shutil
-import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
+
+from debian import Failed, install
 
 # Each package, and a program of it, by which it is known to be there.
 PACKAGES = {
@@ -22,14 +18,6 @@ PACKAGES = {
     "postgresql": ("/usr/lib/postgresql/*/bin/postgres",),
     "mariadb-server": ("/usr/sbin/mariadbd", "/usr/bin/mariadbd"),
 }
-# Throwaway machines are what it is installed on by itself: no time for a disk that may lose power.
-INSTALL = ("install", "--yes", "--no-install-recommends", "-o=Dpkg::Options::=--force-unsafe-io")
-POLICY = Path("/usr/sbin/policy-rc.d")  # Debian's packages ask it whether they may start a service
-NO_SERVICE = "#!/bin/sh\nexit 101\n"
-
-
-class Failed(Exception):
-    """What is missing cannot be installed, and why."""
 
 
 def missing() -> list[str]:
@@ -42,63 +30,11 @@ def is_there(program: str) -> bool:
     return any(Path("/").glob(program.lstrip("/")))
 
 
-def is_debian() -> bool:
-    """Whether this is Debian, or made of it."""
-    try:
-        system = platform.freedesktop_os_release()
-    except OSError:
-        return False
-    return "debian" in f"{system['ID']} {system.get('ID_LIKE', '')}".split()
-
-
-def install(packages: list[str]) -> None:
-    """Install Debian's packages."""
-    if not is_debian() or shutil.which("apt-get") is None:
-        raise Failed("by itself they are installed only on Debian, with apt-get")
-    if os.geteuid() != 0:
-        raise Failed("only root can install them")
-    print(f"· installing Debian's {', '.join(packages)}", file=sys.stderr, flush=True)
-    with no_services():
-        for words in (("update",), (*INSTALL, *packages)):
-            run("apt-get", "-qq", "-o=Acquire::Retries=3", *words)
-
-
-def run(*command: str) -> None:
-    """Run a command; what it says is shown only where it fails."""
-    done = subprocess.run(
-        command,
-        env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise Failed(f"{' '.join(command)} failed:\n{done.stdout.strip()}")
-
-
-@contextlib.contextmanager
-def no_services() -> Iterator[None]:
-    """Have no package start its service, nor a cluster of databases, while it is installed."""
-    kept = POLICY.with_name("policy-rc.d.engineroom")
-    if POLICY.exists() and not kept.exists():
-        POLICY.rename(kept)
-    POLICY.write_text(NO_SERVICE)
-    POLICY.chmod(0o755)
-    try:
-        yield
-    finally:
-        POLICY.unlink(missing_ok=True)
-        if kept.exists():
-            kept.rename(POLICY)
-
-
 def main() -> int:
     """Install what is missing, or say what has to be done by hand."""
     try:
         if packages := missing():
-            install(packages)
+            install(packages, derived=True)
         if packages := missing():
             raise Failed("they were installed, and are not where they are looked for")
     except Failed as reason:

@@ -20,7 +20,6 @@ from ..errors import InvalidOption, NotBehindPooler
 from . import POOLER, Role, Side
 from .postgresql import AdvisoryLock, PostgreSQL
 from .postgresql.settling import BREAK_OFF_LIMIT
-from .postgresql.sockets import shut
 
 # What asyncpg and SQLAlchemy's adapter of it, or psycopg, keep prepared: nothing, and no name.
 UNPREPARED: dict[str, dict[str, Any]] = {
@@ -70,13 +69,8 @@ class SessionPooled(PostgreSQL):
         Nobody could be asked to end the backends: their numbers, only the pooler knows.
         """
         for connection in connections:
-            driver: Any = connection.driver_connection
             with suppress(Exception):
-                if not hasattr(driver, "get_server_pid"):
-                    self._cancel(driver, is_abandoned)
-                    shut(int(driver.fileno()))
-                elif not is_abandoned:  # (asyncpg asks in its own loop only)
-                    await_only(self.break_off(driver))
+                self.stop(connection.driver_connection, is_abandoned)
 
     async def break_off(self, driver: Any) -> None:
         """End asyncpg's connection, once the pooler has taken its cancel request to the server.
@@ -88,10 +82,10 @@ class SessionPooled(PostgreSQL):
             await asyncio.wait(_asyncpg_cancelling(driver), timeout=BREAK_OFF_LIMIT)
             driver.terminate()
 
-    def _cancel(self, driver: Any, is_abandoned: bool) -> None:
+    def cancel(self, driver: Any, is_abandoned: bool) -> None:
         """Ask in a way that stops nobody else, where the driver has one."""
         if is_abandoned or not hasattr(driver, "cancel_safe"):
-            self.interrupt(driver)
+            super().cancel(driver, is_abandoned)
         elif asked := driver.cancel_safe(timeout=BREAK_OFF_LIMIT):  # of a loop
             await_only(asked)
 

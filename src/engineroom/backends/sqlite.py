@@ -27,7 +27,6 @@ from ..errors import BrokenReferences, InvalidPath, InvalidURL, SelfDeadlock
 from ..urls import masked
 from . import Diagnosis, Reached, Role, Side, choose_driver, refuse_unknown_driver
 
-BUSY = 5  # SQLite's own number, in the lower byte of an error's code
 DRIVERS = {Side.ASYNC: {"aiosqlite": "aiosqlite"}, Side.SYNC: {"pysqlite": "sqlite3"}}
 
 READ_ONLY = "engineroom_read_only"
@@ -41,8 +40,8 @@ SELECT t.name, f."from" FROM sqlite_master AS t JOIN pragma_foreign_key_list(t.n
 WHERE t.type = 'table' AND lower(f."table") = lower(?) AND lower(t.name) <> lower(?)
 """
 
-BUSY, SQLITE_READONLY = 5, 8  # of SQLite's result codes
-BUSY_SNAPSHOT = BUSY | 2 << 8  # an extended one: others have written meanwhile
+SQLITE_BUSY, SQLITE_READONLY = 5, 8  # of SQLite's result codes
+SQLITE_BUSY_SNAPSHOT = SQLITE_BUSY | 2 << 8  # an extended one: others have written meanwhile
 # Seconds between two tries for a lock, the last for all that follow. SQLite's own begin like this,
 # but go on to 0.1, with which a caller who waits through an event loop would come too late.
 PAUSES = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.025)
@@ -156,7 +155,7 @@ class SQLite:
         def waiting(cursor: Any, error: Any, context: Any) -> Any:
             """Return a cursor that waits, if this one met a lock where each statement is alone."""
             lent = context.root_connection.connection
-            if _code(error) != BUSY or not lent.info.get(WAITS_HERE):
+            if _code(error) != SQLITE_BUSY or not lent.info.get(WAITS_HERE):
                 raise error
             insist = partial(self._insist, lent.dbapi_connection, dialect)
             return SimpleNamespace(
@@ -226,7 +225,7 @@ class SQLite:
                 return attempt()
             except dialect.loaded_dbapi.OperationalError as error:
                 left = deadline - time.monotonic()
-                if _code(error) != BUSY or left <= 0:
+                if _code(error) != SQLITE_BUSY or left <= 0:
                     raise
             _sleep(connection, min(pause, left))
         return None
@@ -266,9 +265,9 @@ class SQLite:
 
     def diagnose(self, error: BaseException) -> Diagnosis | None:
         """What SQLite says of a file says all; a lock that another one holds passes."""
-        busy = getattr(error, "sqlite_errorcode", 0) & 0xFF == BUSY
         cure = "Wait, or raise DB_BUSY_TIMEOUT."
-        return Diagnosis(True, "another process holds the lock", cure) if busy else None
+        is_busy = _code(error) == SQLITE_BUSY
+        return Diagnosis(True, "another process holds the lock", cure) if is_busy else None
 
     def descriptor(self, driver: Any) -> int | None:
         """A file has no socket."""
@@ -446,8 +445,8 @@ class FileLock:
                 else:
                     cursor.execute(BEGIN_WRITE)
             except connection.dialect.loaded_dbapi.OperationalError as error:
-                is_stale = getattr(error, "sqlite_errorcode", 0) == BUSY_SNAPSHOT
-                if is_stale or _code(error) != BUSY:  # waiting makes no snapshot newer
+                is_stale = getattr(error, "sqlite_errorcode", 0) == SQLITE_BUSY_SNAPSHOT
+                if is_stale or _code(error) != SQLITE_BUSY:  # waiting makes no snapshot newer
                     raise
                 return False
             finally:

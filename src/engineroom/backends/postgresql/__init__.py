@@ -193,12 +193,19 @@ class PostgreSQL:
             logger.info("Backends are cancelled, for none could be asked to end them: %r", error)
             for driver in drivers:
                 with suppress(Exception):
-                    if hasattr(driver, "get_server_pid"):
-                        if not is_abandoned:  # (asyncpg asks in its own loop only)
-                            await_only(self.break_off(driver))
-                    else:
-                        self.interrupt(driver)
-                        shut(int(driver.fileno()))  # it ends as soon as it reads from there
+                    self.stop(driver, is_abandoned)
+
+    def stop(self, driver: Any, is_abandoned: bool) -> None:
+        """Stop what a connection runs, and close it, without another one that could end it."""
+        if not hasattr(driver, "get_server_pid"):
+            self.cancel(driver, is_abandoned)
+            shut(int(driver.fileno()))  # it ends as soon as it reads from there
+        elif not is_abandoned:  # (asyncpg asks in its own loop only)
+            await_only(self.break_off(driver))
+
+    def cancel(self, driver: Any, is_abandoned: bool) -> None:
+        """Send a cancel request."""
+        self.interrupt(driver)
 
     def interrupt(self, driver: Any) -> None:
         """Have the server cancel what runs; what has not arrived there yet is not."""

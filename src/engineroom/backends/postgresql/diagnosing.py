@@ -14,14 +14,13 @@ from itertools import cycle
 
 from .. import Diagnosis
 from .parameters import DEFAULT_PORT
-from .sqlstates import sqlstate
+from .sqlstates import PROTOCOL_VIOLATION, sqlstate
 
 LIMIT = 2.0  # seconds for a server to say something
 PROTOCOL = 196608  # 3.0
 STRANGER = b"user\0engineroom\0\0"  # it need not exist: a server that starts refuses everybody
 SHUTTING_DOWN = ("57P01", "57P02", "57P03")  # or starting up: cannot_connect_now
 FULL = ("53300",)  # too_many_connections
-POOLERS = ("08P01",)  # PgBouncer says it to everything
 # invalid_password; invalid_authorization_specification (of PAM, through which Amazon's tokens go)
 REFUSED = ("28P01", "28000")
 NO_DATABASE = ("3D000",)
@@ -63,14 +62,11 @@ BY_STATE: dict[str, Diagnosis] = {
         NO_DATABASE,
         Diagnosis(False, "the database does not exist", "Create it, or correct its name."),
     ),
-    **dict.fromkeys(
-        POOLERS,
-        Diagnosis(
-            True,
-            "a pooler such as PgBouncer refuses, and does not say in a code why",
-            "See its own words, and its log: a wrong password, a database that it does not know, "
-            "or a server behind it that is not there yet.",
-        ),
+    PROTOCOL_VIOLATION: Diagnosis(
+        True,
+        "a pooler such as PgBouncer refuses, and does not say in a code why",
+        "See its own words, and its log: a wrong password, a database that it does not know, "
+        "or a server behind it that is not there yet.",
     ),
 }
 
@@ -122,7 +118,7 @@ def _ask(parameters: Mapping[str, str]) -> Diagnosis:
         except OSError as error:
             found.append(_not_reached(error, f"{host}:{port}"))
         else:
-            if state in BY_STATE and BY_STATE[state].passes and state not in POOLERS:
+            if state in BY_STATE and BY_STATE[state].passes and state != PROTOCOL_VIOLATION:
                 found.append(BY_STATE[state])
     refused = Diagnosis(
         False,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+PROTOCOL_VIOLATION = "08P01"  # what PgBouncer says to all that it does not take
+
 
 def sqlstate(error: BaseException | None) -> str | None:
     """Return the code that the server gave an error of a driver, or of SQLAlchemy's adapter."""

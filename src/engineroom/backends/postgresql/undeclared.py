@@ -9,13 +9,12 @@ from typing import Any
 from sqlalchemy import event
 from sqlalchemy.engine import Engine, ExceptionContext
 
-from .sqlstates import sqlstate
+from .sqlstates import PROTOCOL_VIOLATION, sqlstate
 
 logger: logging.Logger = logging.getLogger("engineroom")
 
 LARGEST_PID = 2**22  # of a process, as Linux counts; elsewhere they are smaller. PgBouncer's are
 # made up, of 32 bits: one in a thousand passes for true.
-REFUSED = "08P01"  # protocol_violation, which is what PgBouncer says to all that it does not take
 # psycopg and psycopg2 know no SQLSTATE of a connection that was refused. PgBouncer's words are the
 # same in every language.
 SAID = "unsupported startup parameter"
@@ -46,7 +45,7 @@ def watch(engine: Engine, pid_of: Callable[[Any], int]) -> None:
         try:
             return connect(*args, **kw)
         except Exception as error:
-            if sqlstate(error) == REFUSED or SAID in str(error):
+            if sqlstate(error) == PROTOCOL_VIOLATION or SAID in str(error):
                 error.add_note(
                     "A pooler such as PgBouncer says this, which stands before the server and "
                     f"takes few startup parameters. {DECLARE}"
