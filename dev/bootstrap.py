@@ -10,6 +10,8 @@ Two processes see to that. The first stays in the process group of `make`, takes
 watches whether it lives. The second has a session of its own, out of reach of a kill of that group;
 it runs the work, and ends all of it when the first one's end of a pipe closes. On Linux both adopt
 what their descendants orphan (a server that made itself a daemon), so nothing gets out of sight.
+
+For root on Linux what the command writes to `.tmp` stays in memory, and is gone with the command.
 """
 
 from __future__ import annotations
@@ -82,6 +84,20 @@ def adopt_orphans() -> None:
     if LINUX:
         subreaper = 36  # PR_SET_CHILD_SUBREAPER
         ctypes.CDLL(None).prctl(subreaper, 1, 0, 0, 0)
+
+
+def keep_in_memory(folder: Path) -> None:
+    """Keep a folder's files in memory, where a database is made in a tenth of the time.
+
+    They are mounted in a namespace of our own: only we and our descendants see them, and they end
+    with the last of us, killed or not. Who may not mount anything works on the disk as before.
+    """
+    if not LINUX or os.geteuid() != 0:
+        return
+    libc = ctypes.CDLL(None)
+    apart, private = 0x20000, ctypes.c_ulong(0x44000)  # CLONE_NEWNS; MS_REC and MS_PRIVATE
+    if libc.unshare(apart) == 0 and libc.mount(b"none", b"/", None, private, None) == 0:
+        libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", ctypes.c_ulong(0), b"mode=755")
 
 
 def descendants() -> list[int]:
@@ -307,6 +323,7 @@ def work(pipe: int, temporary: Path, groups: Sequence[str], command: Sequence[st
     code = 1
     try:
         job.prepare(groups)
+        keep_in_memory(temporary)
         code = job.run([VENV / "bin" / command[0], *command[1:]])
         if left := list(leftovers()):
             say("the command ended but left running: " + "; ".join(left))
