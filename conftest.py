@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from traceback import format_exception
@@ -38,6 +39,10 @@ LONG_FIRST = [
     *("test_cap", "test_strikes", "test_pooler", "test_loops", "test_servers", "test_web_load"),
     *("test_preload", "test_docs", "test_clones", "test_bench", "test_memory", "test_sqlite"),
 ]
+
+# Beside SQLAlchemy, their versions are told.
+DRIVERS = ("aiosqlite", "asyncpg", "psycopg", "psycopg2-binary")
+FRAMEWORKS = ("alembic", "celery", "fastapi", "starlette", "flask", "litestar", "pydantic")
 
 _unexpected: list[str] = []
 _collected: list[pytest.Item] = []
@@ -87,6 +92,10 @@ def pytest_make_collect_report(
         collector.documents.clear()
         report.result = list(collector.collect())
     return report
+
+
+def pytest_report_header() -> str:
+    return ", ".join(f"{name} {version(name)}" for name in ("sqlalchemy", *DRIVERS, *FRAMEWORKS))
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -239,19 +239,19 @@ class Work:
             UNFINISHED.unlink()
 
     def usable(self) -> bool:
-        """Whether `.venv` is whole, stands where it was made, and has a Python that runs."""
+        """Whether `.venv` is whole, stands where it was made, and has our Python, which runs."""
         if UNFINISHED.exists() or not PYTHON.exists():
             return False
         pip = VENV / "bin" / "pip"
         if not pip.exists() or f"#!{VENV}/" not in pip.read_text():
             return False
-        test = f"import sys, pip; sys.exit(sys.version_info < {OLDEST})"
+        test = f"import sys, pip; sys.exit(sys.version != {sys.version!r})"
         return self.run([PYTHON, "-c", test], quiet=True) == 0
 
     def make_venv(self) -> None:
         """Make an empty `.venv` with a pip that knows dependency groups."""
         if VENV.exists():
-            say("removing a .venv that is half made or moved")
+            say("removing a .venv that is half made, moved or another Python's")
             old = Path(self.environment["TMPDIR"]) / "old-venv"
             VENV.rename(old)  # at once: a .venv is never half removed
             shutil.rmtree(old)
