@@ -271,7 +271,11 @@ class Work:
             )
 
 
-FOREIGN = {"PYTHONHOME", "PYTHONPATH", "PYTHONSTARTUP", "PIP_USER", "PIP_TARGET", "PIP_PREFIX"}
+# What would lead elsewhere, or have each process compile anew what it imports.
+FOREIGN = {
+    *("PYTHONHOME", "PYTHONPATH", "PYTHONSTARTUP", "PYTHONDONTWRITEBYTECODE"),
+    *("PIP_USER", "PIP_TARGET", "PIP_PREFIX"),
+}
 
 
 def pyproject() -> dict:  # type: ignore[type-arg]
