@@ -5,6 +5,7 @@ The files that take longest begin first.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Generator
 from importlib.metadata import version
@@ -116,6 +117,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     chosen = set(session.items)
     documents = {item.path for item in session.items if isinstance(item, SybilItem)}
     session.items[:] = [one for one in _collected if one in chosen or one.path in documents]
+    gc.collect()
+    gc.freeze()  # what was imported: a test that collects garbage need not go through all of it
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -220,7 +220,7 @@ class Work:
                 if self.waiter.wait(0.2):
                     raise Failed("stopped", 130)
             stamp = VENV / "stamps"
-            wanted = [f"{fingerprint()} {group}" for group in groups]
+            wanted = [f"{fingerprint()} {group}" for group in whole(groups)]
             if self.usable():
                 done = stamp.read_text().splitlines() if stamp.exists() else []
                 if set(wanted) <= set(done):
@@ -283,6 +283,14 @@ def pyproject() -> dict:  # type: ignore[type-arg]
     import tomllib  # not at the top: an old Python must get as far as our message
 
     return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def whole(groups: Sequence[str]) -> list[str]:
+    """Return the groups with those that they include."""
+    known, found = pyproject()["dependency-groups"], list(groups)
+    for group in found:  # it grows meanwhile
+        found += [each["include-group"] for each in known[group] if isinstance(each, dict)]
+    return found
 
 
 def fingerprint() -> str:
