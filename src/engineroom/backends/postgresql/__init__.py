@@ -195,7 +195,7 @@ class PostgreSQL:
             return driver.pgconn.transaction_status in AT_REST
         if hasattr(driver, "get_transaction_status"):  # psycopg2
             return driver.get_transaction_status() in AT_REST
-        return not (_has_begun(driver) or getattr(driver, "with_begin", ""))
+        return not (_has_begun(driver) or bool(getattr(driver, "with_begin", "")))
 
     def ping(self, connection: PoolProxiedConnection, engine: Engine) -> None:
         """Ask the server in one round trip."""
