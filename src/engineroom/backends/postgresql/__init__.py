@@ -35,6 +35,7 @@ from . import leavings, undeclared
 from .diagnosing import REFUSED, diagnose
 from .guards import at_start, for_transaction, struck
 from .looking import look
+from .parameters import ALIVE
 from .schema_lock import AdvisoryLock, stands_alone, without_literals
 from .settling import BREAK_OFF_LIMIT, settling_connection
 from .sockets import asyncpg_transport, descriptor_of, is_closed
@@ -68,7 +69,7 @@ class PostgreSQL:
 
     def __init__(self, url: URL, guards: Mapping[str, float] = NO_GUARDS) -> None:
         refuse_unknown_driver(url, DRIVERS)
-        parameters = resolve(url)
+        parameters = ALIVE | resolve(url)
         if uses_files(parameters):
             make_context(parameters)  # says now what cannot be read, for all drivers
         self._sealed = Sealed(parameters)
