@@ -17,7 +17,7 @@ demo:  ## the shop: 2,000 orders on a SQLite file, or on DATABASE_URL; SERVE=1: 
 	@$(ROOM) demo -- python -m examples.shop$(if $(SERVE),.service) $(ARGS)
 
 test:  ## all tests but the long ones, on SQLite and throwaway PostgreSQL 16 and 18 (ARGS="-k name")
-	@$(ROOM) demo tests -- python -m pytest --numprocesses 4 --dist loadfile $(ARGS)
+	@$(ROOM) demo tests -- python -m pytest --numprocesses 6 --dist loadfile $(ARGS)
 
 servers:  ## PgBouncer, PostgreSQL and MariaDB of Debian, for the tests that need them; as root
 	@$(ROOM) tests -- python dev/servers.py

@@ -92,7 +92,7 @@ def run_tests(session: nox.Session, sqlalchemy: str, *options: str) -> None:
     cache = f"cache_dir={session.create_tmp()}/pytest"
     pytest = ("python", "-m", "pytest", "-o", cache, *options, *session.posargs)
     try:
-        session.run(*pytest, "--numprocesses", "4", "--dist", "loadfile", env=environment)
+        session.run(*pytest, "--numprocesses", "6", "--dist", "loadfile", env=environment)
     except CommandFailed:  # as in .ci/run: what failed beside others runs once more alone
         session.run(
             *(*pytest, "--last-failed", "--last-failed-no-failures", "none"), env=environment

@@ -78,7 +78,7 @@ def stand_apart(pooled: Pooled, driver: str, queries: int) -> list[dict[str, Any
 def test_four_processes_share_three_connections_and_each_sees_its_own(
     pooled: Pooled, driver: str
 ) -> None:
-    told = stand_apart(pooled, driver, 500)
+    told = stand_apart(pooled, driver, 250)
     assert [each["errors"] for each in told] == [{}] * PROCESSES
 
 

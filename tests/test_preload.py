@@ -87,7 +87,7 @@ WORKERS = {
 
 
 @pytest.mark.parametrize(
-    "count", [200, pytest.param(2_000, marks=[pytest.mark.soak, pytest.mark.timeout(600)])]
+    "count", [100, pytest.param(2_000, marks=[pytest.mark.soak, pytest.mark.timeout(600)])]
 )
 @pytest.mark.parametrize("kind", WORKERS)
 def test_gunicorn_that_preloads(postgres_url: str, tmp_path: Path, kind: str, count: int) -> None:
