@@ -278,6 +278,7 @@ class Slots:
         """Give a permit back, and with it serve whoever waits longest."""
         # `clear()`, written out: every return passes here.
         permit.owner = permit.connection = permit.entry = permit.cursor = None
+        permit.failed_after = permit.statement_within = None
         permit.waited = permit.since = permit.statement_since = 0.0
         permit.statement, permit.options, permit.epitaph = "", NO_OPTIONS, ""
         permit.running = permit.is_reported = permit.is_interrupted = False
