@@ -264,7 +264,8 @@ def test_who_left_nothing_pays_at_most_two_calls(
         patch.setattr(leavings, "watch", lambda driver, note: None)
         unwatched = opened()
         unwatched.see("SELECT 1")
-    calls = [min(calls_of(door, 20) for _ in range(3)) / 20 for door in (watched, unwatched)]
+    # psycopg asks its socket once more, now and then, on a machine that has other things to do.
+    calls = [min(calls_of(door, 1) for _ in range(60)) for door in (watched, unwatched)]
     assert calls[0] - calls[1] <= 2
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 from scenario import in_threads
-from sqlalchemy import Column, Integer, MetaData, Table, select, text
+from sqlalchemy import Column, Integer, MetaData, String, Table, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, Session, mapped_column
@@ -48,7 +48,7 @@ class Thing(Base):
     __tablename__ = "misused_thing"
 
     id: Mapped[int] = mapped_column(primary_key=True)
-    name: Mapped[str]
+    name: Mapped[str] = mapped_column(String(50))
 
 
 def everything_said(error: BaseException) -> str:

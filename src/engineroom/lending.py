@@ -459,7 +459,7 @@ class Lender(QueuePool):
             self.clean_in_time(partial(self.backend.clean, record, berth.hooks), berth)
             berth.left = Leaving.NOTHING
         except BaseException as error:
-            record.invalidate()
+            self._drop(record)
             if not isinstance(error, Exception):
                 raise
             logger.info("A connection could not be cleaned and is closed: %r", error)
@@ -476,7 +476,7 @@ class Lender(QueuePool):
         except Exception as error:  # noqa: BLE001  # the server ends it, if later
             logger.info("What a returned connection does could not be ended: %r", error)
         finally:
-            record.invalidate()
+            self._drop(record)
 
     def _reclaim(self) -> None:
         """Take back the permits of connections that are gone and never came back.
@@ -556,6 +556,10 @@ class Lender(QueuePool):
     def _close(self, record: ConnectionPoolEntry) -> None:
         """Close a connection that came back."""
         record.close()
+
+    def _drop(self, record: ConnectionPoolEntry) -> None:
+        """Close a connection that came back and is good for nothing any more."""
+        record.invalidate()
 
     def _discard(self, connection: PoolProxiedConnection) -> None:
         """Close a connection that was lent, and free its place in the pool."""

@@ -271,6 +271,11 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
             )
             raise
 
+    def _drop(self, record: ConnectionPoolEntry) -> None:
+        # Its server may be silent, and asyncpg's own limit does not count what it waits for first.
+        with suppress(TimeoutError):
+            await_only(settle(greenlet_spawn(super()._drop, record), CLEAN_LIMIT))
+
     def _discard(self, connection: PoolProxiedConnection) -> None:
         await_only(settle(greenlet_spawn(super()._discard, connection)))
 

@@ -242,7 +242,7 @@ def test_closing_before_init_does_nothing() -> None:
 
 
 def test_the_modules_manager_is_not_open() -> None:
-    assert engineroom.session_manager.stats().state == "new"
+    assert engineroom.session_manager.stats().state in ("new", "closed")  # by another test
     assert isinstance(engineroom.session_manager, DatabaseSessionManager)
 
 
