@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from statistics import median
 from typing import Any
 
 import pytest
@@ -264,8 +265,8 @@ def test_who_left_nothing_pays_at_most_two_calls(
         patch.setattr(leavings, "watch", lambda driver, note: None)
         unwatched = opened()
         unwatched.see("SELECT 1")
-    # psycopg asks its socket once more, now and then, on a machine that has other things to do.
-    calls = [min(calls_of(door, 1) for _ in range(60)) for door in (watched, unwatched)]
+    # psycopg asks its socket once more or less, now and then, as the server answers.
+    calls = [median(calls_of(door, 1) for _ in range(60)) for door in (watched, unwatched)]
     assert calls[0] - calls[1] <= 2
 
 
