@@ -150,7 +150,7 @@ class Backend(Protocol):
         """Ask the server, in one round trip, whether the connection lives; raise if not."""
 
     def awaits_begin(self, connection: PoolProxiedConnection, cursor: Any) -> bool:
-        """Whether a statement has not been sent, for the BEGIN before it was not answered.
+        """Whether BEGIN has not been answered; after a failure: and the statement was never sent.
 
         Asked while it runs, and after it failed.
 
@@ -326,13 +326,18 @@ def find_backend(url: URL, settings: DatabaseSettings) -> Backend:
     if name == "postgresql" and settings.pooler is not None:
         from .pooled import SessionPooled, TransactionPooled
 
+        if settings.pipeline == "on":
+            raise InvalidOption(
+                f"pipeline='on' (DB_PIPELINE) cannot be had behind a pooler "
+                f"(pooler={settings.pooler!r}). Leave it out."
+            )
         return (SessionPooled if settings.pooler == "session" else TransactionPooled)(
             url, settings.guards
         )
     if name == "postgresql":
         from .postgresql import PostgreSQL
 
-        return PostgreSQL(url, settings.guards)
+        return PostgreSQL(url, settings.guards, settings.pipeline)
     if name == "sqlite":
         from .sqlite import SQLite
 

@@ -31,10 +31,11 @@ from .. import (
     refuse_unknown_driver,
 )
 from ..sockets import shut
-from . import leavings, undeclared
+from . import leavings, pipelining, undeclared
 from .diagnosing import REFUSED, diagnose
 from .guards import at_start, for_transaction, struck
 from .looking import look
+from .pipelining import Pipeline
 from .schema_lock import AdvisoryLock, stands_alone, without_literals
 from .settling import BREAK_OFF_LIMIT, settling_connection
 from .sockets import asyncpg_transport, descriptor_of, is_closed
@@ -66,13 +67,16 @@ class PostgreSQL:
     pooler: str | None = None
     """What stands before the server, as it was declared."""
 
-    def __init__(self, url: URL, guards: Mapping[str, float] = NO_GUARDS) -> None:
+    def __init__(
+        self, url: URL, guards: Mapping[str, float] = NO_GUARDS, pipeline: Pipeline = "off"
+    ) -> None:
         refuse_unknown_driver(url, DRIVERS)
         parameters = resolve(url)
         if uses_files(parameters):
             make_context(parameters)  # says now what cannot be read, for all drivers
         self._sealed = Sealed(parameters)
         self._guards = guards  # those that a session of the server begins with
+        self._pipeline = pipeline
         self._shown = masked(url)
         # Its parameters tell it apart from others; their secrets are with the password.
         self._url = url.set(password=parameters.get("password", url.password))
@@ -143,6 +147,8 @@ class PostgreSQL:
         """PostgreSQL behaves as it is; a pooler before it would not."""
         self.tune(engine)
         undeclared.watch(engine, _backend_pid)
+        if role is Role.PRIMARY:
+            pipelining.attach(engine, self._pipeline)
 
     def tune(self, engine: Engine) -> None:
         """Name what is connected to, and spare psycopg a rollback where nothing has begun."""
@@ -215,7 +221,7 @@ class PostgreSQL:
         if hasattr(driver, "get_server_pid"):  # asyncpg: as the server has said last
             return _has_begun(driver) is False
         if hasattr(driver, "pgconn"):
-            return query_of(cursor) is None
+            return query_of(cursor) is None or pipelining.is_beginning(cursor)
         return bool(driver.status == READY)
 
     def watch(self, driver: Any, note: Callable[[Leaving, Sent], None]) -> None:
