@@ -119,7 +119,7 @@ def roll_back(db: Session) -> None:
 @pytest.mark.parametrize(
     ("what", "work", "options", "told", "within"),
     [
-        ("BEGIN", ask, {}, "Nothing was committed", WITHIN),
+        ("BEGIN", ask, {}, "Nothing was done", WITHIN),
         ("SELECT 3", ask, {"statement_timeout": 0.1}, "DB_STATEMENT_TIMEOUT", 1.1),
         ("COMMIT", ask, {}, "Whether the transaction was committed is unknown", WITHIN),
         ("ROLLBACK", roll_back, {}, "", WITHIN),

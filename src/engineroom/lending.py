@@ -796,7 +796,7 @@ class Lender(QueuePool):
                 "make the work such that it may be done again."
             )
         elif self.backend.awaits_begin(connection, cursor):
-            what, outcome = "BEGIN", " Nothing was committed."
+            what, outcome = "BEGIN", " Nothing was done."
         else:
             what, setting = "a statement", "DB_STATEMENT_TIMEOUT"
             setting = setting if own is None else f"statement_timeout={own:g} of this session"

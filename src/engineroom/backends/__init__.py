@@ -150,7 +150,7 @@ class Backend(Protocol):
         """Ask the server, in one round trip, whether the connection lives; raise if not."""
 
     def awaits_begin(self, connection: PoolProxiedConnection, cursor: Any) -> bool:
-        """Whether BEGIN has not been answered; after a failure: and the statement was never sent.
+        """Whether a statement has not been sent, for the BEGIN before it was not answered.
 
         Asked while it runs, and after it failed.
 

@@ -35,7 +35,6 @@ from . import leavings, pipelining, undeclared
 from .diagnosing import REFUSED, diagnose
 from .guards import at_start, for_transaction, struck
 from .looking import look
-from .pipelining import Pipeline
 from .schema_lock import AdvisoryLock, stands_alone, without_literals
 from .settling import BREAK_OFF_LIMIT, settling_connection
 from .sockets import asyncpg_transport, descriptor_of, is_closed
@@ -68,7 +67,10 @@ class PostgreSQL:
     """What stands before the server, as it was declared."""
 
     def __init__(
-        self, url: URL, guards: Mapping[str, float] = NO_GUARDS, pipeline: Pipeline = "off"
+        self,
+        url: URL,
+        guards: Mapping[str, float] = NO_GUARDS,
+        pipeline: pipelining.Setting = "off",
     ) -> None:
         refuse_unknown_driver(url, DRIVERS)
         parameters = resolve(url)
@@ -221,7 +223,7 @@ class PostgreSQL:
         if hasattr(driver, "get_server_pid"):  # asyncpg: as the server has said last
             return _has_begun(driver) is False
         if hasattr(driver, "pgconn"):
-            return query_of(cursor) is None or pipelining.is_beginning(cursor)
+            return query_of(cursor) is None
         return bool(driver.status == READY)
 
     def watch(self, driver: Any, note: Callable[[Leaving, Sent], None]) -> None:

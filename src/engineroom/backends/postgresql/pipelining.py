@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from inspect import iscoroutinefunction
 from typing import Any, Literal
@@ -20,16 +20,17 @@ from sqlalchemy.engine import Engine
 
 from ...errors import InvalidOption
 
-Pipeline = Literal["auto", "on", "off"]
+Setting = Literal["auto", "on", "off"]
 
 # Seconds of a round trip from which on it pays. A pipeline costs the client 0.05 ms of CPU, what a
 # session costs is 0.4 ms: a trip of less than this is often a wait for the client's own CPU.
 FAR = 0.002
 LOOKS = 3  # transactions that begin in two trips, and slowly, before one does in one
 IDLE = 0  # libpq's PQTRANS_IDLE
+CONNECTED = 0  # and CONNECTION_OK
 
 
-def attach(engine: Engine, setting: Pipeline) -> None:
+def attach(engine: Engine, setting: Setting) -> None:
     """Have the connections of an engine begin so, where psycopg opens them.
 
     Raises:
@@ -82,12 +83,6 @@ class Course:
             self.pipelines = self._slow >= LOOKS
 
 
-def is_beginning(cursor: Any) -> bool:
-    """Whether a cursor of psycopg has sent BEGIN with its statement, and no answer has come."""
-    cursor = getattr(cursor, "_cursor", cursor)  # SQLAlchemy's adapter has it so
-    return getattr(cursor, "travels", False) and cursor.pgresult is None
-
-
 @cache
 def _beginning_cursor(base: Any, is_async: bool) -> Any:
     """Make a class of cursors that begin a transaction where none is open."""
@@ -98,12 +93,18 @@ def _beginning_cursor(base: Any, is_async: bool) -> Any:
             return base.execute(self, query, *arguments, **options)
         began = time.perf_counter()
         if driver.course.pipelines:
-            with _travelling(self) as failures, driver.pipeline() as pipeline:
+            with _pipeline_of(driver) as pipeline:
+                is_synchronized = False
                 try:
-                    _send_begin(self, driver, pipeline)
+                    _send_begin(driver, pipeline)
                     base.execute(self, query, *arguments, **options)
-                except BaseException as error:  # noqa: BLE001  # it is raised again
-                    failures.append(error)
+                    is_synchronized = True
+                    pipeline.sync()
+                except BaseException:
+                    if not is_synchronized or pipeline.result_queue:  # an error may come early
+                        with suppress(Exception):  # it may be lost
+                            pipeline.sync()
+                    raise
         else:
             base.execute(self, query, *arguments, **options)
         driver.course.learn(driver, time.perf_counter() - began)
@@ -115,20 +116,25 @@ def _beginning_cursor(base: Any, is_async: bool) -> Any:
             return await base.execute(self, query, *arguments, **options)
         began = time.perf_counter()
         if driver.course.pipelines:
-            with _travelling(self) as failures:
-                async with driver.pipeline() as pipeline:
-                    try:
-                        _send_begin(self, driver, pipeline)
-                        await base.execute(self, query, *arguments, **options)
-                    except BaseException as error:  # noqa: BLE001  # it is raised again
-                        failures.append(error)
+            with _pipeline_of(driver) as pipeline:
+                is_synchronized = False
+                try:
+                    _send_begin(driver, pipeline)
+                    await base.execute(self, query, *arguments, **options)
+                    is_synchronized = True
+                    await pipeline.sync()
+                except BaseException:
+                    if not is_synchronized or pipeline.result_queue:  # an error may come early
+                        with suppress(Exception):  # it may be lost
+                            await pipeline.sync()
+                    raise
         else:
             await base.execute(self, query, *arguments, **options)
         driver.course.learn(driver, time.perf_counter() - began)
         return self
 
     verb = execute_on_loop if is_async else execute
-    return type(base.__name__, (base,), {"execute": verb, "travels": False})
+    return type(base.__name__, (base,), {"execute": verb})
 
 
 def _may_begin(driver: Any, query: Any) -> bool:
@@ -144,35 +150,37 @@ def _may_begin(driver: Any, query: Any) -> bool:
 
 
 @contextmanager
-def _travelling(cursor: Any) -> Generator[list[BaseException]]:
-    """Mark a cursor while its BEGIN and its statement are on their way.
+def _pipeline_of(driver: Any) -> Generator[Any]:
+    """Have a connection in a pipeline, which the caller synchronizes.
 
-    What fails is kept until the pipeline has ended: psycopg would log what the end finds beside it.
+    `Connection.pipeline()` sends a Flush behind its Sync, and with that the server forgets that who
+    is in a transaction may be idle for so long only. So psycopg is told of the pipeline where it
+    looks for one, at `Connection._pipeline`. A test in `tests/test_private_names.py` fails when
+    that goes.
     """
-    failures: list[BaseException] = []
-    cursor.travels = True
+    from psycopg import AsyncPipeline, Pipeline
+
+    kind = AsyncPipeline if iscoroutinefunction(driver.rollback) else Pipeline
+    driver.pgconn.enter_pipeline_mode()
+    driver._pipeline = pipeline = kind(driver)
     try:
-        yield failures
-    except Exception:
-        if not failures:
-            raise
+        yield pipeline
     finally:
-        cursor.travels = False
-    if failures:
-        raise failures.pop()
+        driver._pipeline = None
+        if driver.pgconn.status == CONNECTED:
+            driver.pgconn.exit_pipeline_mode()
 
 
-def _send_begin(cursor: Any, driver: Any, pipeline: Any) -> None:
-    """Send BEGIN, to be answered at once; from then on psycopg sees no need for its own.
+def _send_begin(driver: Any, pipeline: Any) -> None:
+    """Send BEGIN; from then on psycopg sees no need for its own.
 
-    `Pipeline.result_queue` is in no documentation: there psycopg looks whom an answer is for. The
-    cursor has that of its statement next. A test in `tests/test_private_names.py` fails when it
-    goes.
+    `Pipeline.result_queue` is in no documentation: there psycopg looks whom an answer is for; None
+    stands for a command of which only an error matters. A test in `tests/test_private_names.py`
+    fails when it goes.
     """
     text = _begin_text(driver.isolation_level, driver.read_only, driver.deferrable)
     driver.pgconn.send_query_params(text, None)
-    driver.pgconn.send_flush_request()  # who waits for a silent server is to know what it owes
-    pipeline.result_queue.append((cursor, None))
+    pipeline.result_queue.append(None)
 
 
 @cache

@@ -68,7 +68,9 @@ def settling_connection() -> Any:
         def _is_at_work(self) -> bool:
             pgconn = self.pgconn
             pgconn.consume_input()
-            while pgconn.pipeline_status and pgconn.status == ConnStatus.OK and not pgconn.is_busy():
+            while (
+                pgconn.pipeline_status and pgconn.status == ConnStatus.OK and not pgconn.is_busy()
+            ):
                 result = pgconn.get_result()  # (None parts those of two commands)
                 if result is not None and result.status == ExecStatus.PIPELINE_SYNC:
                     return False
