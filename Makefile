@@ -7,7 +7,7 @@ ROOM := $(PYTHON) -B dev/bootstrap.py
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test servers soak browser bench docs lint types floors corners matrix clean
+.PHONY: help demo test servers soak browser bench docs lint types floors oldest corners matrix clean
 
 help:
 	@echo "make …"
@@ -17,7 +17,7 @@ demo:  ## the shop: 2,000 orders on a SQLite file, or on DATABASE_URL; SERVE=1: 
 	@$(ROOM) demo -- python -m examples.shop$(if $(SERVE),.service) $(ARGS)
 
 test:  ## all tests but the long ones, on SQLite and throwaway PostgreSQL 16 and 18 (ARGS="-k name")
-	@$(ROOM) demo tests -- python -m pytest --numprocesses 4 --dist loadfile $(ARGS)
+	@$(ROOM) demo tests -- python -m pytest --numprocesses 6 --dist loadfile $(ARGS)
 
 servers:  ## PgBouncer, PostgreSQL and MariaDB of Debian, for the tests that need them; as root
 	@$(ROOM) tests -- python dev/servers.py
@@ -46,7 +46,10 @@ types:  ## mypy strict, and pyright's completeness at 100 %
 floors:  ## the import contracts
 	@$(ROOM) lint -- lint-imports --no-cache --no-logo
 
-corners:  ## the built wheel: oldest Python with the oldest dependencies, newest with the newest
+oldest:  ## the built wheel: oldest Python with the oldest dependencies
+	@$(ROOM) nox -- nox --session oldest -- $(ARGS)
+
+corners:  ## the built wheel: that, and newest Python with the newest dependencies
 	@$(ROOM) nox -- nox --tags corners -- $(ARGS)
 
 matrix:  ## the built wheel: every Python of the machine × SQLAlchemy 2.0 and 2.1

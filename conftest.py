@@ -5,8 +5,10 @@ The files that take longest begin first.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Generator
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from traceback import format_exception
@@ -38,6 +40,10 @@ LONG_FIRST = [
     *("test_cap", "test_strikes", "test_pooler", "test_loops", "test_servers", "test_web_load"),
     *("test_preload", "test_docs", "test_clones", "test_bench", "test_memory", "test_sqlite"),
 ]
+
+# Beside SQLAlchemy, their versions are told.
+DRIVERS = ("aiosqlite", "asyncpg", "psycopg", "psycopg2-binary")
+FRAMEWORKS = ("alembic", "celery", "fastapi", "starlette", "flask", "litestar", "pydantic")
 
 _unexpected: list[str] = []
 _collected: list[pytest.Item] = []
@@ -89,6 +95,10 @@ def pytest_make_collect_report(
     return report
 
 
+def pytest_report_header() -> str:
+    return ", ".join(f"{name} {version(name)}" for name in ("sqlalchemy", *DRIVERS, *FRAMEWORKS))
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config.option, "loadscopereorder"):  # xdist's: the files with most tests first
         config.option.loadscopereorder = False
@@ -107,6 +117,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     chosen = set(session.items)
     documents = {item.path for item in session.items if isinstance(item, SybilItem)}
     session.items[:] = [one for one in _collected if one in chosen or one.path in documents]
+    gc.collect()
+    gc.freeze()  # what was imported: a test that collects garbage need not go through all of it
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -7,63 +7,31 @@ there. The column "2.1" is the newest of everything.
 import os
 import re
 import shutil
-import subprocess
+import sys
 from pathlib import Path
+from zipfile import ZipFile
 
 import nox
 from nox.command import CommandFailed
 
 ROOT = Path(__file__).parent
+sys.path.append(str(ROOT / "dev"))
+
+from pythons import pythons  # noqa: E402
+
+SOURCES = ROOT / "src"
 PROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 SQLALCHEMY = ["2.0", "2.1"]
-OLDEST_MINOR = 11
 
 nox.options.default_venv_backend = "virtualenv"
 nox.options.sessions = ["tests"]
 
 
-def answers(python: str, version: str) -> bool:
-    """Whether it is that Python and really runs: a shim may name one that is not there."""
-    code = "import sys; print('%d.%d' % sys.version_info[:2])"
-    try:
-        run = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
-    except OSError:
-        return False
-    return run.stdout.strip() == version
-
-
-def pyenv_folders() -> list[Path]:
-    """Return the folders of the Pythons that pyenv keeps, newest first."""
-    if root := os.environ.get("PYENV_ROOT"):
-        pass
-    elif pyenv := shutil.which("pyenv"):
-        root = subprocess.run([pyenv, "root"], capture_output=True, text=True, check=True).stdout
-    else:
-        return []
-    folders = Path(root.strip(), "versions").glob("3.*/bin")
-    return sorted(folders, key=lambda f: [int(n) for n in re.findall(r"\d+", f.parent.name)])[::-1]
-
-
-def pythons() -> list[str]:
-    """Return the versions that the machine has, oldest first, and put each where nox looks."""
-    kept = pyenv_folders()
-    found = []
-    for minor in range(OLDEST_MINOR, OLDEST_MINOR + 20):
-        version = f"3.{minor}"
-        name = f"python{version}"
-        on_path = shutil.which(name)
-        places = [Path(on_path)] if on_path else []
-        places += [folder / name for folder in kept]
-        for place in places:
-            if answers(str(place), version):
-                if shutil.which(name) != str(place):
-                    os.environ["PATH"] = f"{place.parent}{os.pathsep}{os.environ['PATH']}"
-                found.append(version)
-                break
-    return found
-
-
-PYTHONS = pythons()
+FOUND = pythons()
+PYTHONS = list(FOUND)
+for python in FOUND.values():
+    if shutil.which(python.name) != str(python):  # where nox looks
+        os.environ["PATH"] = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
 
 
 def floors() -> list[str]:
@@ -100,6 +68,12 @@ SLOW = (
 WITHOUT_SLOW = tuple(f"--ignore=tests/test_{name}.py" for name in SLOW)
 
 
+def packed(wheel: Path) -> set[str]:
+    """Return the names of the files in a wheel."""
+    with ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
 def run_tests(session: nox.Session, sqlalchemy: str, *options: str) -> None:
     """Build the wheel, install it with the dependencies of a column, and run the tests on it."""
     wheels = Path(session.create_tmp())
@@ -107,16 +81,22 @@ def run_tests(session: nox.Session, sqlalchemy: str, *options: str) -> None:
         old.unlink()
     session.run("python", "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(wheels), ".")
     (wheel,) = wheels.glob("*.whl")
+    files = {str(file.relative_to(SOURCES)) for file in SOURCES.rglob("*.*") if file.is_file()}
+    if missing := {name for name in files if "__pycache__" not in name} - packed(wheel):
+        session.error(f"not in the wheel: {', '.join(sorted(missing))}")
     extras = ",".join(PROJECT["project"]["optional-dependencies"])
     pins = floors() if sqlalchemy == "2.0" else ["sqlalchemy~=2.1.0"]
     groups = nox.project.dependency_groups(PROJECT, "tests")
     session.install(f"engineroom[{extras}] @ {wheel.resolve().as_uri()}", *groups, *pins)
+    environment = {"SQLALCHEMY": sqlalchemy}  # tests/test_house.py sees that it is that one
     cache = f"cache_dir={session.create_tmp()}/pytest"
     pytest = ("python", "-m", "pytest", "-o", cache, *options, *session.posargs)
     try:
-        session.run(*pytest, "--numprocesses", "4", "--dist", "loadfile")
+        session.run(*pytest, "--numprocesses", "6", "--dist", "loadfile", env=environment)
     except CommandFailed:  # as in .ci/run: what failed beside others runs once more alone
-        session.run(*pytest, "--last-failed", "--last-failed-no-failures", "none")
+        session.run(
+            *(*pytest, "--last-failed", "--last-failed-no-failures", "none"), env=environment
+        )
 
 
 @nox.session(python=PYTHONS)

@@ -10,6 +10,8 @@ Two processes see to that. The first stays in the process group of `make`, takes
 watches whether it lives. The second has a session of its own, out of reach of a kill of that group;
 it runs the work, and ends all of it when the first one's end of a pipe closes. On Linux both adopt
 what their descendants orphan (a server that made itself a daemon), so nothing gets out of sight.
+
+For root on Linux what the command writes to `.tmp` stays in memory, and is gone with the command.
 """
 
 from __future__ import annotations
@@ -82,6 +84,20 @@ def adopt_orphans() -> None:
     if LINUX:
         subreaper = 36  # PR_SET_CHILD_SUBREAPER
         ctypes.CDLL(None).prctl(subreaper, 1, 0, 0, 0)
+
+
+def keep_in_memory(folder: Path) -> None:
+    """Keep a folder's files in memory, where a database is made in a tenth of the time.
+
+    They are mounted in a namespace of our own: only we and our descendants see them, and they end
+    with the last of us, killed or not. Who may not mount anything works on the disk as before.
+    """
+    if not LINUX or os.geteuid() != 0:
+        return
+    libc = ctypes.CDLL(None)
+    apart, private = 0x20000, ctypes.c_ulong(0x44000)  # CLONE_NEWNS; MS_REC and MS_PRIVATE
+    if libc.unshare(apart) == 0 and libc.mount(b"none", b"/", None, private, None) == 0:
+        libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", ctypes.c_ulong(0), b"mode=755")
 
 
 def descendants() -> list[int]:
@@ -204,7 +220,7 @@ class Work:
                 if self.waiter.wait(0.2):
                     raise Failed("stopped", 130)
             stamp = VENV / "stamps"
-            wanted = [f"{fingerprint()} {group}" for group in groups]
+            wanted = [f"{fingerprint()} {group}" for group in whole(groups)]
             if self.usable():
                 done = stamp.read_text().splitlines() if stamp.exists() else []
                 if set(wanted) <= set(done):
@@ -223,19 +239,19 @@ class Work:
             UNFINISHED.unlink()
 
     def usable(self) -> bool:
-        """Whether `.venv` is whole, stands where it was made, and has a Python that runs."""
+        """Whether `.venv` is whole, stands where it was made, and has our Python, which runs."""
         if UNFINISHED.exists() or not PYTHON.exists():
             return False
         pip = VENV / "bin" / "pip"
         if not pip.exists() or f"#!{VENV}/" not in pip.read_text():
             return False
-        test = f"import sys, pip; sys.exit(sys.version_info < {OLDEST})"
+        test = f"import sys, pip; sys.exit(sys.version != {sys.version!r})"
         return self.run([PYTHON, "-c", test], quiet=True) == 0
 
     def make_venv(self) -> None:
         """Make an empty `.venv` with a pip that knows dependency groups."""
         if VENV.exists():
-            say("removing a .venv that is half made or moved")
+            say("removing a .venv that is half made, moved or another Python's")
             old = Path(self.environment["TMPDIR"]) / "old-venv"
             VENV.rename(old)  # at once: a .venv is never half removed
             shutil.rmtree(old)
@@ -255,7 +271,11 @@ class Work:
             )
 
 
-FOREIGN = {"PYTHONHOME", "PYTHONPATH", "PYTHONSTARTUP", "PIP_USER", "PIP_TARGET", "PIP_PREFIX"}
+# What would lead elsewhere, or have each process compile anew what it imports.
+FOREIGN = {
+    *("PYTHONHOME", "PYTHONPATH", "PYTHONSTARTUP", "PYTHONDONTWRITEBYTECODE"),
+    *("PIP_USER", "PIP_TARGET", "PIP_PREFIX"),
+}
 
 
 def pyproject() -> dict:  # type: ignore[type-arg]
@@ -263,6 +283,14 @@ def pyproject() -> dict:  # type: ignore[type-arg]
     import tomllib  # not at the top: an old Python must get as far as our message
 
     return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def whole(groups: Sequence[str]) -> list[str]:
+    """Return the groups with those that they include."""
+    known, found = pyproject()["dependency-groups"], list(groups)
+    for group in found:  # it grows meanwhile
+        found += [each["include-group"] for each in known[group] if isinstance(each, dict)]
+    return found
 
 
 def fingerprint() -> str:
@@ -307,6 +335,7 @@ def work(pipe: int, temporary: Path, groups: Sequence[str], command: Sequence[st
     code = 1
     try:
         job.prepare(groups)
+        keep_in_memory(temporary)
         code = job.run([VENV / "bin" / command[0], *command[1:]])
         if left := list(leftovers()):
             say("the command ended but left running: " + "; ".join(left))

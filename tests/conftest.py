@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import shutil
 import time
 from collections.abc import Awaitable, Callable, Generator, Iterator
 from pathlib import Path
@@ -21,7 +19,6 @@ if TYPE_CHECKING:
 
 collect_ignore = ["shop"]  # a suite of its own, which test_shop_suite.py runs
 
-ROOM = 4 << 30  # bytes, for the servers of all workers: more than they need
 DEADLINE = 20.0  # seconds; for what takes milliseconds on a machine that is not busy
 
 
@@ -67,18 +64,10 @@ def anyio_backend() -> tuple[str, dict[str, Any]]:
     return "asyncio", {"use_uvloop": False}
 
 
-def in_memory() -> Path | None:
-    """Return a folder in memory: a database is made in 10 ms there, not in 130."""
-    folder = Path("/dev/shm")
-    if os.access(folder, os.W_OK) and shutil.disk_usage(folder).free > ROOM:
-        return folder
-    return None
-
-
 @pytest.fixture(scope="session")
 def pg18() -> Iterator[PostgresServer]:
     """PostgreSQL 18, one for the run."""
-    with postgres(18, directory=in_memory()) as server:
+    with postgres(18) as server:
         SERVERS.append(server)
         yield server
 
@@ -86,7 +75,7 @@ def pg18() -> Iterator[PostgresServer]:
 @pytest.fixture(scope="session")
 def pg16() -> Iterator[PostgresServer]:
     """PostgreSQL 16, one for the run."""
-    with postgres(16, directory=in_memory()) as server:
+    with postgres(16) as server:
         SERVERS.append(server)
         yield server
 

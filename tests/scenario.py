@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import faulthandler
+import gc
 import importlib
 import itertools
 import json
@@ -216,6 +217,7 @@ def serve() -> None:
     """Stand at the other end of a `Nursery`; in each fork, return when its scenario has run."""
     for module in PRELOADED:
         importlib.import_module(module)
+    gc.collect()
     asked = socket.socket(fileno=os.dup(0))
     while True:
         sizes, files, _, _ = socket.recv_fds(asked, 8, 2)
@@ -226,6 +228,7 @@ def serve() -> None:
         )
         with suppress(Exception):  # the scenario's process will say it
             importlib.import_module(json.loads(call)[0])
+        gc.freeze()  # or the end of each fork goes through all this, and copies it for that
         pid = os.fork()
         if pid == 0:
             os.setsid()

@@ -12,7 +12,7 @@ import pytest
 
 CHECKOUT = Path(__file__).parent.parent
 
-# The first test waits for a whole run of the benchmark, beside three other workers.
+# The first test waits for a whole run of the benchmark, beside the other workers.
 pytestmark = pytest.mark.timeout(600)
 
 

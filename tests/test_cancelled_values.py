@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from sqlalchemy import select, text
+from sqlalchemy import String, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 
@@ -19,7 +19,7 @@ class Note(Base):
     __tablename__ = "cancelled_note"
 
     id: Mapped[int] = mapped_column(primary_key=True)
-    body: Mapped[str]
+    body: Mapped[str] = mapped_column(String(200))
 
 
 async def in_a_statement(db: AsyncSession) -> None:

@@ -120,7 +120,7 @@ def roll_back(db: Session) -> None:
     ("what", "work", "options", "told", "within"),
     [
         ("BEGIN", ask, {}, "Nothing was done", WITHIN),
-        ("SELECT 3", ask, {"statement_timeout": 0.1}, "DB_STATEMENT_TIMEOUT", 1.1),
+        ("SELECT 3", ask, {"statement_timeout": 0.1}, "DB_STATEMENT_TIMEOUT", 0.6),
         ("COMMIT", ask, {}, "Whether the transaction was committed is unknown", WITHIN),
         ("ROLLBACK", roll_back, {}, "", WITHIN),
     ],
@@ -167,6 +167,50 @@ def test_a_statement_may_take_its_time_where_nothing_else_was_said(
 
 
 @every_side
+def test_a_session_may_have_a_longer_one(
+    door: Callable[..., Door], pg18: PostgresServer, side: str, driver: str
+) -> None:
+    one = door(side, driver, statement_timeout=0.1)
+    slow = text("SELECT pg_sleep(1.5)")
+    if side == "sync":
+        with one.manager.sync_session(statement_timeout=5) as db:
+            db.execute(slow)
+    else:
+
+        async def main() -> None:
+            async with one.manager.session(statement_timeout=0) as db:
+                await db.execute(slow)
+
+        one.runner.run(main())
+    with pytest.raises(DBAPIError):
+        one.unit(lambda db: db.execute(slow))
+    one.unit(ask)
+
+
+@every_side
+def test_a_session_may_have_one_of_its_own(
+    door: Callable[..., Door], proxy: WireProxy, side: str, driver: str
+) -> None:
+    one = door(side, driver)
+    fault = proxy.freeze_before("SELECT 3")
+    began = time.monotonic()
+    with pytest.raises(DBAPIError) as caught:
+        if side == "sync":
+            with one.manager.sync_session(statement_timeout=0.1) as db:
+                ask(db)
+        else:
+
+            async def main() -> None:
+                async with one.manager.session(statement_timeout=0.1) as db:
+                    await db.run_sync(ask)
+
+            one.runner.run(main())
+    assert time.monotonic() - began < 0.6 + ROOM
+    assert fault.happened
+    assert "statement_timeout=0.1 of this session" in notes(caught.value)
+
+
+@every_side
 def test_a_commit_that_was_cut_off_is_told_as_unknown_once(
     door: Callable[..., Door], pg18: PostgresServer, proxy: WireProxy, side: str, driver: str
 ) -> None:
@@ -202,7 +246,7 @@ def test_a_stopped_server_holds_nobody(pg16: PostgresServer, side: str, driver: 
     nothing: Callable[[Session], object] = lambda db: None  # noqa: E731
     cases = {
         "BEGIN": (freezing(nothing, ask), WITHIN),
-        "statement": (freezing(ask, ask), 1.1),
+        "statement": (freezing(ask, ask), 0.6),
         "COMMIT": (freezing(ask, nothing), WITHIN),
         "ROLLBACK": (freezing(ask, Session.rollback), WITHIN),
     }

@@ -225,7 +225,11 @@ def test_migrations_and_create_all_hold(postgres_url: str) -> None:
     def hold(*_: Any, **__: Any) -> None:
         time.sleep(0.5)
 
-    with Database(postgres_url, idle_in_transaction_timeout=0.1, statement_timeout=5) as door:
+    @event.listens_for(metadata, "after_create")
+    def work(_: object, connection: Connection, **__: Any) -> None:
+        connection.execute(text("SELECT pg_sleep(1.2)"))
+
+    with Database(postgres_url, idle_in_transaction_timeout=0.1, statement_timeout=0.2) as door:
         door.create_all(metadata)
         with door.session() as db:
             assert db.scalar(text("SELECT count(*) FROM slow")) == 0

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -34,6 +36,11 @@ def modules_after(statement: str) -> set[str]:
     code = f"{statement}\nimport json, sys; print(json.dumps(list(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return set(json.loads(run.stdout))
+
+
+def test_sqlalchemy_is_of_the_column_that_is_tested() -> None:
+    """Of the newest, but where nox says otherwise."""
+    assert f"{version('sqlalchemy')}.".startswith(os.environ.get("SQLALCHEMY", "2.1") + ".")
 
 
 def test_exported_names_are_few_sorted_and_there() -> None:

@@ -356,14 +356,20 @@ def test_what_was_opened_together_does_not_go_together(
     pg18: PostgresServer, database: str, proxy: WireProxy, side: str, driver: str
 ) -> None:
     units = Units(proxy, pg18.url(database, driver), side, pool_recycle=1000)
-    first: Any = units.berth()
-    left = first.expires - time.monotonic()
-    assert 790 < left < 1000
+    lives = []
+    for _ in range(5):
+        first: Any = units.berth()
+        lives.append(first.expires - time.monotonic())
+        first.expires = time.monotonic()
+        units.unit()  # its holder keeps it to the end
+        units.unit()
+    assert 790 < min(lives) < max(lives) < 1000
+    assert max(lives) - min(lives) > 5
+    first = units.berth()
     first.expires = time.monotonic()
     proxy.reset()
     units.unit()  # its holder keeps it to the end
     assert proxy.connections == 0
     units.unit()
     assert proxy.connections == 1
-    assert abs(units.berth().expires - time.monotonic() - left) > 0.001
     units.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from starting import FIRST, SECOND, alembic, project, say, starters, together
 
 from engineroom import Database, DatabaseSessionManager, schema
+from engineroom.backends.mysql import MySQL
 from engineroom.errors import InvalidURL, SandboxError, SchemaLocked, TemplateUnusable
 from engineroom.testing import clones, sandbox
 
@@ -191,6 +193,38 @@ def test_who_left_nothing_keeps_the_connection(wired: Any) -> None:
     wire.commands.clear()
     assert work.unit(FORTY_TWO) == 42
     assert wire.commands == [FORTY_TWO, "COMMIT"]
+
+
+def test_the_kernel_asks_for_a_server_that_is_silent(wired: Any) -> None:
+    """A wire that was cut without a word is noticed in a minute, not in hours."""
+    work, _ = wired
+    seen: list[int] = []
+
+    def look(connection: Any) -> None:
+        driver = connection.connection.driver_connection
+        descriptor = MySQL(make_url("mysql://")).descriptor(driver)
+        assert descriptor is not None
+        with socket.fromfd(descriptor, socket.AF_INET, socket.SOCK_STREAM) as same:
+            seen.append(same.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
+            options = (
+                socket.TCP_KEEPIDLE,
+                socket.TCP_KEEPINTVL,
+                socket.TCP_KEEPCNT,
+                socket.TCP_USER_TIMEOUT,
+            )
+            seen.extend(same.getsockopt(socket.IPPROTO_TCP, option) for option in options)
+
+    if work.side == "sync":
+        with work.room.connect() as connection:
+            look(connection)
+    else:
+
+        async def main() -> None:
+            async with work.manager.connect() as connection:
+                await connection.run_sync(look)
+
+        work.runner.run(main())
+    assert seen == [1, 30, 10, 3, 60_000]
 
 
 def test_a_session_sends_its_statements_and_commit(wired: Any) -> None:
@@ -473,7 +507,7 @@ def test_a_holder_is_named_and_when_it_is_killed_the_next_goes_on(mysql_url: str
         holder.kill()
         create(1, mysql_url)
     with Database(mysql_url) as database:
-        assert inspect(database.engine).get_table_names() == ["item"]
+        assert "item" in inspect(database.engine).get_table_names()
 
 
 def name_in_docs(url: str) -> str:
@@ -609,7 +643,7 @@ def test_one_is_killed_in_a_migration_and_the_others_go_on(mysql_url: str, tmp_p
             for starter in crowd:
                 starter.begin()
             time.sleep(0.5)
-            assert [starter.process.poll() for starter in crowd] == [None] * 3
+            assert all(starter.process.is_alive() for starter in crowd)
             holder.kill()
             ends = [starter.ended() for starter in crowd]
     assert [(code, err) for code, _, err in ends if code] == []
@@ -701,12 +735,12 @@ def test_a_sandbox_is_a_database_of_its_own(
             work.unit("INSERT INTO item VALUES (2, 2)")
             work.unit("CREATE TABLE more (n int)")
             engine = work.manager.sync_engine  # whose dialect knows its database by name
-            assert inspect(engine).get_table_names() == ["item", "more"]
+            assert {"item", "more"} <= set(inspect(engine).get_table_names())
             assert work.unit("SELECT count(*) FROM item", "reader") == 2
             with work.manager.sync_session() as db:
                 assert db.scalar(text("SELECT count(*) FROM item")) == 2
         assert work.unit("SELECT count(*) FROM item") == 1
-    assert inspect(work.manager.sync_engine).get_table_names() == ["item"]
+    assert "more" not in inspect(work.manager.sync_engine).get_table_names()
     assert mariadb.execute("SHOW DATABASES LIKE 'engineroom%'") == ()
     work.close()
 

@@ -94,6 +94,17 @@ def try_socket_option(name: str, value: int) -> Callable[[Place], None]:
     return attempt
 
 
+def try_keepalives(place: Place) -> None:
+    assert place.look("", options_of) == {
+        "keepalives": 1,
+        "keepalives_idle": 30,
+        "keepalives_interval": 10,
+        "keepalives_count": 3,
+        "tcp_user_timeout": 60_000,
+    }
+    try_socket_option("keepalives", 0)(place)
+
+
 def try_sslmode(place: Place) -> None:  # the six of them: test_tls.py
     place.look_by_tls("sslmode=require")
     assert place.tls.seen[0].tls
@@ -207,7 +218,7 @@ TRIALS: dict[str, Callable[[Place], None]] = {
     "`application_name`, `fallback_application_name`": try_application_name,
     "`options`": try_options,
     "`target_session_attrs`": try_target,
-    "`keepalives`": try_socket_option("keepalives", 0),
+    "`keepalives`": try_keepalives,
     "`keepalives_idle`": try_socket_option("keepalives_idle", 71),
     "`keepalives_interval`": try_socket_option("keepalives_interval", 17),
     "`keepalives_count`": try_socket_option("keepalives_count", 7),

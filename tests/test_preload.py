@@ -53,13 +53,16 @@ def serving(url: str, log: Path, *command: str) -> Iterator[str]:
 def ask(address: str, count: int) -> list[Answer]:
     """Send so many requests, each over a connection of its own, so that all workers get some."""
 
+    # One client, for each loads certificates for 30 ms.
+    client = httpx.Client(timeout=60, headers={"Connection": "close"})
+
     def one(number: int) -> Answer:
-        answer = httpx.get(address, timeout=60, headers={"Connection": "close"})
+        answer = client.get(address)
         assert answer.status_code == 200, answer.text
         seen: Answer = answer.json()
         return seen
 
-    with ThreadPoolExecutor(CLIENTS) as clients:
+    with client, ThreadPoolExecutor(CLIENTS) as clients:
         return list(clients.map(one, range(count)))
 
 
@@ -84,7 +87,7 @@ WORKERS = {
 
 
 @pytest.mark.parametrize(
-    "count", [200, pytest.param(2_000, marks=[pytest.mark.soak, pytest.mark.timeout(600)])]
+    "count", [100, pytest.param(2_000, marks=[pytest.mark.soak, pytest.mark.timeout(600)])]
 )
 @pytest.mark.parametrize("kind", WORKERS)
 def test_gunicorn_that_preloads(postgres_url: str, tmp_path: Path, kind: str, count: int) -> None:

@@ -7,8 +7,9 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import ClassVar
 
 import pytest
 from hypothesis import settings
@@ -170,6 +171,45 @@ def test_giving_back_forgets_the_holder() -> None:
     assert slots.held == []
     changed = {name: getattr(permit, name) for name in Permit.__slots__}
     assert changed | {"statement_since": blank["statement_since"]} == blank
+
+
+class Told(Permit):
+    """A permit that is looked at while it changes hands, as another thread may."""
+
+    __slots__ = ("_since",)
+    looks: ClassVar[list[Callable[[], object]]] = []
+
+    @property
+    def since(self) -> float:  # type: ignore[override]
+        return self._since
+
+    @since.setter
+    def since(self, value: float) -> None:
+        self._since = value
+        for look in self.looks:
+            look()
+
+
+class ToldSlots(Slots):
+    permit_class = Told
+
+
+def test_who_is_just_granted_a_permit_does_not_wait_for_it() -> None:
+    """Another thread that asks in that moment was told of a deadlock."""
+    slots = ToldSlots(1)
+    permit = slots.take("first")
+    assert permit is not None
+    WAITING["second"] = ticket = slots.queue("second", lambda: None)
+    seen: list[list[Slots]] = []
+    Told.looks.append(lambda: seen.append(slots.deadlocked()))
+    try:
+        slots.give(permit)
+    finally:
+        del WAITING["second"]
+        Told.looks.clear()
+    assert ticket.granted is permit
+    assert len(seen) == 2  # as it was given, and as it was granted
+    assert seen == [[], []]
 
 
 @pytest.mark.parametrize("limit", [1, 7])

@@ -9,7 +9,7 @@ from typing import Protocol
 
 LOOK_EVERY = 0.25  # seconds between two looks at what runs
 LINGER = 1.0  # seconds that the thread stays though nothing is lent
-GRACE = 1.0  # seconds that the server has to keep its own `statement_timeout` before we do
+GRACE = 0.5  # seconds that the server has to keep its own `statement_timeout` before we do
 
 
 class Watched(Protocol):

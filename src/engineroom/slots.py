@@ -72,7 +72,7 @@ DISMISSED = Permit()  # stands in a ticket that was sent away
 class Ticket:
     """A place in the queue. Either it is granted a permit or its holder gives up: never both."""
 
-    __slots__ = ("_outcome", "_wake", "lender", "owner", "since", "slots")
+    __slots__ = ("_outcome", "_wake", "lender", "offered", "owner", "since", "slots")
 
     def __init__(
         self, slots: Slots, owner: object, wake: Callable[[], object], lender: object = None
@@ -80,6 +80,7 @@ class Ticket:
         self.slots: Slots = slots
         self.owner: object = owner
         self.lender: object = lender  # the pool that waits here
+        self.offered: Permit | None = None  # what it is just being granted
         self.since: float = time.monotonic()
         self._wake = wake
         self._outcome: dict[str, Permit | None] = {}  # what came first; `setdefault` is atomic
@@ -97,6 +98,7 @@ class Ticket:
     def grant(self, permit: Permit) -> bool:
         """Hand over a permit and wake the waiter; False if it has given up, or is no more."""
         try:
+            self.offered = permit
             permit.owner, permit.since = self.owner, time.monotonic()
             if self._outcome.setdefault("first", permit) is permit and self._is_woken():
                 return True
@@ -278,6 +280,7 @@ class Slots:
         """Give a permit back, and with it serve whoever waits longest."""
         # `clear()`, written out: every return passes here.
         permit.owner = permit.connection = permit.entry = permit.cursor = None
+        permit.failed_after = permit.statement_within = None
         permit.waited = permit.since = permit.statement_since = 0.0
         permit.statement, permit.options, permit.epitaph = "", NO_OPTIONS, ""
         permit.running = permit.is_reported = permit.is_interrupted = False
@@ -408,11 +411,12 @@ class Slots:
 def _awaited_by(permit: Permit) -> Iterator[Ticket]:
     """Yield what a holder waits for: its own ticket, and one that its event loop stands still for.
 
-    A ticket that was granted counts no more, nor one whose task is cancelled, though neither may
-    have run yet. And who took a connection without a scope, or may have handed his scope on, may do
-    something else by now, while somebody works with it; but not before it is connected.
+    A ticket that was granted counts no more, nor one that is just being granted this very permit,
+    nor one whose task is cancelled, though none of them may have run yet. And who took a connection
+    without a scope, or may have handed his scope on, may do something else by now, while somebody
+    works with it; but not before it is connected.
     """
-    permit = permit.lent
+    asked, permit = permit, permit.lent
     entry = None if permit.entry is None else permit.entry()
     if entry is None and permit.connection is None:
         owner = permit.owner
@@ -423,5 +427,7 @@ def _awaited_by(permit: Permit) -> Iterator[Ticket]:
     in_loop = hasattr(owner, "get_loop")
     for key in (owner, owner.get_loop() if in_loop else None):
         ticket = WAITING.get(key)
-        if ticket is not None and ticket.waits and not (in_loop and owner.cancelling()):
+        if ticket is None or not ticket.waits or ticket.offered is asked:
+            continue
+        if not (in_loop and owner.cancelling()):
             yield ticket

@@ -99,7 +99,7 @@ def test_check_says_what_the_database_is_and_how_it_was_reached(door: Any, url: 
         assert (found.address, found.skew) == (None, None)
         assert found.server == f"SQLite {sqlite3.sqlite_version}"
     else:
-        assert found.server.startswith("PostgreSQL ")
+        assert found.server.startswith(("PostgreSQL ", "MariaDB "))
         assert abs(found.skew) < 1  # one machine has one clock
     assert found.pools == door.stats().pools
     assert f"{found.server}, primary" in str(found)

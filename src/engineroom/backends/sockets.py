@@ -6,6 +6,31 @@ import ipaddress
 import os
 import socket
 
+# Seconds after which the kernel asks a peer that is silent whether it is there, between two times
+# that it asks, and how often; and those after which what it sent has to have arrived. A wire that
+# was cut without a word is noticed in a minute, not in hours; a server that works is not, however
+# long it does, for its kernel answers.
+KEEPALIVE_IDLE, KEEPALIVE_INTERVAL, KEEPALIVE_COUNT = 30, 10, 3
+ARRIVES_WITHIN = 60
+
+
+def keep_alive(descriptor: int | None) -> None:
+    """Have the kernel find out in time that the peer of a TCP connection is gone."""
+    if descriptor is None:
+        return
+    with duplicate(descriptor) as same:
+        if same.family == socket.AF_UNIX:
+            return
+        same.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, number in (
+            ("TCP_KEEPIDLE", KEEPALIVE_IDLE),
+            ("TCP_KEEPINTVL", KEEPALIVE_INTERVAL),
+            ("TCP_KEEPCNT", KEEPALIVE_COUNT),
+            ("TCP_USER_TIMEOUT", ARRIVES_WITHIN * 1000),
+        ):
+            if hasattr(socket, name):  # not every system has each
+                same.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), number)
+
 
 def duplicate(descriptor: int) -> socket.socket:
     """Return the same socket under another descriptor, which the caller closes."""

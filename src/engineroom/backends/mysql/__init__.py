@@ -29,7 +29,7 @@ from .. import (
     choose_driver,
     refuse_unknown_driver,
 )
-from ..sockets import shut
+from ..sockets import keep_alive, shut
 from .errnos import NO_SUCH_THREAD, REFUSED, errno
 from .guards import NAMES, NAMES_OF_MYSQL, at_start, is_mariadb, struck
 from .looking import diagnose, look
@@ -118,6 +118,7 @@ class MySQL:
             driver.another = lambda: dialect.connect(*args, **kw)
             if statement := at_start(self._guards, driver.get_server_info()):
                 send(opened, statement)
+            keep_alive(self.descriptor(driver))
             if not dialect.is_async:
                 _read_for_ever(driver, kw.get("read_timeout"))
             return opened

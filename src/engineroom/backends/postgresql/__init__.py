@@ -35,6 +35,7 @@ from . import leavings, pipelining, undeclared
 from .diagnosing import REFUSED, diagnose
 from .guards import at_start, for_transaction, struck
 from .looking import look
+from .parameters import ALIVE
 from .schema_lock import AdvisoryLock, stands_alone, without_literals
 from .settling import BREAK_OFF_LIMIT, settling_connection
 from .sockets import asyncpg_transport, descriptor_of, is_closed
@@ -73,7 +74,7 @@ class PostgreSQL:
         pipeline: pipelining.Setting = "off",
     ) -> None:
         refuse_unknown_driver(url, DRIVERS)
-        parameters = resolve(url)
+        parameters = ALIVE | resolve(url)
         if uses_files(parameters):
             make_context(parameters)  # says now what cannot be read, for all drivers
         self._sealed = Sealed(parameters)
@@ -203,7 +204,7 @@ class PostgreSQL:
             return driver.pgconn.transaction_status in AT_REST
         if hasattr(driver, "get_transaction_status"):  # psycopg2
             return driver.get_transaction_status() in AT_REST
-        return not (_has_begun(driver) or getattr(driver, "with_begin", ""))
+        return not (_has_begun(driver) or bool(getattr(driver, "with_begin", "")))
 
     def ping(self, connection: PoolProxiedConnection, engine: Engine) -> None:
         """Ask the server in one round trip."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ...errors import InvalidURL
+from ..sockets import ARRIVES_WITHIN, KEEPALIVE_COUNT, KEEPALIVE_IDLE, KEEPALIVE_INTERVAL
 
 SSLMODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 WISHES = ("disable", "prefer", "require")
@@ -16,6 +17,13 @@ FLAG = ("0", "1")
 HOST_AND_PORT = re.compile(r"[A-Za-z0-9.-]+:[0-9]+")
 NUMBER = re.compile(r"\s*[+-]?[0-9]+\s*")
 DEFAULT_PORT = 5432
+# Where nobody says otherwise; the server says nothing of it, and libpq's are the system's: hours.
+ALIVE = {
+    "keepalives_idle": str(KEEPALIVE_IDLE),
+    "keepalives_interval": str(KEEPALIVE_INTERVAL),
+    "keepalives_count": str(KEEPALIVE_COUNT),
+    "tcp_user_timeout": str(ARRIVES_WITHIN * 1000),  # milliseconds
+}
 SYSTEM = "system"  # of sslrootcert: the certificates that the machine trusts
 
 
