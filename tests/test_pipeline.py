@@ -1,4 +1,4 @@
-"""BEGIN travels with the first statement, by psycopg's pipeline: trips, errors, and when it does."""
+"""BEGIN travels with the first statement, by psycopg's pipeline: trips, errors, and when."""
 
 from __future__ import annotations
 

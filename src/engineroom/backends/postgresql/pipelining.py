@@ -2,16 +2,16 @@
 
 psycopg sends a BEGIN of its own before the first statement, and waits for its answer. Here a cursor
 puts both on the wire at once, and is back when both are answered: whoever uses it sees a result or
-an error as ever, and whatever else begins a transaction (`executemany`, `stream`, `copy`, a server's
-cursor, `tpc_begin`) does it in psycopg's way.
+an error as ever. Whatever else begins a transaction (`executemany`, `stream`, `copy`, a cursor of
+the server, `tpc_begin`) does it in psycopg's way.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from inspect import iscoroutinefunction
 from typing import Any, Literal
 
@@ -43,8 +43,9 @@ def attach(engine: Engine, setting: Setting) -> None:
 
     if not psycopg.Pipeline.is_supported():
         if setting == "on":
+            found = psycopg.pq.version() // 10000
             raise InvalidOption(
-                f"pipeline='on' (DB_PIPELINE) cannot be had: libpq is {psycopg.pq.version() // 10000}, "
+                f"pipeline='on' (DB_PIPELINE) cannot be had: libpq is {found}, "
                 'and pipelines came with 14. Install one: pip install "psycopg[binary]", or leave '
                 "it out."
             )
@@ -93,18 +94,7 @@ def _beginning_cursor(base: Any, is_async: bool) -> Any:
             return base.execute(self, query, *arguments, **options)
         began = time.perf_counter()
         if driver.course.pipelines:
-            with _pipeline_of(driver) as pipeline:
-                is_synchronized = False
-                try:
-                    _send_begin(driver, pipeline)
-                    base.execute(self, query, *arguments, **options)
-                    is_synchronized = True
-                    pipeline.sync()
-                except BaseException:
-                    if not is_synchronized or pipeline.result_queue:  # an error may come early
-                        with suppress(Exception):  # it may be lost
-                            pipeline.sync()
-                    raise
+            _in_one_trip(driver, partial(base.execute, self, query, *arguments, **options))
         else:
             base.execute(self, query, *arguments, **options)
         driver.course.learn(driver, time.perf_counter() - began)
@@ -116,18 +106,9 @@ def _beginning_cursor(base: Any, is_async: bool) -> Any:
             return await base.execute(self, query, *arguments, **options)
         began = time.perf_counter()
         if driver.course.pipelines:
-            with _pipeline_of(driver) as pipeline:
-                is_synchronized = False
-                try:
-                    _send_begin(driver, pipeline)
-                    await base.execute(self, query, *arguments, **options)
-                    is_synchronized = True
-                    await pipeline.sync()
-                except BaseException:
-                    if not is_synchronized or pipeline.result_queue:  # an error may come early
-                        with suppress(Exception):  # it may be lost
-                            await pipeline.sync()
-                    raise
+            await _in_one_trip_on_loop(
+                driver, partial(base.execute, self, query, *arguments, **options)
+            )
         else:
             await base.execute(self, query, *arguments, **options)
         driver.course.learn(driver, time.perf_counter() - began)
@@ -147,6 +128,38 @@ def _may_begin(driver: Any, query: Any) -> bool:
         and ";" not in query
         and not pgconn.pipeline_status  # it is the user's own
     )
+
+
+def _in_one_trip(driver: Any, execute: Callable[[], Any]) -> None:
+    """Begin with a statement; both are answered then, and psycopg in no pipeline any more."""
+    is_synchronized = False
+    with _pipeline_of(driver) as pipeline:
+        try:
+            _send_begin(driver, pipeline)
+            execute()
+            is_synchronized = True
+            pipeline.sync()
+        except BaseException:
+            if not is_synchronized or pipeline.result_queue:  # an error may come early
+                with suppress(Exception):  # it may be lost
+                    pipeline.sync()
+            raise
+
+
+async def _in_one_trip_on_loop(driver: Any, execute: Callable[[], Any]) -> None:
+    """Begin with a statement, as above."""
+    is_synchronized = False
+    with _pipeline_of(driver) as pipeline:
+        try:
+            _send_begin(driver, pipeline)
+            await execute()
+            is_synchronized = True
+            await pipeline.sync()
+        except BaseException:
+            if not is_synchronized or pipeline.result_queue:  # an error may come early
+                with suppress(Exception):  # it may be lost
+                    await pipeline.sync()
+            raise
 
 
 @contextmanager
