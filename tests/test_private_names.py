@@ -18,6 +18,7 @@ import aiosqlite
 import asyncmy
 import asyncpg
 import litestar
+import psycopg
 import pymysql
 import pytest
 import sqlalchemy.util
@@ -554,6 +555,23 @@ def test_a_cursor_of_psycopg_knows_whether_it_has_sent_its_statement(
         else:
             asyncio.run(main())
     assert [query is None for query in seen] == [True, False]
+
+
+def test_psycopg_looks_for_a_pipeline_and_its_answers_where_we_put_them(
+    pg18: PostgresServer,
+) -> None:
+    """Relied on by `engineroom.backends.postgresql.pipelining`."""
+    url = pg18.url(driver="psycopg").replace("+psycopg", "")
+    with psycopg.connect(url) as driver:
+        assert driver._pipeline is None
+        with driver.pipeline() as pipeline:
+            assert driver._pipeline is pipeline
+            driver.pgconn.send_query_params(b"BEGIN", None)
+            pipeline.result_queue.append(None)
+            cursor = driver.execute("SELECT 3")  # (it begins nothing)
+            begun, (asked, _) = pipeline.result_queue
+            assert (begun, asked) == (None, cursor)
+        assert cursor.fetchone() == (3,)
 
 
 def test_an_isolation_level_is_reset_by_what_the_record_keeps(engine: Engine) -> None:

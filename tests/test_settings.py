@@ -47,6 +47,7 @@ SAMPLES: dict[
     "pool_recycle": (-1, "-1"),
     "pool_pre_ping": (True, "true"),
     "pooler": ("session", "session"),
+    "pipeline": ("on", "on"),
     "pool_clean_always": (True, "true"),
     "username": ("shop", "shop"),
     "password": (SecretStr("known"), "known"),

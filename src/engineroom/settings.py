@@ -87,6 +87,8 @@ class DatabaseSettings(BaseSettings):
     """Ask the server at every checkout; otherwise only when the socket speaks or was idle."""
     pooler: Literal["transaction", "session"] | None = None
     """PostgreSQL: the `pool_mode` of the pooler before the server (PgBouncer), if there is one."""
+    pipeline: Literal["auto", "on", "off"] = "auto"
+    """psycopg: whether BEGIN travels with the first statement; "auto": where the server is far."""
     pool_clean_always: bool = False
     """Clean every connection that comes back; otherwise only after what left something on it."""
     idle_in_transaction_timeout: Seconds = Field(default=60.0, ge=0)
@@ -270,6 +272,7 @@ class Options(TypedDict, total=False):
     pool_recycle: int
     pool_pre_ping: bool
     pooler: Literal["transaction", "session"] | None
+    pipeline: Literal["auto", "on", "off"]
     pool_clean_always: bool
     idle_in_transaction_timeout: float | str | timedelta
     statement_timeout: float | str | timedelta

@@ -326,13 +326,18 @@ def find_backend(url: URL, settings: DatabaseSettings) -> Backend:
     if name == "postgresql" and settings.pooler is not None:
         from .pooled import SessionPooled, TransactionPooled
 
+        if settings.pipeline == "on":
+            raise InvalidOption(
+                f"pipeline='on' (DB_PIPELINE) cannot be had behind a pooler "
+                f"(pooler={settings.pooler!r}). Leave it out."
+            )
         return (SessionPooled if settings.pooler == "session" else TransactionPooled)(
             url, settings.guards
         )
     if name == "postgresql":
         from .postgresql import PostgreSQL
 
-        return PostgreSQL(url, settings.guards)
+        return PostgreSQL(url, settings.guards, settings.pipeline)
     if name == "sqlite":
         from .sqlite import SQLite
 

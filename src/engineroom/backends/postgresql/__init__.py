@@ -31,7 +31,7 @@ from .. import (
     refuse_unknown_driver,
 )
 from ..sockets import shut
-from . import leavings, undeclared
+from . import leavings, pipelining, undeclared
 from .diagnosing import REFUSED, diagnose
 from .guards import at_start, for_transaction, struck
 from .looking import look
@@ -67,13 +67,19 @@ class PostgreSQL:
     pooler: str | None = None
     """What stands before the server, as it was declared."""
 
-    def __init__(self, url: URL, guards: Mapping[str, float] = NO_GUARDS) -> None:
+    def __init__(
+        self,
+        url: URL,
+        guards: Mapping[str, float] = NO_GUARDS,
+        pipeline: pipelining.Setting = "off",
+    ) -> None:
         refuse_unknown_driver(url, DRIVERS)
         parameters = ALIVE | resolve(url)
         if uses_files(parameters):
             make_context(parameters)  # says now what cannot be read, for all drivers
         self._sealed = Sealed(parameters)
         self._guards = guards  # those that a session of the server begins with
+        self._pipeline = pipeline
         self._shown = masked(url)
         # Its parameters tell it apart from others; their secrets are with the password.
         self._url = url.set(password=parameters.get("password", url.password))
@@ -144,6 +150,8 @@ class PostgreSQL:
         """PostgreSQL behaves as it is; a pooler before it would not."""
         self.tune(engine)
         undeclared.watch(engine, _backend_pid)
+        if role is Role.PRIMARY:
+            pipelining.attach(engine, self._pipeline)
 
     def tune(self, engine: Engine) -> None:
         """Name what is connected to, and spare psycopg a rollback where nothing has begun."""

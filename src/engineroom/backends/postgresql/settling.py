@@ -53,6 +53,7 @@ def settling_connection() -> Any:
             """Ask until the server has answered: a request may overtake its own statement."""
             try:
                 if self.pgconn.transaction_status == TransactionStatus.ACTIVE:
+                    _synchronize(self.pgconn)
                     async with asyncio.timeout(BREAK_OFF_LIMIT):
                         await self.cancel_safe(timeout=BREAK_OFF_LIMIT)
                         while self._is_at_work():
@@ -65,9 +66,26 @@ def settling_connection() -> Any:
 
         def _is_at_work(self) -> bool:
             self.pgconn.consume_input()
-            return bool(self.pgconn.is_busy())
+            return _owes_answer(self.pgconn)
 
     return SettlingConnection
+
+
+def _synchronize(pgconn: Any) -> None:
+    """Ask, in a pipeline, for an answer that comes behind all others."""
+    if pgconn.pipeline_status:
+        pgconn.pipeline_sync()
+
+
+def _owes_answer(pgconn: Any) -> bool:
+    """Whether the server still works; in a pipeline, the answer to Sync says that it does not."""
+    from psycopg.pq import ConnStatus, ExecStatus
+
+    while pgconn.pipeline_status and pgconn.status == ConnStatus.OK and not pgconn.is_busy():
+        result = pgconn.get_result()  # (None parts those of two commands)
+        if result is not None and result.status == ExecStatus.PIPELINE_SYNC:
+            return False
+    return bool(pgconn.is_busy())
 
 
 @cache

@@ -1,0 +1,208 @@
+"""BEGIN and the first statement in one round trip, by psycopg's pipeline mode.
+
+psycopg sends a BEGIN of its own before the first statement, and waits for its answer. Here a cursor
+puts both on the wire at once, and is back when both are answered: whoever uses it sees a result or
+an error as ever. Whatever else begins a transaction (`executemany`, `stream`, `copy`, a cursor of
+the server, `tpc_begin`) does it in psycopg's way.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
+from functools import cache, partial
+from inspect import iscoroutinefunction
+from typing import Any, Literal
+
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
+
+from ...errors import InvalidOption
+
+Setting = Literal["auto", "on", "off"]
+
+# Seconds of a round trip from which on it pays. A pipeline costs the client 0.05 ms of CPU, what a
+# session costs is 0.4 ms: a trip of less than this is often a wait for the client's own CPU.
+FAR = 0.002
+LOOKS = 3  # transactions that begin in two trips, and slowly, before one does in one
+IDLE = 0  # libpq's PQTRANS_IDLE
+CONNECTED = 0  # and CONNECTION_OK
+
+
+def attach(engine: Engine, setting: Setting) -> None:
+    """Have the connections of an engine begin so, where psycopg opens them.
+
+    Raises:
+        InvalidOption: it is asked for, and libpq is too old.
+    """
+    dialect: Any = engine.dialect
+    if setting == "off" or dialect.driver != "psycopg":
+        return
+    import psycopg
+
+    if not psycopg.Pipeline.is_supported():
+        if setting == "on":
+            found = psycopg.pq.version() // 10000
+            raise InvalidOption(
+                f"pipeline='on' (DB_PIPELINE) cannot be had: libpq is {found}, "
+                'and pipelines came with 14. Install one: pip install "psycopg[binary]", or leave '
+                "it out."
+            )
+        return
+
+    def equip(opened: Any, record: object) -> None:
+        driver = dialect.get_driver_connection(opened)
+        is_async = iscoroutinefunction(driver.rollback)
+        driver.course = Course(driver.cursor_factory, is_sure=setting == "on")
+        driver.cursor_factory = _beginning_cursor(driver.cursor_factory, is_async)
+
+    event.listen(engine, "connect", equip)
+
+
+class Course:
+    """How a connection begins its transactions: what it has learned about its server's distance."""
+
+    def __init__(self, plain: Any, *, is_sure: bool) -> None:
+        self.pipelines: bool = is_sure
+        self._plain = plain  # the cursors that it would have without us
+        self._is_sure = is_sure
+        self._slow = 0
+
+    def learn(self, driver: Any, seconds: float) -> None:
+        """Learn from how long it took to begin, with a statement whose own time nobody knows.
+
+        What was quick proves that the server is near: from then on all is as if nobody had looked.
+        Where the statements alone are slow, it does not matter much which way is taken.
+        """
+        if self._is_sure:
+            return
+        if seconds < (FAR if self.pipelines else 2 * FAR):
+            driver.cursor_factory = self._plain
+        else:
+            self._slow += 1
+            self.pipelines = self._slow >= LOOKS
+
+
+@cache
+def _beginning_cursor(base: Any, is_async: bool) -> Any:
+    """Make a class of cursors that begin a transaction where none is open."""
+
+    def execute(self: Any, query: Any, *arguments: Any, **options: Any) -> Any:
+        driver = self.connection
+        if not _may_begin(driver, query):
+            return base.execute(self, query, *arguments, **options)
+        began = time.perf_counter()
+        if driver.course.pipelines:
+            _in_one_trip(driver, partial(base.execute, self, query, *arguments, **options))
+        else:
+            base.execute(self, query, *arguments, **options)
+        driver.course.learn(driver, time.perf_counter() - began)
+        return self
+
+    async def execute_on_loop(self: Any, query: Any, *arguments: Any, **options: Any) -> Any:
+        driver = self.connection
+        if not _may_begin(driver, query):
+            return await base.execute(self, query, *arguments, **options)
+        began = time.perf_counter()
+        if driver.course.pipelines:
+            await _in_one_trip_on_loop(
+                driver, partial(base.execute, self, query, *arguments, **options)
+            )
+        else:
+            await base.execute(self, query, *arguments, **options)
+        driver.course.learn(driver, time.perf_counter() - began)
+        return self
+
+    verb = execute_on_loop if is_async else execute
+    return type(base.__name__, (base,), {"execute": verb})
+
+
+def _may_begin(driver: Any, query: Any) -> bool:
+    """Whether a transaction begins with a text, of one command: no other goes into a pipeline."""
+    pgconn = driver.pgconn
+    return bool(
+        pgconn.transaction_status == IDLE
+        and not driver.autocommit
+        and query.__class__ is str
+        and ";" not in query
+        and not pgconn.pipeline_status  # it is the user's own
+    )
+
+
+def _in_one_trip(driver: Any, execute: Callable[[], Any]) -> None:
+    """Begin with a statement; both are answered then, and psycopg in no pipeline any more."""
+    is_synchronized = False
+    with _pipeline_of(driver) as pipeline:
+        try:
+            _send_begin(driver, pipeline)
+            execute()
+            is_synchronized = True
+            pipeline.sync()
+        except BaseException:
+            if not is_synchronized or pipeline.result_queue:  # an error may come early
+                with suppress(Exception):  # it may be lost
+                    pipeline.sync()
+            raise
+
+
+async def _in_one_trip_on_loop(driver: Any, execute: Callable[[], Any]) -> None:
+    """Begin with a statement, as above."""
+    is_synchronized = False
+    with _pipeline_of(driver) as pipeline:
+        try:
+            _send_begin(driver, pipeline)
+            await execute()
+            is_synchronized = True
+            await pipeline.sync()
+        except BaseException:
+            if not is_synchronized or pipeline.result_queue:  # an error may come early
+                with suppress(Exception):  # it may be lost
+                    await pipeline.sync()
+            raise
+
+
+@contextmanager
+def _pipeline_of(driver: Any) -> Generator[Any]:
+    """Have a connection in a pipeline, which the caller synchronizes.
+
+    `Connection.pipeline()` sends a Flush behind its Sync, and with that the server forgets that who
+    is in a transaction may be idle for so long only. So psycopg is told of the pipeline where it
+    looks for one, at `Connection._pipeline`. A test in `tests/test_private_names.py` fails when
+    that goes.
+    """
+    from psycopg import AsyncPipeline, Pipeline
+
+    kind = AsyncPipeline if iscoroutinefunction(driver.rollback) else Pipeline
+    driver.pgconn.enter_pipeline_mode()
+    driver._pipeline = pipeline = kind(driver)
+    try:
+        yield pipeline
+    finally:
+        driver._pipeline = None
+        if driver.pgconn.status == CONNECTED:
+            driver.pgconn.exit_pipeline_mode()
+
+
+def _send_begin(driver: Any, pipeline: Any) -> None:
+    """Send BEGIN; from then on psycopg sees no need for its own.
+
+    `Pipeline.result_queue` is in no documentation: there psycopg looks whom an answer is for; None
+    stands for a command of which only an error matters. A test in `tests/test_private_names.py`
+    fails when it goes.
+    """
+    text = _begin_text(driver.isolation_level, driver.read_only, driver.deferrable)
+    driver.pgconn.send_query_params(text, None)
+    pipeline.result_queue.append(None)
+
+
+@cache
+def _begin_text(level: Any, read_only: bool | None, deferrable: bool | None) -> bytes:
+    parts = ["BEGIN"]
+    if level is not None:
+        parts.append(f"ISOLATION LEVEL {level.name.replace('_', ' ')}")
+    if read_only is not None:
+        parts.append("READ ONLY" if read_only else "READ WRITE")
+    if deferrable is not None:
+        parts.append("DEFERRABLE" if deferrable else "NOT DEFERRABLE")
+    return " ".join(parts).encode()
