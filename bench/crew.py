@@ -12,7 +12,6 @@ import os
 import shutil
 import subprocess
 import sys
-import venv
 from functools import cache
 from pathlib import Path
 from typing import Any, Self
@@ -43,11 +42,7 @@ def environment(entry: Entry) -> Path:
     if made.exists() and made.read_text() == stamp:
         return inside
     shutil.rmtree(folder, ignore_errors=True)
-    if python == Path(sys.executable):
-        venv.create(folder, with_pip=False, symlinks=True)
-    else:
-        command = [python, "-m", "venv", "--without-pip", folder]
-        subprocess.run(command, check=True, capture_output=True)
+    subprocess.run([python, "-m", "venv", "--without-pip", folder], check=True)
     pip = [sys.executable, "-m", "pip", "--python", inside, "install", "--quiet", "-r", entry.pins]
     if sys.version_info < entry.wants and python == Path(sys.executable):
         pip.append("--ignore-requires-python")  # it may work all the same, and the table says so

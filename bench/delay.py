@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import select
+import signal
 import socket
 import sys
 import time
@@ -65,5 +66,6 @@ def pass_on(other: socket.socket, data: bytes) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started it
     precise_timers()
     serve(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]) / 2)

@@ -40,7 +40,7 @@ class Plan:
     """How often in a round each contender has its turn in a cell."""
     seconds: float
     """How long a turn is."""
-    warm: int
+    warm: dict[Group, int]
     """How often each connection is used before."""
     trips: tuple[float, ...]
     """Round-trip times, in seconds."""
@@ -69,7 +69,7 @@ class Plan:
         entries = sum(len(self.entries(group)) for group in GROUPS)
         cells = len(self.cells) * len(self.trips) + 1
         pairs = len(self.places) * self.pairs
-        return entries * (self.rounds * (1 + cells) + 1) + pairs + 2 * (4 * self.bursts + 1)
+        return entries * (self.rounds * (1 + cells) + 2) + pairs + 2 * (4 * self.bursts + 1)
 
 
 GROUPS: tuple[Group, ...] = ("asyncpg", "psycopg", "sync")
@@ -102,8 +102,7 @@ class Bench:
 
     def run(self) -> dict[str, Any]:
         """Measure everything."""
-        for group in GROUPS:  # what all have in common is read from the disk, and compiled
-            Worker(self.plan.entries(group)[0]).ready().stop()
+        self._prepare()
         for number in range(self.plan.rounds):
             for group in GROUPS:
                 with self._crew(group) as crew:
@@ -128,6 +127,20 @@ class Bench:
 
     # --- Who takes part, and what it costs to begin. ----------------------------------------------
 
+    def _prepare(self) -> None:
+        """Make the environments, and start a process of each group before any is timed.
+
+        What all have in common is then compiled, and read from the disk.
+        """
+        for group in GROUPS:
+            for entry in self.plan.entries(group):
+                self.tell(f"the environment of {entry.name}")
+                try:
+                    environment(entry)
+                except Unable as reason:
+                    self.remarks[group, entry.name, ""] = str(reason)
+            Worker(self.plan.entries(group)[0]).ready().stop()
+
     @contextmanager
     def _crew(self, group: Group) -> Iterator[list[Worker]]:
         """Start those of a group, one after another: each one's first query is measured alone."""
@@ -138,7 +151,6 @@ class Bench:
                 if (group, entry.name, "") in self.remarks:
                     continue
                 try:
-                    environment(entry)
                     begun = time.perf_counter()
                     worker = stack.enter_context(Worker(entry)).ready()
                     self._open(worker, "get", self.url(group), warm=1)
@@ -220,7 +232,7 @@ class Bench:
         """Open a unit for a contender; false where it has none of the kind, or fails."""
         entry = worker.entry
         try:
-            warm = self.plan.warm * min(tasks, int(POOL["pool_size"]))
+            warm = self.plan.warm[entry.group] * min(tasks, int(POOL["pool_size"]))
             return self._open(worker, unit, url, warm=warm, tasks=tasks)
         except Unable as reason:
             self.remarks[entry.group, entry.name, unit] = str(reason)
@@ -361,8 +373,10 @@ class Bench:
                     "deadline": HURRIED["pool_timeout"],
                     "capacity": capacity,
                     "callers": callers,
+                    "served": len(seen["served"]),
                     "goodput": len(seen["served"]) / seen["wall"],
                     "refused": len(seen["refused"]),
+                    "errors": seen["errors"],
                     "slowest": max(seen["served"] + seen["refused"]),
                 }
             )

@@ -1,6 +1,6 @@
 """Compare engineroom with everyone, in one run on a throwaway PostgreSQL 18: `make bench`.
 
-    python bench/run.py            # everything: 40 minutes; the docs' page is made from it
+    python bench/run.py            # everything: half an hour; the docs' page is made from it
     python bench/run.py --quick    # everything, a little of each: two minutes
     python bench/run.py --tiny     # what the tests run: only what needs no other environment
 
@@ -32,9 +32,9 @@ DOCS = Path(__file__).resolve().parent.parent / "docs" / "_benchmark"
 
 FULL = Plan(
     rounds=5,
-    turns=4,
-    seconds=0.06,
-    warm=8,  # psycopg prepares a statement at its sixth execution on a connection
+    turns=2,
+    seconds=0.08,
+    warm={"asyncpg": 2, "psycopg": 6, "sync": 6},  # psycopg prepares a statement at its sixth use
     trips=(0.0, 0.0005, 0.005),
     cells=(
         ("get", 1),
@@ -47,7 +47,7 @@ FULL = Plan(
     ),
     pairs=30,
     pair_rounds=3,
-    slices=8,
+    slices=4,
     places=(
         ("asyncpg", "asyncio", "get", 1),
         ("asyncpg", "asyncio", "get", 10),
@@ -62,7 +62,7 @@ QUICK = Plan(
     rounds=1,
     turns=2,
     seconds=0.03,
-    warm=2,
+    warm={"asyncpg": 2, "psycopg": 2, "sync": 2},
     trips=(0.0, 0.0005),
     cells=(("get", 10), ("update", 10), ("insert", 1), ("list", 1), ("request", 1)),
     pairs=2,
@@ -76,7 +76,7 @@ TINY = Plan(
     rounds=1,
     turns=1,
     seconds=0.02,
-    warm=1,
+    warm={"asyncpg": 1, "psycopg": 1, "sync": 1},
     trips=(0.0005,),
     cells=(("get", 10),),
     pairs=2,

@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import tracemalloc
+from collections import Counter
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -96,13 +97,15 @@ class AsyncSide:
     async def _crowd(self, unit: Callable[[float], Any], seconds: float, arrivals: Any) -> Any:
         served: list[float] = []
         refused: list[float] = []
+        errors: Counter[str] = Counter()
         loop = asyncio.get_running_loop()
 
         async def caller() -> None:
             begun = loop.time()
             try:
                 await unit(seconds)
-            except Exception:  # noqa: BLE001 - each pool has an error of its own for it
+            except Exception as error:  # noqa: BLE001 - each pool has one of its own for it
+                errors[type(error).__name__] += 1
                 refused.append(loop.time() - begun)
             else:
                 served.append(loop.time() - begun)
@@ -113,7 +116,8 @@ class AsyncSide:
                 if (ahead := started + moment - loop.time()) > 0:
                     await asyncio.sleep(ahead)
                 tasks.create_task(caller())
-        return {"served": served, "refused": refused, "wall": loop.time() - started}
+        wall = loop.time() - started
+        return {"served": served, "refused": refused, "errors": errors, "wall": wall}
 
 
 async def _awaited(awaitable: Any) -> Any:
