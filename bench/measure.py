@@ -25,7 +25,7 @@ POOL = {"pool_size": 10, "max_overflow": 0, "pool_timeout": 30}
 GROWING = {"pool_size": 5, "max_overflow": 45, "pool_timeout": 30}
 HURRIED = {"pool_size": 10, "max_overflow": 0, "pool_timeout": 1}
 COUNTED = ("empty", "get", "update", "insert", "list", "request")
-MANY = 50  # connections, or managers, over which their memory is taken
+CONNECTIONS, MANAGERS = 100, 50  # over which the memory of one is taken
 CALLERS = 50  # of a burst
 PACKAGES = ["sqlalchemy", "asyncpg", "psycopg", "fastapi", "starlette", "flask", "greenlet"]
 
@@ -166,12 +166,12 @@ class Bench:
         entry, url = worker.entry, self.url(worker.entry.group)
         cold = self._cold.setdefault((entry.group, entry.name), defaultdict(list))
         cold["first"].append(first)
-        many = {**POOL, "pool_size": MANY}
+        many = {**POOL, "pool_size": CONNECTIONS}
         self._open(worker, "hold", url, pool=many)
         worker.ask("connection_memory", number=1)
-        cold["connection"].append(worker.ask("connection_memory", number=MANY))
+        cold["connection"].append(worker.ask("connection_memory", number=CONNECTIONS))
         worker.ask("close")
-        if managed := worker.ask("manager_memory", url=url, pool=POOL, number=MANY):
+        if managed := worker.ask("manager_memory", url=url, pool=POOL, number=MANAGERS):
             cold["manager"].append(managed)
         if text := remark(entry):
             self.remarks[entry.group, entry.name, "python"] = text.strip(" ()")
