@@ -42,13 +42,13 @@ def environment(entry: Entry) -> Path:
     if made.exists() and made.read_text() == stamp:
         return inside
     shutil.rmtree(folder, ignore_errors=True)
-    subprocess.run([python, "-m", "venv", "--without-pip", folder], check=True)
     pip = [sys.executable, "-m", "pip", "--python", inside, "install", "--quiet", "-r", entry.pins]
     if sys.version_info < entry.wants and python == Path(sys.executable):
         pip.append("--ignore-requires-python")  # it may work all the same, and the table says so
-    done = subprocess.run(pip, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise Unable(f"cannot be installed: {last_line(done.stderr)}{remark(entry)}")
+    for command in ([python, "-m", "venv", "--without-pip", folder], pip):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise Unable(f"cannot be installed: {last_line(done.stderr)}{remark(entry)}")
     made.write_text(stamp)
     return inside
 
