@@ -8,7 +8,7 @@ author = "engineroom contributors"
 release = version = version_of("engineroom")
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "_benchmark"]  # benchmark.md includes the latter
 nitpicky = False  # SQLAlchemy's names would need its inventory, and so the network
 
 html_theme = "furo"

@@ -7,21 +7,38 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import pytest
 
 CHECKOUT = Path(__file__).parent.parent
+FILES = {"results.json", "results.md", "get.svg", "update.svg"}
+
+KEPT = CHECKOUT / "docs" / "_benchmark"
+NOBODY = "nobody has written this one"
+
+# `bench/run.py --tiny`, with a contender that cannot be started.
+RUN = f"""
+import sys
+from dataclasses import replace
+sys.path.insert(0, "bench")
+import contenders
+contenders.ENTRIES += (contenders.Entry({NOBODY!r}, "sync", "nobody", "synchronous"),)
+import run
+run.TINY = replace(run.TINY, names=(*run.TINY.names, {NOBODY!r}))
+run.main()
+"""
 
 # The first test waits for a whole run of the benchmark, beside the other workers.
 pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What `bench/run.py --quick` measures."""
-    output = tmp_path_factory.mktemp("bench") / "results.json"
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `bench/run.py --tiny` has left what it measured."""
+    output = tmp_path_factory.mktemp("bench")
     done = subprocess.run(
-        [sys.executable, "bench/run.py", "--quick", "--output", str(output)],
+        [sys.executable, "-c", RUN, "--tiny", "--output", str(output)],
         cwd=CHECKOUT,
         capture_output=True,
         text=True,
@@ -29,55 +46,110 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    found: dict[str, Any] = json.loads(output.read_text())
+    return output
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "results.json").read_text())
     return found
 
 
 @pytest.mark.parametrize(
-    ("contender", "work", "trips"),
+    ("contender", "unit", "trips"),
     [
-        ("engineroom", "get", 3),  # BEGIN, SELECT, COMMIT
-        ("engineroom", "update", 4),
-        ("engineroom reader", "get", 1),
-        ("hand-tuned", "get", 3),
-        ("hand-tuned", "update", 4),
+        ("engineroom session()", "empty", 0),
+        ("engineroom session()", "get", 3),  # BEGIN, SELECT, COMMIT
+        ("engineroom session()", "update", 3),
+        ("engineroom session()", "insert", 3),
+        ("engineroom session()", "request", 3),
+        ("engineroom reader()", "empty", 0),
+        ("engineroom reader()", "get", 1),
+        ("engineroom reader()", "list", 1),
+        ("engineroom reader()", "request", 1),
+        ("SQLAlchemy by hand", "get", 3),
+        ("SQLAlchemy by hand", "update", 3),
     ],
 )
-@pytest.mark.parametrize(
-    ("side", "driver"), [("asyncio", "asyncpg"), ("asyncio", "psycopg"), ("sync", "psycopg")]
-)
+@pytest.mark.parametrize("group", ["asyncpg", "psycopg", "sync"])
 def test_round_trips(
-    results: dict[str, Any], side: str, driver: str, contender: str, work: str, trips: int
+    results: dict[str, Any], group: str, contender: str, unit: str, trips: int
 ) -> None:
-    assert count(results, "round_trips", side, driver, contender, work) == trips
+    assert count(results, group, contender, unit) == trips
 
 
-@pytest.mark.parametrize(
-    ("side", "driver", "trips"),
-    [("asyncio", "asyncpg", 6), ("asyncio", "psycopg", 4), ("sync", "psycopg", 4)],
-)
-def test_the_recipe_pays_for_its_pings(
-    results: dict[str, Any], side: str, driver: str, trips: int
+@pytest.mark.parametrize(("group", "trips"), [("asyncpg", 6), ("psycopg", 4), ("sync", 4)])
+def test_the_recipe_pays_for_its_pings(results: dict[str, Any], group: str, trips: int) -> None:
+    assert count(results, group, "the recipe", "get") == trips
+
+
+def test_every_byte_waits(results: dict[str, Any]) -> None:
+    assert len(results["rtt"]) == 3  # once for each group
+    for each in results["rtt"]:
+        assert each["seen"] >= each["asked"] == 0.005
+
+
+def test_who_cannot_be_started_is_named_and_the_others_go_on(
+    folder: Path, results: dict[str, Any]
 ) -> None:
-    assert count(results, "round_trips", side, driver, "recipe", "get") == trips
+    [remark] = results["remarks"]
+    assert remark["contender"] == NOBODY
+    reason = "cannot be started: ModuleNotFoundError: No module named 'contenders.nobody'"
+    assert remark["remark"] == reason
+    assert f"{NOBODY}, synchronous, psycopg: {reason}" in (folder / "results.md").read_text()
+
+
+def test_who_cannot_be_installed_is_told_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(CHECKOUT / "bench")
+    import contenders
+    import crew
+
+    pins = tmp_path / "nobody.txt"
+    pins.write_text("./there-is-no-such-folder\n")
+    monkeypatch.setattr(contenders.Entry, "pins", pins)
+    monkeypatch.setattr(crew, "CACHE", tmp_path)
+    with pytest.raises(crew.Unable, match=r"cannot be installed: .*there-is-no-such-folder"):
+        crew.environment(contenders.Entry(NOBODY, "sync", "nobody", "synchronous"))
 
 
 def test_everything_else_is_measured(results: dict[str, Any]) -> None:
-    assert {"date", "machine", "versions"} <= results.keys()
-    names = ["hand-tuned", "engineroom", "engineroom reader", "recipe"]
-    for measured in "python_calls", "cpu":
-        for side in "asyncio", "sync":
-            found = [each["contender"] for each in results[measured] if each["side"] == side]
-            assert set(found) == set(names)
+    names = {"the recipe", "SQLAlchemy by hand", "engineroom session()", "engineroom reader()"}
+    for group in "asyncpg", "psycopg", "sync":
+        for measured in "speed", "cold":
+            found = {each["contender"] for each in results[measured] if each["group"] == group}
+            assert found == names
+    assert {each["contender"] for each in results["pairs"]} == names - {"SQLAlchemy by hand"}
+    for measured in "growth", "overload":
+        found = {each["contender"] for each in results[measured]}
+        assert found == {"engineroom session()", "SQLAlchemy by hand"}
+    for each in results["overload"]:
+        assert each["served"] + each["refused"] == each["callers"]
 
 
-def count(
-    results: dict[str, Any], name: str, side: str, driver: str, contender: str, work: str
-) -> float:
+def test_the_tables_and_pictures_are_written(folder: Path, results: dict[str, Any]) -> None:
+    assert {each.name for each in folder.iterdir()} == FILES
+    table = (folder / "results.md").read_text()
+    for measured in "speed", "cold", "growth", "overload":
+        assert results[measured][0]["contender"] in table
+    assert results["machine"]["cpu"] in table
+    for picture in folder.glob("*.svg"):
+        ET.parse(picture)
+
+
+def test_the_page_of_the_docs_is_made_from_its_results(tmp_path: Path) -> None:
+    """Nobody has typed a figure: what stands there is made again from the JSON beside it."""
+    (tmp_path / "results.json").write_bytes((KEPT / "results.json").read_bytes())
+    subprocess.run([sys.executable, "bench/report.py", str(tmp_path)], cwd=CHECKOUT, check=True)
+    for name in FILES:
+        assert (tmp_path / name).read_text() == (KEPT / name).read_text()
+
+
+def count(results: dict[str, Any], group: str, contender: str, unit: str) -> float:
     [found] = [
-        record["per_unit"]
-        for record in results[name]
-        if (record["side"], record["driver"]) == (side, driver)
-        and (record["contender"], record["work"]) == (contender, work)
+        each["trips"]
+        for each in results["counts"]
+        if (each["group"], each["contender"], each["unit"]) == (group, contender, unit)
     ]
     return float(found)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import resource
+import sys
 import threading
 import tracemalloc
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +23,8 @@ from engineroom.slots import Permit, Ticket
 from engineroom.testing import PostgresServer
 
 BOUND = 100_000  # bytes: one a scope would already show
+PEAK = 4_000_000  # bytes: what the memory of a whole process goes up and down by
+MANY = [5_000, pytest.param(1_000_000, marks=[pytest.mark.soak, pytest.mark.timeout(5400)])]
 
 every_driver = pytest.mark.parametrize("url", ASYNC_DRIVERS, indirect=True)
 every_sync_driver = pytest.mark.parametrize("url", SYNC_DRIVERS, indirect=True)
@@ -205,3 +210,37 @@ def cycles(url: str) -> None:
 @every_driver
 def test_no_cycle_holds_a_session(url: str) -> None:
     run(cycles, url)
+
+
+def peak() -> int:
+    """Return the most memory that this process has had, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
+
+
+def service(url: str, count: int) -> None:
+    """Work as a service does: ten tasks, the collector on, and nobody looks in between."""
+    manager = opened(url)
+
+    async def task(number_of_scopes: int) -> None:
+        for number in range(number_of_scopes // 5):
+            await scopes(manager, number)
+
+    async def main() -> None:
+        await asyncio.gather(*(task(200) for _ in range(10)))
+        before, descriptors = peak(), len(list(Path("/dev/fd").iterdir()))
+        await asyncio.gather(*(task(count // 10) for _ in range(10)))
+        grown = peak() - before
+        assert grown < PEAK, f"{grown} bytes more after {count} scopes"
+        assert len(list(Path("/dev/fd").iterdir())) <= descriptors
+        await manager.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("count", MANY)
+@pytest.mark.parametrize("url", ["asyncpg"], indirect=True)
+def test_a_process_stays_as_it_is(url: str, count: int) -> None:
+    """Its memory and its descriptors, after a million scopes."""
+    run(service, url, count, deadline=90 if count < 10_000 else 5300)
