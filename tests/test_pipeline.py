@@ -238,7 +238,7 @@ def test_auto_pipelines_where_the_server_is_far(
     pg18: PostgresServer, database: str, side: str, delay: float, trips: int
 ) -> None:
     with WireProxy(pg18.host, pg18.port, delay=delay) as proxy:
-        units = Units(side, proxy, pg18.url(database, "psycopg"))
+        units = Units(side, proxy, pg18.url(database, "psycopg"), pipeline="auto")
         assert units(lambda db: db.execute(FIRST))[0] == trips
         units.close()
 
