@@ -186,14 +186,14 @@ class Bench:
 
     def _count(self, crew: list[Worker]) -> None:
         """Count the round trips of each unit on the wire, and the Python functions it calls."""
-        units = 10
+        units = 6
         for worker in crew:
             entry = worker.entry
             self.tell(f"{entry.name} ({entry.group}) is counted")
             for unit in COUNTED:
                 with WireProxy(self.server.host, self.server.port) as proxy:
                     try:
-                        if not self._open(worker, unit, proxy.url(self.url(entry.group)), warm=10):
+                        if not self._open(worker, unit, proxy.url(self.url(entry.group)), warm=8):
                             continue
                         proxy.reset()
                         worker.ask("run", units=units - 1)  # and one before it begins
@@ -360,7 +360,7 @@ class Bench:
             self.tell(f"twice the capacity: {name}")
             size, url = int(HURRIED["pool_size"]), self.url("asyncpg")
             self._open(worker, "nap", url, pool=HURRIED, warm=2 * size, tasks=size)
-            best = worker.ask("run", tasks=size, seconds=max(1.0, self.plan.overload / 10))
+            best = worker.ask("run", tasks=size, seconds=max(0.5, self.plan.overload / 10))
             capacity = best["units"] / best["wall"]
             self._open(worker, "nap", url, pool=HURRIED, warm=2 * size, tasks=size)
             callers = int(2 * capacity * self.plan.overload)
