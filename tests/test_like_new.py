@@ -234,7 +234,8 @@ def test_the_next_session_sees_nothing_of_the_one_before(opened: Callable[..., D
 # -- what it costs -----------------------------------------------------------------------------
 
 
-LOOPS = ("asyncio", "selectors")  # how often they look depends on how fast the server answers
+# How often these look at a socket depends on how fast the server answers.
+LOOPS = ("asyncio", "psycopg", "selectors")
 
 
 def calls_of(door: Door, count: int) -> int:
@@ -269,7 +270,6 @@ def test_who_left_nothing_pays_at_most_two_calls(
         patch.setattr(leavings, "watch", lambda driver, note: None)
         unwatched = opened()
         unwatched.see("SELECT 1")
-    # psycopg asks its socket once more or less, now and then, as the server answers.
     calls = [median(calls_of(door, 1) for _ in range(60)) for door in (watched, unwatched)]
     assert calls[0] - calls[1] <= 2
 

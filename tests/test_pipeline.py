@@ -237,10 +237,15 @@ def test_a_cancelled_first_statement_ends_on_the_server(
 def test_auto_pipelines_where_the_server_is_far(
     pg18: PostgresServer, database: str, side: str, delay: float, trips: int
 ) -> None:
+    seen = []
     with WireProxy(pg18.host, pg18.port, delay=delay) as proxy:
-        units = Units(side, proxy, pg18.url(database, "psycopg"), pipeline="auto")
-        assert units(lambda db: db.execute(FIRST))[0] == trips
-        units.close()
+        for _ in range(5):  # on a busy machine, one that is near may look far
+            units = Units(side, proxy, pg18.url(database, "psycopg"), pipeline="auto")
+            seen.append(units(lambda db: db.execute(FIRST))[0])
+            units.close()
+            if seen[-1] == trips:
+                break
+    assert seen[-1] == trips, seen
 
 
 def test_behind_a_pooler_it_cannot_be_had(postgres_url: str) -> None:
