@@ -346,7 +346,7 @@ SERVICES = {  # what stands in a service beside the place, and whether libpq tak
     "application_name=first\napplication_name=second": True,
     "application_name=first\n[a]\nsslmode=require": True,
     "# K\udcf6ln\napplication_name=first": True,
-    "application_name=first\n# \x85sslmode=require\n# \u2028sslmode=require\x0csslmode=require": True,
+    "application_name=first\n# \x85sslmode=require\n# \u2028sslmode=require": True,
     "  application_name=first \r": True,
     "application_name=first\npassword: known": False,
     "application_name=first\nknown": False,

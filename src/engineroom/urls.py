@@ -15,17 +15,23 @@ from .errors import InvalidURL
 
 # What providers and other tools call a database, beside what SQLAlchemy calls it.
 ALIASES = {"postgres": "postgresql"}
-# Parameters whose values everybody may see. Nobody knows that of others: a key, a text that may hold
+# Parameters whose values everybody may see. Of others nobody knows: a key, a text that may hold
 # anything, a password whose name is misspelt.
 HARMLESS = frozenset(
-    "application_name cache channel_binding charset client_encoding connect_timeout database db "
-    "dbname fallback_application_name gssdelegation gssencmode gsslib host hostaddr keepalives "
-    "keepalives_count keepalives_idle keepalives_interval krbsrvname load_balance_hosts "
-    "max_protocol_version min_protocol_version mode passfile port read_timeout replication "
-    "require_auth requirepeer service servicefile ssl ssl_ca ssl_cert ssl_key "
-    "ssl_max_protocol_version ssl_min_protocol_version ssl_mode sslcert sslcertmode sslcompression "
-    "sslcrl sslcrldir sslkey sslmode sslnegotiation sslrootcert sslsni target_session_attrs "
-    "tcp_user_timeout unix_socket uri user username write_timeout".split()
+    (
+        *("user", "username", "host", "hostaddr", "port", "dbname", "database", "db"),
+        *("service", "servicefile", "passfile", "unix_socket", "mode", "cache", "uri"),
+        *("application_name", "fallback_application_name", "client_encoding", "charset"),
+        *("ssl", "sslmode", "ssl_mode", "sslnegotiation", "sslcompression", "sslsni"),
+        *("sslcert", "sslkey", "sslrootcert", "sslcrl", "sslcrldir", "sslcertmode"),
+        *("ssl_ca", "ssl_cert", "ssl_key"),
+        *("ssl_min_protocol_version", "ssl_max_protocol_version"),
+        *("min_protocol_version", "max_protocol_version", "channel_binding", "require_auth"),
+        *("gssencmode", "gsslib", "gssdelegation", "krbsrvname", "requirepeer", "replication"),
+        *("target_session_attrs", "load_balance_hosts"),
+        *("connect_timeout", "read_timeout", "write_timeout", "tcp_user_timeout"),
+        *("keepalives", "keepalives_idle", "keepalives_interval", "keepalives_count"),
+    )
 )
 
 # The parts of an account, and which parameters may have them instead.
