@@ -55,6 +55,9 @@ class Reached:
     problems: tuple[str, ...] = ()
 
 
+ASK_FOR = 2.0  # seconds, at most, for a server that lets nobody in to say why
+
+
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
     """Why a database does not answer."""
@@ -134,8 +137,12 @@ class Backend(Protocol):
             wanted: How many connections one pool may open.
         """
 
-    def diagnose(self, error: BaseException) -> Diagnosis | None:
-        """Tell why a connect failed; None where that is not known. It may take seconds."""
+    def diagnose(self, error: BaseException, seconds: float = ...) -> Diagnosis | None:
+        """Tell why a connect failed; None where that is not known.
+
+        Args:
+            seconds: For the server to be asked, which is not always needed.
+        """
 
     def descriptor(self, driver: Any) -> int | None:
         """Return the file descriptor of a driver's connection; None where it has no socket."""

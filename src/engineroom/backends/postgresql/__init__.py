@@ -21,6 +21,7 @@ from ...errors import InvalidOption
 from ...secrecy import Sealed
 from ...urls import masked
 from .. import (
+    ASK_FOR,
     Diagnosis,
     Leaving,
     Reached,
@@ -33,6 +34,7 @@ from .. import (
 from ..sockets import shut
 from . import leavings, pipelining, undeclared
 from .diagnosing import REFUSED, diagnose
+from .finished import sealing
 from .guards import at_start, for_transaction, struck
 from .looking import look
 from .parameters import ALIVE
@@ -82,7 +84,7 @@ class PostgreSQL:
         self._pipeline = pipeline
         self._shown = masked(url)
         # Its parameters tell it apart from others; their secrets are with the password.
-        self._url = url.set(password=parameters.get("password", url.password))
+        self._url = url.set(password=parameters.get("password") or url.password)
         self._url = self._url.difference_update_query(SECRETS)
 
     @property
@@ -154,11 +156,14 @@ class PostgreSQL:
             pipelining.attach(engine, self._pipeline)
 
     def tune(self, engine: Engine) -> None:
-        """Name what is connected to, and spare psycopg a rollback where nothing has begun."""
+        """Name what is connected to; spare psycopg a rollback where nothing has begun, and hide
+        what its errors keep.
+        """
         engine.url = self._url.set(drivername=engine.url.drivername)
         dialect: Any = engine.dialect
         if dialect.driver == "psycopg":
             dialect.do_rollback = _rolling_back(dialect.do_rollback, dialect.is_async)
+            dialect.connect = sealing(dialect.connect)
 
     def limit_connect(self, arguments: dict[str, Any], seconds: float) -> None:
         """Set libpq's parameter, unless it is given: whole seconds for each host, from two on."""
@@ -186,9 +191,9 @@ class PostgreSQL:
             )
         return found
 
-    def diagnose(self, error: BaseException) -> Diagnosis | None:
+    def diagnose(self, error: BaseException, seconds: float = ASK_FOR) -> Diagnosis | None:
         """Ask the SQLSTATE or, where libpq keeps it, the server."""
-        return diagnose(error, self._parameters)
+        return diagnose(error, self._parameters, seconds)
 
     def descriptor(self, driver: Any) -> int | None:
         """Return the file descriptor of the connection's socket; None once it is closed."""
