@@ -382,6 +382,9 @@ def refuse_unknown_driver(url: URL, drivers: dict[Side, dict[str, str]]) -> None
         )
 
 
+APART = {"psycopg2": "psycopg2-binary"}  # the package of a driver that no extra brings
+
+
 def choose_driver(url: URL, drivers: dict[str, str], extra: str) -> URL:
     """Return the URL with the first driver that is installed.
 
@@ -398,8 +401,9 @@ def choose_driver(url: URL, drivers: dict[str, str], extra: str) -> URL:
     for name in names:
         if find_spec(drivers[name]) is not None:
             return url.set(drivername=f"{url.get_backend_name()}+{name}")
+    package = APART.get(names[0], f'"engineroom[{extra}]"')
     raise DriverNotInstalled(
         f"{masked(url)} needs {' or '.join(drivers[name] for name in names)} here, and "
         f"{'it is not' if len(names) == 1 else 'neither is'} installed. "
-        f'Install it: pip install "engineroom[{extra}]".'
+        f"Install it: pip install {package}."
     )

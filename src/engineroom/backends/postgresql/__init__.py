@@ -44,7 +44,14 @@ from .sockets import asyncpg_transport, descriptor_of, is_closed
 from .sources import resolve
 from .sqlstates import sqlstate
 from .tls import make_context, uses_files
-from .translation import SECRETS, for_asyncpg, for_libpq, refuse_unable, unable
+from .translation import (
+    SECRETS,
+    for_asyncpg,
+    for_libpq,
+    refuse_unable,
+    refuse_unknown_to_libpq,
+    unable,
+)
 
 __all__ = ["DRIVERS", "AdvisoryLock", "PostgreSQL", "sqlstate", "without_literals"]
 
@@ -113,6 +120,7 @@ class PostgreSQL:
             refuse_unable(self._parameters, self._shown)
             told = for_asyncpg(self._parameters, os.environ)
         else:
+            refuse_unknown_to_libpq(driver, self._parameters, self._shown)
             told = for_libpq(self._parameters)
         arguments = told | connect_args
         if side is Side.ASYNC and driver == "psycopg":
