@@ -25,6 +25,7 @@ from sqlalchemy import URL, make_url
 from tls import TLSProxy
 
 from engineroom import CheckResult, Database, DatabaseSessionManager
+from engineroom.backends.postgresql import knocking
 from engineroom.backends.postgresql.knocking import NoPostgreSQL, knock
 from engineroom.errors import (
     ConnectTimeout,
@@ -205,6 +206,17 @@ def test_what_is_refused_after_the_password_is_not_said_of_it(
     assert "the user or the password" not in note
     if "psycopg2" not in type(getattr(caught.value, "orig", caught.value)).__module__:
         assert why in note
+
+
+@pytest.mark.parametrize("ask", ["psycopg", "psycopg (async)"], indirect=True)
+def test_libpq_is_traced_so_often_and_no_more(
+    ask: Ask, pg18: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """psycopg leaves a little memory behind each time; without, nobody knows what was refused."""
+    monkeypatch.setattr(knocking, "traces", iter(()))
+    with pytest.raises(CANNOT_CONNECT) as caught:
+        ask(make_url(pg18.url()).set(password="wrong"))
+    assert "lets nobody in so" in told(caught.value)
 
 
 def test_a_role_that_has_no_connection_left_is_waited_for(
