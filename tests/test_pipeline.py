@@ -242,7 +242,7 @@ def test_auto_pipelines_where_the_server_is_far(
     seen = []
     with WireProxy(pg18.host, pg18.port, delay=delay) as proxy:
         for _ in range(5):  # on a busy machine, one that is near may look far
-            units = Units(side, proxy, pg18.url(database, "psycopg"), warm=8)
+            units = Units(side, proxy, pg18.url(database, "psycopg"), warm=12)
             seen.append(units(lambda db: db.execute(FIRST))[0])
             units.close()
             if seen[-1] == trips:

@@ -26,7 +26,7 @@ Setting = Literal["auto", "on", "off"]
 # Seconds of a round trip from which on it pays. A pipeline costs the client 0.05 ms of CPU, what a
 # session costs is 0.4 ms: a trip of less than this is often a wait for the client's own CPU.
 FAR = 0.002
-LOOKS = 5  # transactions that begin in two trips, and slowly, before one does in one
+LOOKS = 10  # transactions that begin in two trips, and slowly, before one does in one
 IDLE = 0  # libpq's PQTRANS_IDLE
 CONNECTED = 0  # and CONNECTION_OK
 BEGIN = None  # stands for it among those who wait for answers
