@@ -366,7 +366,7 @@ def test_a_service_file_is_read_as_libpq_reads_it(
 ) -> None:
     url = make_url(pg18.url())
     (tmp_path / ".pg_service.conf").write_text(
-        f"known\n[a] \nhost={url.host}\nport={url.port}\nuser=postgres\npassword={url.password}\n"
+        f"known\n[a] # mine\nhost={url.host}\nport={url.port}\nuser=postgres\npassword={url.password}\n"
         f"dbname=postgres\n{text}\n",
         encoding="utf-8",
         errors="surrogateescape",
@@ -393,6 +393,16 @@ def test_a_password_file_of_another_encoding_serves(
     file.write_bytes(lines.encode("utf-8", "surrogateescape"))
     file.chmod(0o600)
     assert look(pg18.url().replace(f":{pg18.password}@", "@"), driver) == 1
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_a_blank_password_is_none(driver: str, pg18: PostgresServer, tmp_path: Path) -> None:
+    file = tmp_path / ".pgpass"
+    file.write_text(f"*:*:*:*:{pg18.password}\n")
+    file.chmod(0o600)
+    url = f"{pg18.url().replace(f':{pg18.password}@', '@')}?password="
+    assert libpq_connects(url)
+    assert look(url, driver) == 1
 
 
 def test_a_password_that_is_not_utf8_is_refused_without_being_printed(
