@@ -770,6 +770,23 @@ RAW: list[tuple[str, str, Callable[[Any], Any]]] = [
         "set_client_encoding",
         lambda raw: raw.rollback() or raw.set_client_encoding("LATIN1"),
     ),
+    (
+        "psycopg",
+        "copy, by name",
+        lambda raw: consume(raw.cursor().copy(statement=f"COPY ({SETTING}) TO STDOUT")),
+    ),
+    (
+        "psycopg2",
+        "copy_expert, by name",
+        lambda raw: raw.cursor().copy_expert(sql=f"COPY ({SETTING}) TO STDOUT", file=io.StringIO()),
+    ),
+    (
+        "asyncpg",
+        "executemany, by name",
+        lambda raw: raw.executemany(
+            command="INSERT INTO notes SELECT set_config('app.tenant', $1, false)", args=[("acme",)]
+        ),
+    ),
     ("asyncpg", "copy", lambda raw: raw.copy_from_query(SETTING, output=io.BytesIO())),
     ("asyncpg", "cursor", lambda raw: iterate(raw.cursor(SETTING))),
 ]

@@ -175,6 +175,9 @@ PSYCOPG2_VERBS = ("execute", "executemany", "copy_expert")
 ASYNCPG_VERBS = (
     *("executemany", "fetch", "fetchval", "fetchrow", "fetchmany", "cursor", "copy_from_query"),
 )
+# How they call the text that comes first, if not `query`.
+CALLS_IT = {"copy": "statement", "copy_expert": "sql"}
+ASYNCPG_CALLS_IT = {"executemany": "command"}
 # What they change of the driver's own object, no statement undoes; nor has a hook to do it again.
 PSYCOPG2_CHANGES = ("reset", "set_session")
 ASYNCPG_CHANGES = ("add_log_listener", "add_query_logger", "add_termination_listener")
@@ -264,7 +267,7 @@ def watching_server_cursor(base: Any) -> Any:
             tell_of(self.connection, Leaving.STATE, ("execute", (query, *arguments)))
         return watched.execute(self, query, *arguments, **options)
 
-    return type(base.__name__, (watched,), {"execute": execute})
+    return type(base.__name__, (watched,), {"__slots__": (), "execute": execute})
 
 
 @cache
@@ -282,7 +285,8 @@ def watching_cursor(base: Any, verbs: tuple[str, ...]) -> Any:
 
         return tell
 
-    verbs_of_it: dict[str, Any] = {"__slots__": (), **{verb: watched(verb) for verb in verbs}}
+    telling = {verb: by_name(watched(verb), CALLS_IT.get(verb)) for verb in verbs}
+    verbs_of_it: dict[str, Any] = {"__slots__": (), **telling}
     if hasattr(base, "callproc"):  # psycopg2
 
         def callproc(self: Any, name: Any, *arguments: Any) -> Any:
@@ -291,6 +295,19 @@ def watching_cursor(base: Any, verbs: tuple[str, ...]) -> Any:
 
         verbs_of_it["callproc"] = callproc
     return type(base.__name__, (base,), verbs_of_it)
+
+
+def by_name(tell: Callable[..., Any], name: str | None) -> Callable[..., Any]:
+    """Have a verb take its text by the driver's own name for it."""
+    if name is None:
+        return tell
+
+    def called(self: Any, *arguments: Any, **options: Any) -> Any:
+        if name in options:
+            arguments = (options.pop(name), *arguments)
+        return tell(self, *arguments, **options)
+
+    return called
 
 
 def text_of(query: Any, cursor: Any) -> str:
@@ -338,7 +355,11 @@ def watching_connection(base: Any) -> Any:
         tell_of(self, Leaving.RELATIONS, ("add_listener", (channel, callback)))
         await base.add_listener(self, channel, callback)
 
-    verbs = {verb: watched(verb) for verb in ASYNCPG_VERBS if hasattr(base, verb)}
+    verbs = {
+        verb: by_name(watched(verb), ASYNCPG_CALLS_IT.get(verb))
+        for verb in ASYNCPG_VERBS
+        if hasattr(base, verb)
+    }
     own = {
         "note": None,
         "with_begin": "",
