@@ -436,6 +436,19 @@ def test_what_a_connect_hook_had_set_is_set_again(opened: Callable[..., Door]) -
 
 
 @every_driver
+def test_a_hook_that_makes_a_temporary_table_does_so_on_a_new_connection(
+    opened: Callable[..., Door],
+) -> None:
+    door = opened()
+    listen(door, lambda cursor: cursor.execute("CREATE TEMP TABLE basket (item text)"))
+    pid = door.pid()
+    for left in ("SET app.tenant = 'acme'", "DISCARD TEMP"):
+        door.run(say(left))
+        assert door.see("SELECT count(*) FROM basket") == (0,)
+    assert door.pid() != pid
+
+
+@every_driver
 def test_what_a_checkout_hook_had_set_once_is_not_kept(opened: Callable[..., Door]) -> None:
     door, tenants = opened(), ["acme"]
     listen(door, lambda cursor: cursor.execute("SET work_mem = '5MB'"))
