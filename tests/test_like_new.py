@@ -662,6 +662,8 @@ TEXTS = {
     "CREATE UNLOGGED TABLE temperatures (id int)": Leaving.NOTHING,
     "CREATE GLOBAL TEMPORARY TABLE t (id int)": Leaving.RELATIONS,
     "CREATE TABLE pg_temp.t (id int)": Leaving.RELATIONS,
+    "SELECT 1 FROM pg_namespace WHERE nspname !~ '^pg_temp_'": Leaving.NOTHING,
+    "SET LOCAL search_path = pg_temp": Leaving.RELATIONS,
     "LOAD 'auto_explain'": Leaving.RELATIONS,
 }
 

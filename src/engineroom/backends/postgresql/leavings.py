@@ -23,7 +23,6 @@ LONGEST = 20_000  # characters of a text that is kept
 # Names that few texts have that leave nothing, wherever they stand: some functions run what is in a
 # literal. What the first leave, only a new connection is free of.
 LASTING = (
-    "pg_temp",
     "logical_replication_slot",
     "physical_replication_slot",
     "origin_session",
@@ -34,29 +33,29 @@ LASTING = (
 SETTING = ("advisory_lock", "advisory_unlock", "setseed", "set_limit", 'u&"')
 DRAWING = ("nextval", "setval")  # an INSERT may
 TELLING = (*LASTING, *SETTING, *DRAWING, "set_config", "pg_settings", "temp", ";")
+IN_TEMPORARY = re.compile(r"pg_temp(?!_)")  # (who asks for all schemas writes pg_temp_)
 # What begins like this, is one statement and has none of those leaves nothing: most texts are read
 # so, and those with values in them are long, and read each time.
 PLAIN = re.compile(r"\s*+(?:select|insert|update|delete|with|begin|commit|rollback)\b")
 
 # The others are read without their comments and what is in quotes. No expression looks at a
 # character more than a few times, whatever the text.
-FLAGS = re.VERBOSE
 QUOTED = re.compile(
     r"""
     '[^']*+' | "[^"]*+" | --[^\r\n]*+ | /\*[^*/]*+ (?: (?:\*(?!/)|/(?!\*)) [^*/]*+ )*+ \*/
     """,
-    FLAGS,
+    re.VERBOSE,
 )
 UNCLEAR = re.compile(r"\\'|\$(?:[^\W\d]\w*+)?\$")  # where quotes may end elsewhere
 TEMPORARY = r"(?:(?:local|global)\s++)? temp(?:orary)?\b"
 MAKES_TEMPORARY = re.compile(
     rf"\bcreate\s++ (?:or\s++replace\s++)? {TEMPORARY}"
     rf"| (?<!insert\s)(?<!merge\s)\binto\s++ {TEMPORARY}",
-    FLAGS,
+    re.VERBOSE,
 )
 DROPS_AT_COMMIT = re.compile(
     rf"\s*+ create\s++ {TEMPORARY} \s++table\b [^o]*+ (?:o(?!n\s++commit\s++drop\b)[^o]*+)*+ o",
-    FLAGS,
+    re.VERBOSE,
 )
 # What drivers have prepared is gone then, and some do not know; or a library is there.
 LASTS = re.compile(
@@ -64,24 +63,24 @@ LASTS = re.compile(
     \s*+ (?: load\b | discard\s++all\b
         | deallocate\b (?:\s++prepare\b)? \s*+ (?!(?!all\b)[a-z]) )
     """,
-    FLAGS,
+    re.VERBOSE,
 )
 SETS = re.compile(
     r"""
     \s*+ (?: set\b (?!\s++(?:local|transaction|constraints)\b) | prepare\b (?!\s++transaction\b)
         | (?:reset|listen|unlisten|do|call|discard|deallocate|close)\b )
     """,
-    FLAGS,
+    re.VERBOSE,
 )
 SETS_WITHIN = re.compile(
-    r"\bwith\s++hold\b | \bexecute\b (?!\s++(?:function|procedure|on)\b)", FLAGS
+    r"\bwith\s++hold\b | \bexecute\b (?!\s++(?:function|procedure|on)\b)", re.VERBOSE
 )
 SETS_LOCALLY = re.compile(
     r"""
     set_config \s*+ \(
     (?: (?: [^(),] | \((?:[^()]|\([^()]*+\))*+\) )*+ , ){2} \s*+ true \s*+ \)
     """,
-    FLAGS,
+    re.VERBOSE,
 )
 DRAWS_FOR_ITSELF = re.compile(r"\s*+insert\b[^;]*+;?\s*+$")
 
@@ -92,7 +91,7 @@ MAY_SET = re.compile(
     \bset\b (?!\s++(?:local|transaction|constraints)\b)
     | \b(?:reset|listen|unlisten|do|call|prepare|execute|close|hold)\b
     """,
-    FLAGS,
+    re.VERBOSE,
 )
 
 # (Not what SQLAlchemy itself asks at connect.)
@@ -101,7 +100,7 @@ CALLED = re.compile(
     \s*+ select\s++ (?! pg_catalog\. | current_(?:schemas?|database|setting)\s*+\( )
     [\w."]++ \s*+ \( [^;]* \) \s*+ ;? \s*+ $
     """,
-    FLAGS,
+    re.VERBOSE,
 )
 
 
@@ -131,7 +130,7 @@ def read_closely(lower: str, told: list[str]) -> Leaving:
         if "temp" in each
     ):
         return Leaving.RELATIONS
-    if not clear and MAY_LAST.search(lower):
+    if IN_TEMPORARY.search(lower) or (not clear and MAY_LAST.search(lower)):
         return Leaving.RELATIONS
     sets = (
         any(may_set(word, lower, clear) for word in told)
@@ -279,8 +278,8 @@ def watching_cursor(base: Any, verbs: tuple[str, ...]) -> Any:
 
         def tell(self: Any, query: Any, *arguments: Any, **options: Any) -> Any:
             text = query if query.__class__ is str else text_of(query, self)
-            if READINGS[text]:
-                tell_of(self.connection, READINGS[text], (verb, (query, *arguments)))
+            if leaving := READINGS[text]:
+                tell_of(self.connection, leaving, (verb, (query, *arguments)))
             return send(self, query, *arguments, **options)
 
         return tell
@@ -331,15 +330,15 @@ def watching_connection(base: Any) -> Any:
         send = getattr(base, verb)
 
         def tell(self: Any, query: str, *arguments: Any, **options: Any) -> Any:
-            if READINGS[query]:
-                tell_of(self, READINGS[query], (verb, (query, *arguments)))
+            if leaving := READINGS[query]:
+                tell_of(self, leaving, (verb, (query, *arguments)))
             return send(self, query, *arguments, **options)
 
         return tell
 
     def execute(self: Any, query: str, *arguments: Any, **options: Any) -> Any:
-        if READINGS[query]:  # (not by way of `watched`: each BEGIN and COMMIT comes here)
-            tell_of(self, READINGS[query], ("execute", (query, *arguments)))
+        if leaving := READINGS[query]:  # (not by `watched`: each BEGIN and COMMIT comes here)
+            tell_of(self, leaving, ("execute", (query, *arguments)))
         if self.with_begin:
             if query.startswith("BEGIN"):
                 query = f"{query} {self.with_begin}"
