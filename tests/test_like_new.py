@@ -312,11 +312,13 @@ HARMLESS = [
 def test_who_left_nothing_pays_no_round_trip(
     pg18: PostgresServer, shop: str, driver: str, statement: str, proxy: WireProxy
 ) -> None:
-    door = Door(pg18, shop, driver, through=proxy)
+    door, connected = Door(pg18, shop, driver, through=proxy), []
+    event.listen(door.engine, "connect", lambda *what: connected.append(what))
     try:
         door.run(say(statement))
         proxy.reset()
         door.run(say(statement))
+        assert len(connected) == 1
         assert proxy.round_trips <= 3  # BEGIN, the statement, COMMIT
         assert not any("RESET ALL" in sent for sent in proxy.statements)
     finally:
