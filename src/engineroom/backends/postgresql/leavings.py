@@ -391,7 +391,7 @@ class WatchedStatement:
 
 # In one message, outside of a transaction. `DISCARD ALL` would take from the drivers what they have
 # prepared, and cannot be sent together with anything. `random()` begins again where nobody knows;
-# and the last one counts what says that something temporary was made.
+# and the last one counts what is temporary.
 CLEAN = """
 CLOSE ALL; SET SESSION AUTHORIZATION DEFAULT; RESET ROLE; RESET ALL; UNLISTEN *;
 SELECT pg_catalog.pg_advisory_unlock_all(); DISCARD SEQUENCES;
@@ -405,7 +405,8 @@ END $$;
 SELECT pg_catalog.setseed(
     pg_catalog.hashtextextended(pg_catalog.gen_random_uuid()::text, 0) / 9223372036854775808.0
 );
-SELECT WHERE pg_catalog.pg_my_temp_schema() <> 0
+SELECT FROM pg_catalog.pg_depend WHERE refobjid = pg_catalog.pg_my_temp_schema()
+AND refclassid = 'pg_catalog.pg_namespace'::pg_catalog.regclass
 """
 NOTHING_TEMPORARY = "SELECT 0"
 
@@ -425,12 +426,12 @@ def clean(driver: Any, hooks: Iterable[Sent]) -> None:
 
 
 def refuse_temporary(status: str | None) -> None:
-    """Refuse a connection on which something temporary was made, if in a function.
+    """Refuse a connection on which something temporary is, which a function has made.
 
     What drivers have prepared refers to that, as it does where the text of a session tells.
     """
     if status != NOTHING_TEMPORARY:
-        raise RuntimeError("temporary tables, or the like, were made on it")
+        raise RuntimeError("something temporary was made on it, such as a table")
 
 
 async def clean_asyncpg(driver: Any, hooks: Iterable[Sent]) -> None:
