@@ -126,6 +126,13 @@ WAYS: dict[str, Way] = {
     "slot": say("SELECT pg_create_physical_replication_slot('temporary', true, true)"),
     "DEALLOCATE ALL": say("DEALLOCATE ALL"),
     "DISCARD PLANS": say("DISCARD PLANS"),
+    "temporary view, by DO": say(
+        "DO $$ BEGIN EXECUTE 'CREATE TE' || 'MP VIEW v AS SELECT 1'; END $$"
+    ),
+    "temporary function, by DO": say(
+        "DO $$ BEGIN EXECUTE 'CREATE FUNCTION pg_te' || "
+        "'mp.one() RETURNS int LANGUAGE sql RETURN 1'; END $$"
+    ),
     "temporary table, by DO": say(
         "DO $$ BEGIN EXECUTE 'CREATE TE' || 'MP TABLE basket (item text)'; END $$"
     ),
@@ -388,6 +395,15 @@ def test_a_temporary_table_of_a_functions_is_not_referred_to_later(
             return connection.exec_driver_sql("SELECT * FROM basket").all()
 
         assert door.run(fill) == []
+
+
+@every_driver
+def test_what_a_function_has_dropped_costs_no_connection(opened: Callable[..., Door]) -> None:
+    door = opened()
+    pid = door.pid()
+    batch = "EXECUTE 'CREATE TE' || 'MP TABLE batch (item text) ON COMMIT DROP'"
+    door.run(say(f"DO $$ BEGIN {batch}; END $$"))
+    assert door.pid() == pid
 
 
 @every_driver
