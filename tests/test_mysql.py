@@ -154,47 +154,6 @@ def wired(
         work.close()
 
 
-LEFT = {
-    "a setting": ("SET SESSION sort_buffer_size = 65536", "SELECT @@sort_buffer_size = 65536"),
-    "a variable": ("SELECT @tenant := 7", "SELECT @tenant IS NOT NULL"),
-    "a temporary table": (
-        "CREATE TEMPORARY TABLE item SELECT 7 AS value",
-        "SELECT value = 7 FROM item",
-    ),
-    "a lock": ("SELECT GET_LOCK('engineroom-test', 0)", "SELECT IS_USED_LOCK('engineroom-test')"),
-    "a level": (
-        "SET SESSION TRANSACTION ISOLATION LEVEL SERIALIZABLE",
-        "SELECT @@tx_isolation = 'SERIALIZABLE'",
-    ),
-    "read-only": ("SET SESSION TRANSACTION READ ONLY", "SELECT @@tx_read_only"),
-}
-
-
-@pytest.mark.parametrize("what", LEFT)
-@pytest.mark.parametrize("ends", ["commit", "rollback"])
-def test_the_next_session_finds_nothing_of_what_one_left(wired: Any, what: str, ends: str) -> None:
-    work, _ = wired
-    leave, look = LEFT[what]
-    before = work.unit("SELECT CONNECTION_ID()")
-    if ends == "commit":
-        work.unit(leave)
-    else:
-        work.fails(leave)
-    assert not work.unit(look)
-    assert work.unit("SELECT CONNECTION_ID()") != before
-
-
-def test_who_left_nothing_keeps_the_connection(wired: Any) -> None:
-    work, wire = wired
-    before = work.unit("SELECT CONNECTION_ID()")
-    for options in ({}, {"isolation_level": "SERIALIZABLE"}, {"read_only": True}, {}):
-        assert work.unit("SELECT 'SET x = 1'", **options) == "SET x = 1"
-    assert work.unit("SELECT CONNECTION_ID()") == before
-    wire.commands.clear()
-    assert work.unit(FORTY_TWO) == 42
-    assert wire.commands == [FORTY_TWO, "COMMIT"]
-
-
 def test_the_kernel_asks_for_a_server_that_is_silent(wired: Any) -> None:
     """A wire that was cut without a word is noticed in a minute, not in hours."""
     work, _ = wired

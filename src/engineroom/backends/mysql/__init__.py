@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from sqlalchemy import event
 from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from sqlalchemy.util import greenlet_spawn
@@ -34,7 +33,7 @@ from .errnos import NO_SUCH_THREAD, REFUSED, errno
 from .guards import NAMES, NAMES_OF_MYSQL, at_start, is_mariadb, struck
 from .looking import diagnose, look
 from .parameters import PLACE, SECRETS, for_driver, read_parameters
-from .sparing import READ_ONLY, ReadOnly, beginning, send, sparing, tell, unnoticed
+from .sparing import READ_ONLY, ReadOnly, send, sparing, unnoticed
 from .tls import ENCRYPTING, MODE, make_context, mode_of
 
 logger: logging.Logger = logging.getLogger("engineroom")
@@ -106,7 +105,7 @@ class MySQL:
     def attach(
         self, engine: Engine, role: Role, before_write: Callable[[Connection], None]
     ) -> None:
-        """Have connections spare round trips, begin as they are asked to, and refuse to write."""
+        """Have connections spare round trips, and a reader's refuse to write."""
         engine.url = self._url.set(drivername=engine.url.drivername)
         dialect: Any = engine.dialect
         connect = dialect.connect
@@ -116,6 +115,7 @@ class MySQL:
             driver = dialect.get_driver_connection(opened)
             driver.__class__ = sparing(driver.__class__)
             driver.another = lambda: dialect.connect(*args, **kw)
+            driver.reads_only = role is Role.READER
             if statement := at_start(self._guards, driver.get_server_info()):
                 send(opened, statement)
             keep_alive(self.descriptor(driver))
@@ -125,10 +125,7 @@ class MySQL:
 
         dialect.connect = connect_sparing
         dialect.set_isolation_level = unnoticed(dialect.set_isolation_level, dialect)
-        if role is Role.READER:
-            event.listen(engine, "connect", lambda connection, _: tell(connection, reads_only=True))
-        else:
-            dialect.do_begin = beginning(dialect.do_begin)
+        if role is not Role.READER:
             known = dialect.connection_characteristics
             dialect.connection_characteristics = {**known, READ_ONLY: ReadOnly()}
 
