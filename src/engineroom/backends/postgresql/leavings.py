@@ -134,7 +134,7 @@ def watching_cursor(base: Any, verbs: tuple[str, ...]) -> Any:
 
         return tell
 
-    verbs_of_it: dict[str, Any] = {verb: watched(verb) for verb in verbs}
+    verbs_of_it: dict[str, Any] = {"__slots__": (), **{verb: watched(verb) for verb in verbs}}
     if hasattr(base, "callproc"):  # psycopg2
 
         def callproc(self: Any, name: Any, *arguments: Any) -> Any:
