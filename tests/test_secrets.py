@@ -150,6 +150,11 @@ BROKEN = [
     f"oracle://u:{IN_URL}@h/d?sslpassword={OF_KEY}",
     f"postgresql://u:{IN_URL}@h/d?service=none",
     f"u:{IN_URL}@h/d",
+    f"postgresql://u@h/d?pasword={IN_URL}",
+    f"postgresql://u@h/d?pwd={IN_URL}&sslmode=x",
+    f"postgresql://u@h/d?scram_client_key={OF_KEY}&oauth_client_secret={OF_KEY}&sslmode=x",
+    f"mysql+pymysql://u@h/d?pwd={IN_URL}",
+    f"postgresql://u:{IN_URL}\udce4@h/d",
 ]
 
 

@@ -8,6 +8,7 @@ from urllib.parse import urlencode
 
 from ...errors import InvalidURL, UnsupportedByDriver
 from ...secrecy import Sealed
+from ...urls import HARMLESS
 from .parameters import CACHES, DEFAULT_PORT, read_integer
 from .reaching import Reach
 from .tls import FILES, make_context
@@ -52,7 +53,7 @@ def unable(parameters: Mapping[str, str]) -> dict[str, str]:
         for name, values in UNABLE.items()
         if parameters.get(name) and parameters[name] not in values
     }
-    encoding = parameters.get("client_encoding", "utf8")
+    encoding = parameters.get("client_encoding") or "utf8"
     return asked | ({} if encoding.lower() in UTF8 else {"client_encoding": encoding})
 
 
@@ -64,8 +65,7 @@ def refuse_unable(parameters: Mapping[str, str], shown: str) -> None:
     """
     if asked := unable(parameters):
         what = ", ".join(
-            name if "key" in name or "secret" in name else f"{name}={value}"
-            for name, value in asked.items()
+            f"{name}={value}" if name in HARMLESS else name for name, value in asked.items()
         )
         raise UnsupportedByDriver(
             f"asyncpg cannot do what {shown} asks for: {what}. Write postgresql+psycopg://, whose "
@@ -89,13 +89,13 @@ def for_asyncpg(parameters: Mapping[str, str], environment: Mapping[str, str]) -
     Raises:
         InvalidCertificate: what TLS needs cannot be read.
     """
-    arguments: dict[str, Any] = {name: parameters[name] for name in ALIKE if name in parameters}
+    arguments: dict[str, Any] = {name: parameters[name] for name in ALIKE if parameters.get(name)}
     arguments |= {name: int(parameters[name]) for name in CACHES if name in parameters}
     arguments["async_creator_fn"] = Reach(_without_secrets(parameters)).connect
     arguments |= _places(parameters)
-    if "dbname" in parameters:
+    if parameters.get("dbname"):
         arguments["database"] = parameters["dbname"]
-    if "password" in parameters:
+    if parameters.get("password"):
         arguments["password"] = Sealed(parameters["password"])
     timeout = read_integer(parameters, "connect_timeout") or 0
     if timeout > 0:
