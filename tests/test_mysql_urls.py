@@ -65,6 +65,16 @@ def test_an_unknown_parameter_is_refused_with_the_nearest_name() -> None:
         ("sslaccept=strict", "Write ssl_mode=VERIFY_IDENTITY"),
         ("connection_limit=9", "pool_size=9"),
         ("connect_timeout=soon", "a whole number"),
+        ("connect_timeout=0", "connect_timeout='0'.* from 1 to 31536000"),
+        ("read_timeout=0", "read_timeout='0'.* from 1 to"),
+        ("write_timeout=31536001", "write_timeout=.* from 1 to"),
+        (f"max_allowed_packet={'9' * 5000}", "max_allowed_packet=.* from 1 to"),
+        ("port=70000", "port=.* from 1 to 65535"),
+        ("ssl=true&ssl_cipher=foo", "ssl_cipher=foo.*no cipher"),
+        ("ssl_cipher=foo", "ssl_cipher=foo.*no cipher"),
+        ("read_default_file=/nowhere/my.cnf", "read_default_file=/nowhere/my.cnf.*No such file"),
+        ("read_default_file=/etc", "read_default_file=/etc.*directory"),
+        ("read_default_file=/dev/null", r"/dev/null has no group \[client\]"),
         ("local_infile=perhaps", "true or false"),
         ("ssl-mode=perhaps", "DISABLED, PREFERRED, REQUIRED, VERIFY_CA, VERIFY_IDENTITY"),
         ("ssl_mode=REQUIRED&ssl-mode=DISABLED", "ssl_mode twice"),
@@ -76,6 +86,52 @@ def test_what_a_url_cannot_say_is_said_with_what_to_write(query: str, says: str)
     with pytest.raises(InvalidURL, match=says) as caught:
         Database(f"mysql://shop:s3cret@db.example/shop?{query}")
     assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["ssl_ca", "ssl-mode", "ssl", "ssl_key", "charset", "connect_timeout"]
+)
+def test_a_parameter_without_a_value_is_no_wish_to_go_without(name: str) -> None:
+    with pytest.raises(InvalidURL, match=f"{name}= without a value"):
+        Database(f"mysql://db.example/shop?{name}=")
+
+
+@each_driver
+@pytest.mark.parametrize("charset", ["foo", "dec8"])
+def test_a_charset_that_is_none_is_said_when_the_driver_is_asked(driver: str, charset: str) -> None:
+    with pytest.raises(InvalidURL, match=f"charset={charset}, which {driver} does not know"):
+        look(f"mysql://shop:s3cret@db.example/shop?charset={charset}", driver, "SELECT 1")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("password = s3cret", "it is not made of groups"),
+        ("[client]\npassword = s3cret\n\xff", "it is not made of groups"),
+        ("[mysqld]\npassword = s3cret", r"no group \[client\]"),
+        (
+            "[client]\npassword = s3cret\nssl_mode = REQUIRED",
+            "ssl-mode, which the drivers",
+        ),
+        ("[client]\npassword = s3cret\nssl", "ssl, which the drivers"),
+    ],
+)
+def test_a_file_of_options_that_would_be_passed_over_is_refused(
+    tmp_path: Path, content: str, says: str
+) -> None:
+    (file := tmp_path / "my.cnf").write_bytes(content.encode("latin-1"))
+    with pytest.raises(InvalidURL, match=says) as caught:
+        Database(f"mysql://shop@db.example/shop?read_default_file={file}")
+    assert "s3cret" not in f"{caught.value}{caught.value.__context__!r}"
+
+
+@each_driver
+def test_a_file_of_options_is_read(mariadb: MariaServer, tmp_path: Path, driver: str) -> None:
+    """What it says of TLS is nothing where the URL says it."""
+    account = f"user = root\npassword = {mariadb.password}\nport = {mariadb.port}"
+    (file := tmp_path / "my.cnf").write_text(f"[till]\n{account}\nssl-mode = REQUIRED")
+    query = f"read_default_file={file}&read_default_group=till&ssl_mode=DISABLED"
+    assert look(f"mysql://{mariadb.host}/mysql?{query}", driver, "SELECT 1") == 1
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from ..sockets import keep_alive, shut
 from .errnos import NO_SUCH_THREAD, REFUSED, errno
 from .guards import NAMES, NAMES_OF_MYSQL, at_start, is_mariadb, struck
 from .looking import diagnose, look
+from .option_file import check_option_file
 from .parameters import PLACE, SECRETS, for_driver, read_parameters
 from .sparing import READ_ONLY, ReadOnly, send, sparing, unnoticed
 from .tls import ENCRYPTING, MODE, make_context, mode_of
@@ -53,6 +54,7 @@ class MySQL:
         self._shown = masked(url)
         parameters = read_parameters(url)
         mode = mode_of(parameters, self._shown)
+        check_option_file(parameters, self._shown, has_mode=mode is not None)
         if mode in ENCRYPTING:
             make_context(parameters, mode)  # says now what cannot be read
         self._mode = mode
