@@ -12,6 +12,7 @@ from traceback import walk_tb
 from typing import Any
 from urllib.parse import quote, urlencode
 
+import pymysql
 import pytest
 from mariadb_server import MariaServer, find_mariadbd
 from sqlalchemy import Connection, event, make_url, text
@@ -488,3 +489,57 @@ def test_no_frame_of_a_connect_in_vain_has_the_password(mariadb: MariaServer, dr
     theirs = [frame for frame, _ in walk_tb(caught.tb) if frame.f_globals["__name__"] != __name__]
     assert len(theirs) > 5
     assert [frame for frame in theirs if secret in repr(frame.f_locals)] == []
+
+
+@each_driver
+def test_a_password_is_sent_in_utf_8(mariadb: MariaServer, driver: str) -> None:
+    """As whoever has set it did; of what Latin-1 lacks, the drivers would print the whole."""
+    mariadb.execute("CREATE OR REPLACE USER greek IDENTIFIED BY 'πä€'")
+    url = f"mysql://greek:{quote('πä€')}@{mariadb.host}:{mariadb.port}/"
+    assert look(url, driver, "SELECT 1") == 1
+
+
+# --- why a server does not answer -----------------------------------------------------------------
+
+
+def check(url: str, driver: str, **options: Any) -> None:
+    if driver == "pymysql":
+        with Database(url) as door:
+            door.check(**options)
+        return
+
+    async def main() -> None:
+        async with DatabaseSessionManager().init(url) as manager:
+            await manager.check(**options)
+
+    asyncio.run(main())
+
+
+@each_driver
+def test_a_user_at_their_limit_is_waited_for(mariadb: MariaServer, driver: str) -> None:
+    mariadb.execute("CREATE OR REPLACE USER few IDENTIFIED BY 'few' WITH MAX_USER_CONNECTIONS 1")
+    url = f"mysql://few:few@{mariadb.host}:{mariadb.port}/"
+    taken = pymysql.connect(host=mariadb.host, port=mariadb.port, user="few", password="few")
+    with pytest.raises(DBAPIError, match="1226") as caught:
+        check(url, driver)
+    assert "max_user_connections" in "".join(caught.value.__notes__)
+    closing = threading.Timer(0.5, taken.close)
+    closing.start()
+    check(url, driver, wait=30)
+    closing.join()
+
+
+@pytest.mark.parametrize("number", [1129, 1130])
+def test_a_host_that_is_kept_out_is_not_waited_for(number: int) -> None:
+    """By its number: a server that resolves names, and one without `%`, would each be another."""
+    why = MySQL(make_url("mysql://")).diagnose(pymysql.OperationalError(number, "Host is …"))
+    assert why is not None
+    assert (why.passes, why.is_reached) == (False, True)
+    assert "FLUSH HOSTS" in why.cure
+
+
+@each_driver
+def test_a_server_without_tls_says_so_on_both_sides(mariadb: MariaServer, driver: str) -> None:
+    with pytest.raises(DBAPIError) as caught:
+        check(f"{mariadb.url()}?ssl_mode=REQUIRED", driver, wait=30)
+    assert "no TLS came about with the server" in "".join(caught.value.__notes__)

@@ -88,7 +88,8 @@ class MySQL:
         parameters, mode = self._sealed.reveal(), self._mode
         told = for_driver(driver, parameters, self._shown)
         if "password" in told:
-            told["password"] = Sealed(told["password"])
+            # In UTF-8, as everybody else sends it: of a text the drivers would make Latin-1.
+            told["password"] = Sealed(told["password"].encode())
         if mode in ENCRYPTING:
             told["ssl"] = make_context(parameters, mode)
         elif driver == "pymysql" and (mode == "DISABLED" or "unix_socket" in told):

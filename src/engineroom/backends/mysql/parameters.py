@@ -15,8 +15,8 @@ from ...urls import masked
 from .tls import FLAGS, MODE, MODES, TEXTS
 
 # What is a whole number, from which to which: a driver raises errors of its own outside of that.
-TIME = (1, 31536000)  # seconds
-NUMBERS = {
+TIME: tuple[int, int] = (1, 31536000)  # seconds
+NUMBERS: dict[str, tuple[int, int]] = {
     "connect_timeout": TIME,
     "read_timeout": TIME,
     "write_timeout": TIME,
@@ -32,12 +32,12 @@ PLAIN = (
     *("read_default_file", "read_default_group", *TEXTS),
 )
 # What only one of them knows.
-ONLY = {
+ONLY: dict[str, tuple[str, ...]] = {
     "pymysql": ("write_timeout", "bind_address", "collation"),
     "asyncmy": ("stmt_cache_size",),
 }
-OTHERS = {name: driver for driver, names in ONLY.items() for name in names}
-KNOWN = (MODE, *NUMBERS, *ANSWERS, *PLAIN, *OTHERS)
+OTHERS: dict[str, str] = {name: driver for driver, names in ONLY.items() for name in names}
+KNOWN: tuple[str, ...] = (MODE, *NUMBERS, *ANSWERS, *PLAIN, *OTHERS)
 
 PLACE = ("host", "port", "database", "password")
 SECRETS = ("password", "passwd", "ssl_key_password", "ssl-key-password")
