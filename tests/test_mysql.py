@@ -764,6 +764,42 @@ def test_a_reader_streams(mysql_url: str, side: str) -> None:
     work.close()
 
 
+LONG = "SELECT a.seq FROM seq_1_to_60000 AS a, seq_1_to_60000 AS b"  # nobody reads that to its end
+
+
+@pytest.mark.filterwarnings("ignore:Previous unbuffered")  # what asyncmy says to an application
+@pytest.mark.parametrize("verb", ["session", "reader", "connect"])
+def test_a_cancelled_stream_is_not_read_to_its_end(mysql_url: str, verb: str) -> None:
+    work = Work(mysql_url, "async", pool_size=1, max_overflow=0)
+
+    async def read(begun: asyncio.Event) -> None:
+        async with getattr(work.manager, verb)() as db:
+            async for _ in await db.stream(text(LONG)):
+                begun.set()
+                await asyncio.sleep(0.001)
+
+    async def main() -> None:
+        begun = asyncio.Event()
+        task = asyncio.create_task(read(begun))
+        await begun.wait()
+        task.cancel()
+        await asyncio.wait((task,), timeout=4)  # one is promised; a clean-up is given up after 5
+        assert task.done()
+        assert task.cancelled()
+
+    work.runner.run(main())
+    until(lambda: [row for row in busy(mysql_url) if LONG in str(row)], lambda left: not left)
+    assert work.unit(ONE) == 1
+    assert work.unit(ONE, "reader") == 1
+    work.close()
+
+
+def busy(url: str) -> Any:
+    with mysql_server(url) as cursor:
+        cursor.execute("SELECT info FROM information_schema.processlist WHERE info IS NOT NULL")
+        return cursor.fetchall()
+
+
 # -- the server's deadlines --------------------------------------------------------------------
 
 SHOW = "SELECT CONCAT_WS(' ', @@idle_transaction_timeout, @@max_statement_time)"

@@ -13,7 +13,6 @@ from typing import Any
 
 from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
-from sqlalchemy.util import greenlet_spawn
 
 from ...errors import InvalidOption, UnsupportedByDriver
 from ...secrecy import Sealed
@@ -34,14 +33,12 @@ from .guards import NAMES, NAMES_OF_MYSQL, at_start, is_mariadb, struck
 from .looking import diagnose, look
 from .option_file import check_option_file
 from .parameters import PLACE, SECRETS, for_driver, read_parameters
-from .sparing import READ_ONLY, ReadOnly, send, sparing, unnoticed
+from .sparing import READ_ONLY, ReadOnly, break_off, kill, send, sparing, unnoticed
 from .tls import ENCRYPTING, MODE, make_context, mode_of
 
 logger: logging.Logger = logging.getLogger("engineroom")
 
 DRIVERS = {Side.ASYNC: {"asyncmy": "asyncmy"}, Side.SYNC: {"pymysql": "pymysql"}}
-
-BREAK_OFF_LIMIT = 1.0  # seconds for the server to end a connection
 
 
 class MySQL:
@@ -232,20 +229,11 @@ class MySQL:
 
     def interrupt(self, driver: Any) -> None:
         """End the connection on the server, and what it runs."""
-        _kill(driver)
+        kill(driver)
 
     async def break_off(self, driver: Any) -> None:
-        """End the connection on the server: at work, that does not look at a socket.
-
-        asyncmy itself has closed its end where it was cancelled.
-        """
-        try:
-            async with asyncio.timeout(BREAK_OFF_LIMIT):
-                await greenlet_spawn(_kill, driver)
-        except Exception as error:  # noqa: BLE001  # whatever it says, no more can be done
-            logger.info("A cancelled statement may run on: %r", error)
-        finally:
-            driver.close()
+        """End the connection on the server."""
+        await break_off(driver)
 
     def cut(self, driver: Any, loop: asyncio.AbstractEventLoop) -> None:
         """Close the socket; the server ends the connection when it sees that."""
@@ -278,22 +266,6 @@ class MySQL:
 
     def dispose(self) -> None:
         """There is nothing to remove."""
-
-
-def _kill(driver: Any) -> None:
-    """End a connection on the server, over another one."""
-    killer = driver.another()
-    try:
-        cursor = killer.cursor()
-        try:
-            cursor.execute(f"KILL {driver.thread_id()}")
-        except Exception as error:
-            if errno(error) != NO_SUCH_THREAD:
-                raise
-        finally:
-            cursor.close()
-    finally:
-        killer.close()
 
 
 def _is_pymysql(driver: Any) -> bool:
