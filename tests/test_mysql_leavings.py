@@ -31,9 +31,10 @@ SEEN = [
     "UPDATE other SET id = 7",
     "SELECT value FROM item",
     "SELECT @tenant, DATABASE(), LAST_INSERT_ID(), LASTVAL(numbers), IS_USED_LOCK('left')",
-    """SELECT variable_name, variable_value FROM information_schema.session_variables
+    """SELECT SUM(CRC32(CONCAT(variable_name, variable_value)))
+    FROM information_schema.session_variables
     WHERE variable_name NOT IN ('timestamp', 'pseudo_thread_id', 'warning_count', 'error_count',
-        'rand_seed1', 'rand_seed2', 'last_insert_id', 'identity') ORDER BY 1""",
+        'rand_seed1', 'rand_seed2', 'last_insert_id', 'identity')""",
 ]
 FAILS = ["EXECUTE prepared", "HANDLER item READ FIRST"]
 
@@ -160,6 +161,10 @@ NOTHING = [
 ]
 
 
+def connection_of(scope: Any) -> Connection:
+    return scope if isinstance(scope, Connection) else scope.connection()
+
+
 class Room:
     """Sessions on one connection, of either side."""
 
@@ -168,18 +173,18 @@ class Room:
         self.manager = DatabaseSessionManager().init(url, pool_size=1, max_overflow=0)
         self.runner = asyncio.Runner()
 
-    def unit(self, work: Way, *, fails: bool = False, **options: Any) -> Any:
+    def unit(self, work: Way, *, verb: str = "session", fails: bool = False, **options: Any) -> Any:
         """Work on the connection of one session, which ends well or not."""
         if self.side == "sync":
-            with self.manager.sync_session(**options) as db:
-                result = work(db.connection())
+            with getattr(self.manager.sync, verb)(**options) as db:
+                result = work(connection_of(db))
                 if fails:
                     raise ZeroDivisionError
             return result
 
         async def unit() -> Any:
-            async with self.manager.session(**options) as db:
-                result = await db.run_sync(lambda session: work(session.connection()))
+            async with getattr(self.manager, verb)(**options) as db:
+                result = await db.run_sync(lambda one: work(connection_of(one)))
                 if fails:
                     raise ZeroDivisionError
             return result
@@ -224,7 +229,8 @@ def room(
 ) -> Iterator[Room]:
     for statement in TABLES.split(";"):
         mariadb.execute(statement, mysql_database)
-    room = Room(f"{mariadb.url(mysql_database)}?client_flag={MULTI_STATEMENTS}", request.param)
+    query = f"client_flag={MULTI_STATEMENTS}&ssl_mode=DISABLED"
+    room = Room(f"{mariadb.url(mysql_database)}?{query}", request.param)
     yield room
     room.close()
 
@@ -249,6 +255,19 @@ def test_the_next_session_sees_nothing_of_what_one_left(
             wrong[str(way)] = set(seen) ^ set(new)
             room.leave("KILL CONNECTION_ID()")
     assert wrong == {}
+
+
+@pytest.mark.parametrize("verb", ["reader", "connect"])
+def test_nor_does_a_reader_or_a_connection(room: Room, verb: str) -> None:
+    for statement in (
+        "SET @tenant = 'A'",
+        "SELECT 'A' INTO @tenant",
+        "CREATE TEMPORARY TABLE t (n int)",
+    ):
+        room.leave(statement, verb=verb)
+        assert room.unit(lambda one: one.scalar(text("SELECT @tenant")), verb=verb) is None
+    with pytest.raises(DBAPIError, match="1146"):
+        room.unit(lambda one: one.scalar(text("SELECT n FROM t")), verb=verb)
 
 
 def test_who_left_nothing_keeps_the_connection(room: Room) -> None:
