@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session
 
 from engineroom import Database, DatabaseSessionManager
 from engineroom.deadlines import WATCH
+from engineroom.errors import ConnectTimeout
 from engineroom.testing import PostgresServer, WireProxy
 
 WITHIN = 0.5  # seconds: every limit of these tests
@@ -64,6 +65,23 @@ class Door:
                 return await db.run_sync(shown)
 
         return self.runner.run(main())
+
+    def leave(self, statement: str, then: Callable[[], object]) -> float:
+        """Leave something, do that, and return when the connection was given back."""
+        options = {"isolation_level": "AUTOCOMMIT"}
+        if self.side == "sync":
+            with self.manager.sync.connect(**options) as connection:
+                connection.execute(text(statement))
+                then()
+                return time.monotonic()
+
+        async def leave() -> float:
+            async with self.manager.connect(**options) as connection:
+                await connection.execute(text(statement))
+                then()
+                return time.monotonic()
+
+        return self.runner.run(leave())
 
     def lent(self) -> int:
         return sum(pool.lent for pool in self.manager.stats().pools)
@@ -300,6 +318,162 @@ def test_a_stopped_server_holds_nobody(pg16: PostgresServer, side: str, driver: 
     finally:
         pg16.thaw()
         pg16.drop_database(name)
+
+
+@every_side
+def test_a_stopped_server_holds_no_stream(pg16: PostgresServer, side: str, driver: str) -> None:
+    """Each time that rows are asked for is a statement; closing the cursor is one too."""
+    name = pg16.create_database()
+    one = Door(side, pg16.url(name, driver), **LIMITS | {"statement_timeout": 0.1})
+
+    def stream(db: Session) -> None:
+        rows = db.execute(text("SELECT generate_series(1, 1000)").execution_options(yield_per=10))
+        for (number,) in rows:
+            if number == 10:
+                pg16.freeze()
+
+    began = time.monotonic()
+    try:
+        with pytest.raises(Exception) as caught:  # noqa: PT011  # SQLAlchemy wraps none of asyncpg's
+            one.unit(stream)
+        took = time.monotonic() - began
+    finally:
+        pg16.thaw()
+    assert took < 0.6 + ROOM
+    assert "DB_STATEMENT_TIMEOUT" in notes(caught.value)
+    one.unit(ask)
+    one.close()
+    pg16.drop_database(name)
+
+
+@pytest.mark.parametrize("limit", [0.3, 1, 2])
+@every_side
+def test_a_stopped_server_holds_no_checkout(
+    pg16: PostgresServer, side: str, driver: str, limit: float
+) -> None:
+    """An idle connection is asked in vain, and another one cannot be opened."""
+    name = pg16.create_database()
+    options = LIMITS | {"pool_timeout": limit, "pool_ping_after": 0}
+    one = Door(side, pg16.url(name, driver), **options)
+    pg16.freeze()
+    began = time.monotonic()
+    try:
+        with pytest.raises((DBAPIError, ConnectTimeout)):
+            one.unit(ask)
+        took = time.monotonic() - began
+    finally:
+        pg16.thaw()
+    assert took < limit + ROOM
+    one.unit(ask)
+    one.close()
+    pg16.drop_database(name)
+
+
+@every_side
+def test_a_stopped_server_holds_no_cleaning(pg16: PostgresServer, side: str, driver: str) -> None:
+    name = pg16.create_database()
+    one = Door(side, pg16.url(name, driver), **LIMITS)
+    began = one.leave("SET app.tenant = 'a'", pg16.freeze)
+    try:
+        took = time.monotonic() - began
+    finally:
+        pg16.thaw()
+    assert took < 2 + ROOM
+    one.unit(ask)
+    one.close()
+    pg16.drop_database(name)
+
+
+def longest_gap(stop: threading.Event, found: list[float]) -> None:
+    """Find for how long no other thread ran."""
+    last = time.monotonic()
+    while not stop.wait(0.02):
+        found.append(time.monotonic() - last)
+        last = time.monotonic()
+
+
+@every_side
+def test_a_stopped_server_holds_no_close(pg16: PostgresServer, side: str, driver: str) -> None:
+    """What open scopes hold is to be ended on the server, which takes no cancel request either."""
+    name = pg16.create_database()
+    options = LIMITS | {"pool_size": 3}
+    manager = DatabaseSessionManager().init(pg16.url(name, driver), **options)
+    stop, gaps, took = threading.Event(), [0.0], [0.0]
+    beat = threading.Thread(target=longest_gap, args=(stop, gaps))
+    thaw = threading.Timer(15, pg16.thaw)
+
+    def close_in_thread() -> None:
+        everyone = threading.Barrier(4)
+
+        def hold() -> None:
+            with contextlib.suppress(Exception), manager.sync_session() as db:
+                ask(db)
+                everyone.wait()
+                stop.wait()
+
+        holders = [threading.Thread(target=hold) for _ in range(3)]
+        for holder in holders:
+            holder.start()
+        everyone.wait()
+        pg16.freeze()
+        began = time.monotonic()
+        manager.sync.close(timeout=0.1)
+        took[0] = time.monotonic() - began
+        stop.set()
+        for holder in holders:
+            holder.join()
+
+    async def hold_on_loop(everyone: asyncio.Barrier) -> None:
+        async with manager.session() as db:
+            await db.run_sync(ask)
+            await everyone.wait()
+            await asyncio.sleep(30)
+
+    async def close_on_loop() -> None:
+        everyone = asyncio.Barrier(4)
+        holders = [asyncio.create_task(hold_on_loop(everyone)) for _ in range(3)]
+        await everyone.wait()
+        pg16.freeze()
+        began = time.monotonic()
+        await manager.close(timeout=0.1)
+        took[0] = time.monotonic() - began
+        for holder in holders:
+            holder.cancel()
+        await asyncio.wait(holders)
+
+    beat.start()
+    thaw.start()
+    try:
+        close_in_thread() if side == "sync" else asyncio.run(close_on_loop())
+    finally:
+        thaw.cancel()
+        pg16.thaw()
+        stop.set()
+        beat.join()
+    assert took[0] < 0.1 + 5 + ROOM
+    assert max(gaps) < ROOM
+    pg16.drop_database(name)
+
+
+@every_side
+def test_a_deadline_of_a_session_that_sent_nothing_goes_with_it(
+    door: Callable[..., Door], proxy: WireProxy, side: str, driver: str
+) -> None:
+    one = door(side, driver)
+
+    async def on_loop() -> None:
+        async with one.manager.session(statement_timeout=7) as db:
+            await db.connection()
+
+    if side == "sync":
+        with one.manager.sync_session(statement_timeout=7) as db:
+            db.connection()
+    else:
+        one.runner.run(on_loop())
+    proxy.reset()
+    shown: list[str] = []
+    one.unit(lambda db: shown.append(db.scalar(text("SHOW statement_timeout"))))
+    assert (shown, proxy.connections) == (["0"], 0)  # and its connection was kept
 
 
 # -- the thread that looks after threads -------------------------------------------------------

@@ -44,7 +44,7 @@ T = TypeVar("T")
 # answer of its server, and each is a system call, 2 % of a small unit's CPU.
 JUST_NOW = 0.0002
 SHORT_PAUSE, LONG_PAUSE = 0.02, 0.5  # seconds before a server that refuses is asked again
-CLEAN_LIMIT = 2.0  # seconds; a server that answers takes a millisecond
+CLEAN_LIMIT = 1.5  # seconds; a server that answers takes a millisecond
 LEAST_CONNECT = 0.1  # seconds that connecting has, though waiting took all but that of the time
 SLACK = 0.01  # seconds by which a timer may be early
 
@@ -174,6 +174,8 @@ class Opener:
         try:
             opened = lender.open_patiently(partial(self.creator, record))
             record.info["berth"] = berth = lender.berth_of(opened)
+            if record.in_use:  # what its connect hooks send looks like its holder's from here
+                berth.left = Leaving.RELATIONS
             berth.record, berth.lender = weakref.ref(record), self.lender
             berth.expires = time.monotonic() + lender.lifetime()
             if stay is not None:
@@ -463,10 +465,18 @@ class Lender(QueuePool):
             self.clean_in_time(partial(self.backend.clean, record, berth.hooks), berth)
             berth.left = Leaving.NOTHING
         except BaseException as error:
+            if isinstance(error, TimeoutError):
+                self._hang_up(berth)
             self._drop(record)
             if not isinstance(error, Exception):
                 raise
             logger.info("A connection could not be cleaned and is closed: %r", error)
+
+    def _hang_up(self, berth: Berth) -> None:
+        """Part with a silent server: asyncpg would wait for its answer to the farewell."""
+        driver = berth.driver()
+        if hasattr(driver, "terminate"):  # (a public verb of that driver)
+            driver.terminate()
 
     def clean_in_time(self, clean: Callable[[], None], berth: Berth) -> None:
         """Clean a connection; raise if that takes too long."""
@@ -523,6 +533,7 @@ class Lender(QueuePool):
             self.suspicion = time.monotonic()
             if isinstance(error, (TimeoutError, ConnectTimeout)):
                 self.silence = self.suspicion
+                self._hang_up(connection.info["berth"])
             logger.info("A pooled connection was found dead and is replaced: %r", error)
             return False
         except BaseException:
@@ -643,7 +654,7 @@ class Lender(QueuePool):
                 opened = self.open_in_time(connect, max(end - time.monotonic(), LEAST_CONNECT))
             except Exception as error:
                 is_open = self.backend.has_server and self.is_patient and not self.refusal
-                why = self.diagnose(error) if is_open else None
+                why = self.diagnose(error) if is_open and time.monotonic() < end else None
                 if why is None or why.is_silent:
                     raise
                 doubts = 0 if why.passes else doubts + 1
@@ -700,6 +711,14 @@ class Lender(QueuePool):
             if permit.owner == owner and permit.connection is None
         ]
         return max(self.limit - max(spent, default=0.0), LEAST_CONNECT)
+
+    def not_opened(self, seconds: float) -> ConnectTimeout:
+        """Build the error for a server that did not answer in what was left of the time."""
+        return ConnectTimeout(
+            f"No connection was opened within {self.limit:g} s: the server did not answer for the "
+            f"last {seconds:.1f} s of them. See whether it is up and can be reached, or raise "
+            "pool_timeout."
+        )
 
     def _exhausted(self, slots: Slots) -> PoolExhausted:
         holders = self._holders([slots])

@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import suppress
+from contextvars import copy_context
 from functools import partial
 from math import inf
 from socket import SHUT_RDWR, socket
@@ -34,7 +35,12 @@ from .slots import CLOSING, GROW_AFTER, RECOVER_AFTER, WAITING, Permit, Reservat
 
 logger: logging.Logger = logging.getLogger("engineroom.pool")
 
+LEAST_OF_LIBPQ = 2.0  # seconds of its `connect_timeout`: it takes one for two
+ROOM = 0.5  # seconds beyond the limit that a connect may take in threads
 GROW_ANYWAY = 0.5  # seconds that the first in the queue waits, on a loop that always lags
+
+
+Outcome = tuple[Any, BaseException | None]
 
 
 def steps(limit: float, slots: Slots) -> Iterator[float]:
@@ -171,8 +177,35 @@ class ThreadPool(Lender):
         return reservations
 
     def open_in_time(self, connect: Callable[[], Any], seconds: float) -> Any:
-        """Open a connection; the driver keeps the time (`Backend.limit_connect` told it)."""
-        return connect()
+        """Open a connection; the driver keeps the time (`Backend.limit_connect` told it).
+
+        But libpq gives a server two seconds at least: where less is left, a thread waits for it.
+        """
+        if seconds >= LEAST_OF_LIBPQ - ROOM or not self.backend.has_server:
+            return connect()
+        return self._open_apart(connect, seconds)
+
+    def _open_apart(self, connect: Callable[[], Any], seconds: float) -> Any:
+        late: Outcome = (None, self.not_opened(seconds))
+        first: dict[str, Outcome] = {}  # `setdefault` is atomic
+        asked_in = copy_context()
+
+        def open_it() -> None:
+            outcome: Outcome
+            try:
+                outcome = (asked_in.run(connect), None)
+            except BaseException as error:  # noqa: BLE001  # it is raised where it is waited for
+                outcome = (None, error)
+            if first.setdefault("outcome", outcome) is late and outcome[0] is not None:
+                outcome[0].close()
+
+        opening = threading.Thread(target=open_it, name="engineroom-connect", daemon=True)
+        opening.start()
+        opening.join(seconds + ROOM)
+        opened, error = first.setdefault("outcome", late)
+        if error is not None:
+            raise error
+        return opened
 
     def ask_in_time(self, ping: Callable[[], Any], berth: Berth, seconds: float) -> None:
         """Ask; when the time is over, a timer shuts the socket: no driver gives up by itself.
@@ -425,11 +458,7 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
         except TimeoutError:
             if not deadline.expired():
                 raise
-            raise ConnectTimeout(
-                f"No connection was opened within {self.limit:g} s: the server did not answer for "
-                f"the last {seconds:.1f} s of them. See whether it is up and can be reached, or "
-                "raise pool_timeout."
-            ) from None
+            raise self.not_opened(seconds) from None
 
     def diagnose(self, error: Exception) -> Diagnosis | None:
         """Tell why a connect failed, as `Backend.diagnose` does, which may wait.

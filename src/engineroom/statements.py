@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from typing import Any, cast
 
 from sqlalchemy.engine import Dialect, ExecutionContext, RootTransaction
@@ -29,6 +30,7 @@ def note_statements(dialect: Dialect) -> None:
     overridden.do_execute = noting(dialect.do_execute)
     overridden.do_executemany = noting(dialect.do_executemany)
     overridden.do_execute_no_params = noting_no_parameters(dialect.do_execute_no_params)
+    overridden.execution_ctx_cls = streaming(overridden.execution_ctx_cls)
     overridden.do_commit = noting_commit(dialect.do_commit)
     overridden.do_rollback = noting_rollback(dialect.do_rollback)
 
@@ -118,6 +120,61 @@ def noting(execute: Callable[..., None]) -> Callable[..., None]:
         return None
 
     return noted
+
+
+class Stream:
+    """A cursor of the server's, which is asked for rows again and again: each time is noted."""
+
+    def __init__(self, cursor: Any, lent: PoolProxiedConnection) -> None:
+        self._streamed = cursor
+        self._lent = lent
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._streamed, name)
+
+    def fetchone(self) -> Any:
+        """Ask for a row."""
+        return self._noted(self._streamed.fetchone)
+
+    def fetchmany(self, *size: Any) -> Any:
+        """Ask for some."""
+        return self._noted(self._streamed.fetchmany, *size)
+
+    def fetchall(self) -> Any:
+        """Ask for the rest."""
+        return self._noted(self._streamed.fetchall)
+
+    def close(self) -> None:
+        """Part with it."""
+        self._noted(self._streamed.close)
+
+    def _noted(self, ask: Callable[..., Any], *arguments: Any) -> Any:
+        permit = permit_of(self._lent)
+        if permit is None:
+            return ask(*arguments)
+        permit.cursor, permit.statement_since, permit.running = self, time.monotonic(), True
+        try:
+            return ask(*arguments)
+        except Exception as error:
+            if permit.epitaph:
+                error.add_note(permit.epitaph)
+                with suppress(Exception):  # SQLAlchemy does not, and psycopg would warn of it
+                    self._streamed.close()
+            raise
+        finally:
+            permit.running, permit.cursor = False, None
+            permit.statement_since = time.monotonic()
+
+
+@cache
+def streaming(base: Any) -> Any:
+    """Make a class of execution contexts whose cursors of the server's are noted."""
+
+    def create_server_side_cursor(self: Any) -> Any:
+        return Stream(base.create_server_side_cursor(self), self.root_connection.connection)
+
+    own = {"create_server_side_cursor": create_server_side_cursor}
+    return type(base.__name__, (base,), own)
 
 
 def noting_no_parameters(execute: Callable[..., None]) -> Callable[..., None]:

@@ -14,13 +14,12 @@ from typing import Any
 
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
-from sqlalchemy.util import await_only
 
 from ..errors import InvalidOption, NotBehindPooler
 from . import POOLER, Leaving, Role, Sent, Side
 from .postgresql import NO_GUARDS, AdvisoryLock, PostgreSQL
+from .postgresql.cancelling import BREAK_OFF_LIMIT
 from .postgresql.guards import for_transaction
-from .postgresql.settling import BREAK_OFF_LIMIT
 
 # What asyncpg and SQLAlchemy's adapter of it, or psycopg, keep prepared: nothing, and no name.
 UNPREPARED: dict[str, dict[str, Any]] = {
@@ -91,13 +90,6 @@ class SessionPooled(PostgreSQL):
         if hasattr(driver, "get_server_pid") and not driver.is_closed():
             await asyncio.wait(_asyncpg_cancelling(driver), timeout=BREAK_OFF_LIMIT)
             driver.terminate()
-
-    def cancel(self, driver: Any, is_abandoned: bool) -> None:
-        """Ask in a way that stops nobody else, where the driver has one."""
-        if is_abandoned or not hasattr(driver, "cancel_safe"):
-            super().cancel(driver, is_abandoned)
-        elif asked := driver.cancel_safe(timeout=BREAK_OFF_LIMIT):  # of a loop
-            await_only(asked)
 
 
 class TransactionPooled(SessionPooled):

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import socket
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -32,12 +33,13 @@ from .. import (
 )
 from ..sockets import shut
 from . import leavings, pipelining, undeclared
+from .cancelling import BREAK_OFF_LIMIT, request_cancel
 from .diagnosing import REFUSED, diagnose
 from .guards import at_start, for_transaction, struck
 from .looking import look
 from .parameters import ALIVE
 from .schema_lock import AdvisoryLock, stands_alone, without_literals
-from .settling import BREAK_OFF_LIMIT, settling_connection
+from .settling import settling_connection
 from .sockets import asyncpg_transport, descriptor_of, is_closed
 from .sources import resolve
 from .sqlstates import sqlstate
@@ -204,7 +206,9 @@ class PostgreSQL:
             return driver.pgconn.transaction_status in AT_REST
         if hasattr(driver, "get_transaction_status"):  # psycopg2
             return driver.get_transaction_status() in AT_REST
-        return not (_has_begun(driver) or bool(getattr(driver, "with_begin", "")))
+        if getattr(driver, "with_begin", ""):
+            driver.with_begin = ""  # no BEGIN took it along: it goes with its session
+        return not _has_begun(driver)
 
     def ping(self, connection: PoolProxiedConnection, engine: Engine) -> None:
         """Ask the server in one round trip."""
@@ -278,15 +282,26 @@ class PostgreSQL:
             execute(f"SELECT pg_terminate_backend(pid) FROM unnest(ARRAY[{array}]) AS pid")  # noqa: S608
         except Exception as error:  # noqa: BLE001  # a server at its limit takes cancel requests
             logger.info("Backends are cancelled, for none could be asked to end them: %r", error)
+            silent_from = time.monotonic() + BREAK_OFF_LIMIT
             for driver in drivers:
                 with suppress(Exception):
-                    self.stop(driver, is_abandoned)
+                    self.stop(driver, is_abandoned, asks=time.monotonic() < silent_from)
 
-    def stop(self, driver: Any, is_abandoned: bool) -> None:
-        """Stop what a connection runs, and close it, without another one that could end it."""
+    def stop(self, driver: Any, is_abandoned: bool, *, asks: bool = True) -> None:
+        """Stop what a connection runs, and close it, without another one that could end it.
+
+        Args:
+            is_abandoned: Its event loop has ended.
+            asks: Whether the server is asked to cancel; one that is silent would not hear that.
+        """
         if not hasattr(driver, "get_server_pid"):
-            self.cancel(driver, is_abandoned)
-            shut(int(driver.fileno()))  # it ends as soon as it reads from there
+            try:
+                if asks:
+                    self.cancel(driver, is_abandoned)
+            finally:
+                shut(int(driver.fileno()))  # it ends as soon as it reads from there
+        elif not asks:
+            driver.terminate()
         elif not is_abandoned:  # (asyncpg asks in its own loop only)
             await_only(self.break_off(driver))
 
@@ -296,7 +311,7 @@ class PostgreSQL:
 
     def interrupt(self, driver: Any) -> None:
         """Have the server cancel what runs; what has not arrived there yet is not."""
-        driver.cancel()
+        request_cancel(driver)
 
     async def break_off(self, driver: Any) -> None:
         """Close asyncpg's connection, which waits for the cancel request that is on its way.

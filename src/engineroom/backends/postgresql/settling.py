@@ -11,11 +11,11 @@ from traceback import clear_frames
 from typing import Any
 
 from ...cancellation import settle
+from .cancelling import BREAK_OFF_LIMIT
 
 logger: logging.Logger = logging.getLogger("engineroom")
 
 CANCEL_EVERY = 0.02  # seconds
-BREAK_OFF_LIMIT = 1.0  # seconds for the server to take a cancel request
 
 
 @cache
