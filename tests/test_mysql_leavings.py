@@ -127,7 +127,7 @@ WAYS: list[str | Way] = [
     "SELECT LAST_INSERT_ID(77)",
     "UPDATE item SET id = LAST_INSERT_ID(id)",
     "SELECT NEXTVAL(numbers)",
-    "SELECT NEXT VALUE FOR numbers",
+    "SELECT NEXT\nVALUE  FOR numbers",
     by_driver("autocommit", True),
     by_driver("select_db", "mysql"),
     by_charset,
@@ -268,6 +268,14 @@ def test_nor_does_a_reader_or_a_connection(room: Room, verb: str) -> None:
         assert room.unit(lambda one: one.scalar(text("SELECT @tenant")), verb=verb) is None
     with pytest.raises(DBAPIError, match="1146"):
         room.unit(lambda one: one.scalar(text("SELECT n FROM t")), verb=verb)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_backslash_that_escapes_nothing_hides_nothing(mysql_url: str, side: str) -> None:
+    room = Room(f"{mysql_url}?sql_mode=NO_BACKSLASH_ESCAPES", side)
+    room.unit(lambda one: one.exec_driver_sql("SELECT '\\', 'A' INTO @x, @tenant -- '"))
+    assert room.unit(lambda one: one.scalar(text("SELECT @tenant"))) is None
+    room.close()
 
 
 def test_who_left_nothing_keeps_the_connection(room: Room) -> None:

@@ -14,7 +14,7 @@ FLAGS = re.IGNORECASE | re.VERBOSE | re.DOTALL
 PLAIN = re.compile(r"(?:select|insert|update|delete)\s", FLAGS)
 SIGNS = (
     *(";", "@", ":=", "/*", "--", "#"),
-    *("get_lock", "last_insert_id", "nextval", "setval", "value for"),
+    *("get_lock", "last_insert_id", "next", "setval"),
 )
 
 # Strings and comments, but for those that are carried out (/*! … */); names keep what they say.
