@@ -403,5 +403,5 @@ def backend_pid(driver: Any) -> int:
     if hasattr(driver, "get_server_pid"):  # asyncpg
         return int(driver.get_server_pid())
     if hasattr(driver, "get_backend_pid"):  # psycopg2
-        return int(driver.getbackend_pid())
+        return int(driver.get_backend_pid())
     return int(driver.info.backend_pid)
