@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import psycopg.pq
+import psycopg2
 import pytest
 from looking import CANNOT_CONNECT, DRIVERS, look
 from sqlalchemy import Connection
@@ -27,6 +28,7 @@ from engineroom.backends import Role, Side, postgresql
 from engineroom.backends.postgresql import PostgreSQL, translation
 from engineroom.backends.postgresql.parameters import KNOWN
 from engineroom.backends.postgresql.sources import find_password, resolve
+from engineroom.backends.postgresql.tls import FILES
 from engineroom.errors import InvalidURL, UnsupportedByDriver
 from engineroom.testing import PostgresServer
 from engineroom.urls import read_url
@@ -616,6 +618,22 @@ def test_plain_postgresql_takes_the_driver_that_can(pg18: PostgresServer) -> Non
         str(caught.value),
     )
     assert "known" not in str(caught.value)
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
+@pytest.mark.parametrize("name", sorted(KNOWN.keys() - FILES.keys() - {"service", "servicefile"}))
+def test_what_the_drivers_own_libpq_does_not_know_is_refused(name: str, driver: str) -> None:
+    """Which one it is linked with, only the driver knows; what that says would be its own error."""
+    value = next(iter(KNOWN[name].values), "1")
+    module: Any = psycopg2 if driver == "psycopg2" else psycopg
+    with pytest.raises(module.Error) as own:
+        module.connect(f"{name}={value} host=127.0.0.1 port=1")
+    with Database(f"postgresql+{driver}://u:secret@/d?{name}={value}") as door:
+        if "invalid connection option" in str(own.value):
+            with pytest.raises(UnsupportedByDriver, match=f"does not know {name}"):
+                assert door.engine
+        else:
+            assert door.engine
 
 
 def test_asyncpg_looks_nothing_up_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,7 +114,10 @@ def test_a_refused_connect_shows_no_secret(
         {"url": bare, "password": OF_CALLABLE},
         {"url": bare},  # from the file
     ):
-        one = printed(crash(look, driver=driver, echo=True, **given))
+        error = crash(look, driver=driver, echo=True, **given)
+        one = printed(error)
+        for each in chain(error):  # psycopg's has the connection that did not come about
+            one += pretty_repr([vars(each), getattr(each, "pgconn", None)])
         assert "password authentication failed" in one
         assert "locals" in one
         assert shown(one) == []

@@ -188,6 +188,7 @@ def test_what_is_not_utf8_is_refused_without_being_printed(url: str | URL) -> No
             "postgresql://h/d?options=***&sslmode=prefer",
         ),
         ("sqlite:///file.db", "sqlite:///file.db"),
+        ("sqlite:///file.db?password=secret", "sqlite:///file.db?password=***"),
     ],
 )
 def test_a_masked_url_shows_all_but_its_secrets(url: str, shown: str) -> None:

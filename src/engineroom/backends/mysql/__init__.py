@@ -144,7 +144,7 @@ class MySQL:
             return look(connection, None, None, wanted)
         return look(connection, self.descriptor(driver), _tls_of(driver), wanted)
 
-    def diagnose(self, error: BaseException) -> Diagnosis | None:
+    def diagnose(self, error: BaseException, seconds: float = 0.0) -> Diagnosis | None:
         """Ask for the number of the server's error, or of the system's behind the driver's."""
         return diagnose(error, self._url.host or "")
 

@@ -22,6 +22,7 @@ from ...errors import InvalidOption
 from ...secrecy import Sealed
 from ...urls import masked
 from .. import (
+    ASK_FOR,
     Diagnosis,
     Leaving,
     Reached,
@@ -35,6 +36,7 @@ from ..sockets import shut
 from . import leavings, pipelining, undeclared
 from .cancelling import BREAK_OFF_LIMIT, request_cancel
 from .diagnosing import REFUSED, diagnose
+from .finished import sealing
 from .guards import at_start, for_transaction, struck
 from .looking import look
 from .parameters import ALIVE
@@ -44,7 +46,14 @@ from .sockets import asyncpg_transport, descriptor_of, is_closed
 from .sources import resolve
 from .sqlstates import sqlstate
 from .tls import make_context, uses_files
-from .translation import SECRETS, for_asyncpg, for_libpq, refuse_unable, unable
+from .translation import (
+    SECRETS,
+    for_asyncpg,
+    for_libpq,
+    refuse_unable,
+    refuse_unknown_to_libpq,
+    unable,
+)
 
 __all__ = ["DRIVERS", "AdvisoryLock", "PostgreSQL", "sqlstate", "without_literals"]
 
@@ -84,7 +93,7 @@ class PostgreSQL:
         self._pipeline = pipeline
         self._shown = masked(url)
         # Its parameters tell it apart from others; their secrets are with the password.
-        self._url = url.set(password=parameters.get("password", url.password))
+        self._url = url.set(password=parameters.get("password") or url.password)
         self._url = self._url.difference_update_query(SECRETS)
 
     @property
@@ -113,6 +122,7 @@ class PostgreSQL:
             refuse_unable(self._parameters, self._shown)
             told = for_asyncpg(self._parameters, os.environ)
         else:
+            refuse_unknown_to_libpq(driver, self._parameters, self._shown)
             told = for_libpq(self._parameters)
         arguments = told | connect_args
         if side is Side.ASYNC and driver == "psycopg":
@@ -156,11 +166,14 @@ class PostgreSQL:
             pipelining.attach(engine, self._pipeline)
 
     def tune(self, engine: Engine) -> None:
-        """Name what is connected to, and spare psycopg a rollback where nothing has begun."""
+        """Name what is connected to; spare psycopg a rollback where nothing has begun, and hide
+        what its errors keep.
+        """
         engine.url = self._url.set(drivername=engine.url.drivername)
         dialect: Any = engine.dialect
         if dialect.driver == "psycopg":
             dialect.do_rollback = _rolling_back(dialect.do_rollback, dialect.is_async)
+            dialect.connect = sealing(dialect.connect)
 
     def limit_connect(self, arguments: dict[str, Any], seconds: float) -> None:
         """Set libpq's parameter, unless it is given: whole seconds for each host, from two on."""
@@ -188,9 +201,9 @@ class PostgreSQL:
             )
         return found
 
-    def diagnose(self, error: BaseException) -> Diagnosis | None:
+    def diagnose(self, error: BaseException, seconds: float = ASK_FOR) -> Diagnosis | None:
         """Ask the SQLSTATE or, where libpq keeps it, the server."""
-        return diagnose(error, self._parameters)
+        return diagnose(error, self._parameters, seconds)
 
     def descriptor(self, driver: Any) -> int | None:
         """Return the file descriptor of the connection's socket; None once it is closed."""

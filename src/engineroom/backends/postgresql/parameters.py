@@ -16,9 +16,6 @@ TARGETS = ("any", "read-write", "read-only", "primary", "standby", "prefer-stand
 FLAG = ("0", "1", "")  # libpq takes the last like none
 HOST_AND_PORT = re.compile(r"[A-Za-z0-9.-]+:[0-9]+")
 NUMBER = re.compile(r"\s*[+-]?[0-9]+\s*")
-SHOWN = re.compile(
-    r"\w*"
-)  # as much as is shown of a name that is none: it may have the value in it
 DEFAULT_PORT = 5432
 # Where nobody says otherwise; the server says nothing of it, and libpq's are the system's: hours.
 ALIVE = {
@@ -151,7 +148,6 @@ def _unknown(name: str, value: str | tuple[str, ...], origin: str) -> InvalidURL
     if name in FOREIGN:
         instead = FOREIGN[name].format(value=value)
         return InvalidURL(f"{origin} has {name}=, which libpq does not know. Write {instead}.")
-    name = SHOWN.match(name)[0]  # type: ignore[index]  # (it matches anything)
     nearest = difflib.get_close_matches(name, KNOWN, 1)
     hint = f"Did you mean {nearest[0]}?" if nearest else "Leave it out."
     return InvalidURL(

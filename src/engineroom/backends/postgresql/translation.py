@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import filterfalse
 from typing import Any
 from urllib.parse import urlencode
 
@@ -72,6 +73,41 @@ def refuse_unable(parameters: Mapping[str, str], shown: str) -> None:
             "driver can (with plain postgresql:// it is taken where it is installed), or leave it "
             "out."
         )
+
+
+def refuse_unknown_to_libpq(driver: str, parameters: Mapping[str, str], shown: str) -> None:
+    """Refuse what the libpq is too old for that psycopg or psycopg2 was linked with.
+
+    Raises:
+        UnsupportedByDriver: something of it is asked for.
+    """
+    asked = [name for name in parameters if name not in CACHES]
+    if driver == "psycopg2":
+        from psycopg2 import extensions
+
+        version, unknown = extensions.libpq_version(), [*filterfalse(_psycopg2_knows, asked)]
+    else:
+        from psycopg import pq
+
+        known = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
+        version, unknown = pq.version(), [name for name in asked if name not in known]
+    if unknown:
+        raise UnsupportedByDriver(
+            f"{driver} cannot do what {shown} asks for: its libpq is {version // 10_000}, which "
+            f"does not know {', '.join(unknown)}. Take one that is newer (psycopg has its own), or "
+            "leave it out."
+        )
+
+
+def _psycopg2_knows(name: str) -> bool:
+    """Ask libpq, which reads the names, and later the values."""
+    from psycopg2 import ProgrammingError, extensions
+
+    try:
+        extensions.parse_dsn(f"{name}=0")
+    except ProgrammingError:
+        return False
+    return True
 
 
 def for_libpq(parameters: Mapping[str, str]) -> dict[str, Any]:
