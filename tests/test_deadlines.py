@@ -229,6 +229,18 @@ def test_a_session_may_have_one_of_its_own(
 
 
 @every_side
+def test_a_long_statement_is_not_taken_for_a_begin(
+    door: Callable[..., Door], side: str, driver: str
+) -> None:
+    """Nor is one that its driver has prepared, as psycopg does at the sixth."""
+    one = door(side, driver)
+    seconds = text("SELECT pg_sleep(CAST(:seconds AS float))")
+    for _ in range(8):
+        one.unit(lambda db: db.execute(seconds, {"seconds": 0.0}))
+    one.unit(lambda db: db.execute(seconds, {"seconds": 2 * WITHIN + ROOM}))
+
+
+@every_side
 def test_a_commit_that_was_cut_off_is_told_as_unknown_once(
     door: Callable[..., Door], pg18: PostgresServer, proxy: WireProxy, side: str, driver: str
 ) -> None:

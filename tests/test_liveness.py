@@ -14,7 +14,7 @@ import pytest
 from scenario import in_threads, run, run_on, server, until
 from sqlalchemy import event, text
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import DisconnectionError
+from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import Pool
 
@@ -338,6 +338,37 @@ def test_a_notification_costs_a_ping_and_not_the_connection(
     assert units(5, notify) == UNIT + 1
     assert units(5) == UNIT  # and it was read: the socket is silent again
     units.close()
+
+
+@every_side
+def test_what_was_sent_is_not_repeated(
+    pg18: PostgresServer, database: str, side: str, driver: str
+) -> None:
+    """The first statement of a transaction ends its own backend; its driver has prepared it."""
+    pg18.execute("CREATE SEQUENCE drawn", database)
+    manager = DatabaseSessionManager().init(pg18.url(database, driver), pool_size=1)
+    draw = text(
+        "SELECT nextval('drawn'), pg_terminate_backend(CASE WHEN :ends THEN pg_backend_pid() END)"
+    )
+
+    def work(db: Session, number: int) -> None:
+        db.execute(draw, {"ends": number == 8})
+
+    async def on_loop() -> None:
+        async with manager:
+            for number in range(9):
+                async with manager.session() as db:
+                    await db.run_sync(work, number)
+
+    with pytest.raises(DBAPIError):
+        if side == "async":
+            asyncio.run(on_loop())
+        else:
+            for number in range(9):
+                with manager.sync_session() as db:
+                    work(db, number)
+    manager.sync.close()
+    assert pg18.execute("SELECT last_value FROM drawn", database) == [["9"]]
 
 
 @pytest.mark.parametrize("found_by", ["BEGIN", "a listener"])

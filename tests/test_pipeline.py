@@ -25,14 +25,16 @@ STATE = text("SELECT current_setting('transaction_isolation'), now() = statement
 class Units:
     """One door of a manager behind a proxy, and what a unit of work there has sent."""
 
-    def __init__(self, side: str, proxy: WireProxy, url: str, **options: Any) -> None:
+    def __init__(
+        self, side: str, proxy: WireProxy, url: str, warm: int = 4, **options: Any
+    ) -> None:
         self.side, self.proxy = side, proxy
         self.manager = DatabaseSessionManager().init(
             proxy.url(url), metadata=Model.metadata, pool_size=1, pool_ping_after=60, **options
         )
         self.manager.sync.create_all()
         self.loop = asyncio.new_event_loop()
-        for _ in range(4):
+        for _ in range(warm):
             self(lambda db: db.execute(FIRST))
 
     def __call__(self, work: Callable[[Session], object], **options: Any) -> tuple[int, list[str]]:
@@ -240,12 +242,38 @@ def test_auto_pipelines_where_the_server_is_far(
     seen = []
     with WireProxy(pg18.host, pg18.port, delay=delay) as proxy:
         for _ in range(5):  # on a busy machine, one that is near may look far
-            units = Units(side, proxy, pg18.url(database, "psycopg"), pipeline="auto")
+            units = Units(side, proxy, pg18.url(database, "psycopg"), warm=12)
             seen.append(units(lambda db: db.execute(FIRST))[0])
             units.close()
             if seen[-1] == trips:
                 break
     assert seen[-1] == trips, seen
+
+
+@pytest.mark.parametrize("side", ["sync", "async"])
+@pytest.mark.parametrize("warm", [4, 8])  # psycopg prepares at the sixth
+def test_a_frozen_server_is_known_by_its_begin(
+    pg18: PostgresServer, database: str, proxy: WireProxy, side: str, warm: int
+) -> None:
+    """It travels with a statement, and is answered before that: what takes long is not cut."""
+    url = pg18.url(database, "psycopg")
+    units = Units(side, proxy, url, warm, pipeline="on", response_timeout=0.5)
+    assert units(lambda db: db.execute(text("SELECT pg_sleep(1.2)")))[0] == 2
+    fault = proxy.freeze_before("BEGIN")
+    try:
+        with pytest.raises(DBAPIError) as caught:
+            units(lambda db: db.execute(FIRST))
+    finally:
+        proxy.thaw()
+    assert fault.happened
+    told = "The server did not answer BEGIN within 0.5 s (DB_RESPONSE_TIMEOUT)"
+    assert any(
+        note.startswith(told) and note.endswith("Nothing was committed.")
+        for error in (caught.value, caught.value.orig)
+        for note in getattr(error, "__notes__", [])
+    )
+    assert units(lambda db: db.execute(FIRST))[0] >= 2
+    units.close()
 
 
 def test_behind_a_pooler_it_cannot_be_had(postgres_url: str) -> None:

@@ -36,7 +36,7 @@ from sqlalchemy.util import await_only, greenlet_spawn
 
 from engineroom import DatabaseSessionManager
 from engineroom.backends.mysql.sparing import is_unread
-from engineroom.backends.postgresql import query_of
+from engineroom.backends.postgresql.beginning import has_sent, tell_what_is_sent
 from engineroom.backends.sqlite import _thread_of
 from engineroom.fastapi import awaited_by_fastapi, function_stack
 from engineroom.lending import Rack
@@ -542,43 +542,51 @@ def test_what_is_unread_of_a_stream_of_asyncmy_is_known(mysql_url: str) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("side", ["sync", "async"])
 def test_a_cursor_of_psycopg_knows_whether_it_has_sent_its_statement(
-    pg18: PostgresServer, proxy: WireProxy, side: str
+    pg18: PostgresServer, proxy: WireProxy, side: str, prepared: bool
 ) -> None:
-    """`engineroom.backends.postgresql.query_of`: before that, nothing was done."""
+    """`engineroom.backends.postgresql.beginning`: before that, nothing was done."""
     url = proxy.url(pg18.url(driver="psycopg"))
-    seen: list[object] = []
-    messages = iter(("BEGIN", "SELECT 3"))
+    seen: list[bool] = []
 
     def failing(cursor: Any, statement: str, parameters: Any, context: Any) -> None:
         try:
             cursor.execute(statement)
         finally:
-            seen.append(query_of(cursor))
+            seen.append(has_sent(cursor))
 
-    def work(engine: Engine, connection: Any) -> None:
-        fault = proxy.cut_before(next(messages))
+    def work(engine: Engine, connection: Any, nth: int) -> None:
+        for _ in range(8 if prepared else 0):
+            connection.execute(text("SELECT 3"))
+        connection.rollback()
+        fault = proxy.cut_before(nth=nth)  # the first message is BEGIN, the second the statement
         engine.dialect.do_execute = failing  # type: ignore[method-assign,assignment]
         with pytest.raises(DBAPIError):
             connection.execute(text("SELECT 3"))
         assert fault.happened
 
-    async def main() -> None:
+    def tell(connection: Any, record: object) -> None:
+        tell_what_is_sent(getattr(connection, "driver_connection", connection))
+
+    async def main(nth: int) -> None:
         engine = create_async_engine(url)
+        event.listen(engine.sync_engine, "connect", tell)
         async with engine.connect() as connection:
-            await connection.run_sync(lambda raw: work(engine.sync_engine, raw))
+            await connection.run_sync(lambda raw: work(engine.sync_engine, raw, nth))
         await engine.dispose()
 
-    for _ in range(2):
+    for nth in (1, 2):
         if side == "sync":
             engine = create_engine(url)
+            event.listen(engine, "connect", tell)
             with engine.connect() as connection:
-                work(engine, connection)
+                work(engine, connection, nth)
             engine.dispose()
         else:
-            asyncio.run(main())
-    assert [query is None for query in seen] == [True, False]
+            asyncio.run(main(nth))
+    assert seen == [False, True]
 
 
 def test_psycopg_looks_for_a_pipeline_and_its_answers_where_we_put_them(
@@ -595,6 +603,12 @@ def test_psycopg_looks_for_a_pipeline_and_its_answers_where_we_put_them(
             cursor = driver.execute("SELECT 3")  # (it begins nothing)
             begun, (asked, _) = pipeline.result_queue
             assert (begun, asked) == (None, cursor)
+            assert not pipeline.command_queue  # it was sent
+            driver.pgconn.pipeline_sync()
+            pipeline.result_queue.append(None)
+            driver.wait(pipeline._fetch_gen(flush=False))
+            assert not pipeline.result_queue
+            driver.wait(pipeline._sync_gen())
         assert cursor.fetchone() == (3,)
 
 

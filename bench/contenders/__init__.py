@@ -19,6 +19,7 @@ Units = Mapping[str, Callable[..., Any]]
 ROWS = 1_000  # of the table `item`
 BASELINE, BY_HAND = "the recipe", "SQLAlchemy by hand"
 READER, SESSION = "engineroom reader()", "engineroom session()"
+PIPELINED = f"{SESSION}, pipeline='on'"
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,12 @@ ENTRIES = (
     Entry(BASELINE, "psycopg", "recipe", "asynchronous"),
     Entry(BY_HAND, "psycopg", "by_hand", "asynchronous"),
     Entry(SESSION, "psycopg", "engineroom", "session"),
+    Entry(PIPELINED, "psycopg", "engineroom", "pipelined"),
     Entry(READER, "psycopg", "engineroom", "reader"),
     Entry(BASELINE, "sync", "recipe", "synchronous"),
     Entry(BY_HAND, "sync", "by_hand", "synchronous"),
     Entry(SESSION, "sync", "engineroom", "sync_session"),
+    Entry(PIPELINED, "sync", "engineroom", "sync_pipelined"),
     Entry(READER, "sync", "engineroom", "sync_reader"),
     Entry("Flask-SQLAlchemy-Lite", "sync", "flask_sqlalchemy_lite", "synchronous"),
     Entry("oslo.db", "sync", "oslo_db", "synchronous"),

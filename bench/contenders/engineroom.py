@@ -1,6 +1,7 @@
 """engineroom, by each of its doors; the README and docs/fastapi.md, docs/flask.md."""
 
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from typing import Annotated
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -11,8 +12,8 @@ from . import Contender, orm, web
 
 
 @asynccontextmanager
-async def opened(url, pool):
-    manager = DatabaseSessionManager().init(url, **pool, **orm.SESSION)
+async def opened(url, pool, **options):
+    manager = DatabaseSessionManager().init(url, **pool, **orm.SESSION, **options)
     yield {**orm.reading(manager.session), **orm.writing(manager.session)}
     await manager.close()
 
@@ -41,8 +42,8 @@ def application(*, reader):
 
 
 @contextmanager
-def opened_sync(url, pool):
-    with Database(url, **pool, **orm.SESSION) as database:
+def opened_sync(url, pool, **options):
+    with Database(url, **pool, **orm.SESSION, **options) as database:
         yield {**orm.reading_sync(database.session), **orm.writing_sync(database.session)}
 
 
@@ -78,5 +79,7 @@ def application_sync(*, reader):
 
 session = Contender("async", opened, application(reader=False))
 reader = Contender("async", opened_reader, application(reader=True))
+pipelined = Contender("async", partial(opened, pipeline="on"))
 sync_session = Contender("sync", opened_sync, application_sync(reader=False))
+sync_pipelined = Contender("sync", partial(opened_sync, pipeline="on"))
 sync_reader = Contender("sync", opened_sync_reader, application_sync(reader=True))

@@ -829,6 +829,8 @@ class Lender(QueuePool):
             )
         elif self.backend.awaits_begin(connection, cursor):
             what, outcome = "BEGIN", " Nothing was done."
+        elif self.backend.begins_with(connection.driver_connection):
+            what, outcome = "BEGIN", " Nothing was committed."
         else:
             what, setting = "a statement", "DB_STATEMENT_TIMEOUT"
             setting = setting if own is None else f"statement_timeout={own:g} of this session"

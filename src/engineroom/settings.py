@@ -87,7 +87,7 @@ class DatabaseSettings(BaseSettings):
     """Ask the server at every checkout; otherwise only when the socket speaks or was idle."""
     pooler: Literal["transaction", "session"] | None = None
     """PostgreSQL: the `pool_mode` of the pooler before the server (PgBouncer), if there is one."""
-    pipeline: Literal["auto", "on", "off"] = "off"
+    pipeline: Literal["auto", "on", "off"] = "auto"
     """psycopg: whether BEGIN travels with the first statement; "auto": where the server is far."""
     pool_clean_always: bool = False
     """Clean every connection that comes back; otherwise only after what left something on it."""

@@ -165,6 +165,9 @@ class Backend(Protocol):
             cursor: What it was to be executed with.
         """
 
+    def begins_with(self, driver: Any) -> bool:
+        """Whether a BEGIN travels with the statement that runs, and was not answered yet."""
+
     def watch(self, driver: Any, note: Callable[[Leaving, Sent], None]) -> None:
         """Have a connection that was opened just now tell what its user leaves on it."""
 

@@ -325,6 +325,10 @@ class SQLite:
         """Nobody is waited for."""
         return False
 
+    def begins_with(self, driver: Any) -> bool:
+        """None does."""
+        return False
+
     def watch(self, driver: Any, note: Callable[[Leaving, Sent], None]) -> None:
         """Its dialect tells, to what lies in its `info`: a connection has no room for more."""
 

@@ -79,8 +79,9 @@ while read -r number verb argument; do
             kill -s 0 "$pid" || { pid= answer=failed; break; }
         done 2>/dev/null
         [ "$pid" ] && answer=$pid ;;
-    freeze) kill -s STOP "$pid" && tell STOP || answer=failed ;;
-    thaw) tell CONT || answer=failed ;;
+    # (Of the children one may have ended since they were counted: the server itself says.)
+    freeze) kill -s STOP "$pid" && { tell STOP; true; } || answer=failed ;;
+    thaw) tell CONT; kill -s 0 "$pid" || answer=failed ;;
     shutdown) tell CONT; end INT ;;
     kill) kill -s STOP "$pid" && tell KILL; end KILL ;;
     esac

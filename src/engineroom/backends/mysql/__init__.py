@@ -173,6 +173,10 @@ class MySQL:
         """A BEGIN is not told from what follows it."""
         return False
 
+    def begins_with(self, driver: Any) -> bool:
+        """None does."""
+        return False
+
     def watch(self, driver: Any, note: Callable[[Leaving, Sent], None]) -> None:
         """Have its class, which is ours, tell."""
         driver.tell = note

@@ -34,6 +34,7 @@ from .. import (
 )
 from ..sockets import shut
 from . import leavings, pipelining, undeclared
+from .beginning import has_sent, tell_what_is_sent
 from .cancelling import BREAK_OFF_LIMIT, request_cancel
 from .diagnosing import REFUSED, diagnose
 from .finished import sealing
@@ -82,7 +83,7 @@ class PostgreSQL:
         self,
         url: URL,
         guards: Mapping[str, float] = NO_GUARDS,
-        pipeline: pipelining.Setting = "off",
+        pipeline: pipelining.Setting = "auto",
     ) -> None:
         refuse_unknown_driver(url, DRIVERS)
         parameters = ALIVE | resolve(url)
@@ -241,12 +242,18 @@ class PostgreSQL:
         if hasattr(driver, "get_server_pid"):  # asyncpg: as the server has said last
             return _has_begun(driver) is False
         if hasattr(driver, "pgconn"):
-            return query_of(cursor) is None
+            return not has_sent(cursor)
         return bool(driver.status == READY)
+
+    def begins_with(self, driver: Any) -> bool:
+        """Ask the pipeline, if the connection is in one of ours."""
+        course: pipelining.Course | None = getattr(driver, "course", None)
+        return course is not None and course.awaits_begin
 
     def watch(self, driver: Any, note: Callable[[Leaving, Sent], None]) -> None:
         """Have its class, which is ours, tell."""
         leavings.watch(driver, note)
+        tell_what_is_sent(driver)
 
     def clean(self, connection: ConnectionPoolEntry, hooks: Sequence[Sent]) -> None:
         """Clean in one message; each of the hooks' has its own."""
@@ -376,16 +383,6 @@ def _has_begun(driver: Any) -> bool | None:
         return bool(driver.is_in_transaction())
     except AttributeError:
         return None
-
-
-def query_of(cursor: Any) -> Any:
-    """Return what a cursor of psycopg has sent of its statement; None before.
-
-    `Cursor._query` is in psycopg's documentation, to look at after a failure; SQLAlchemy's adapter
-    of the asynchronous one keeps it as `_cursor`. A test in `tests/test_private_names.py` fails
-    when either goes.
-    """
-    return getattr(cursor, "_cursor", cursor)._query
 
 
 def _rolling_back(rollback: Callable[[Any], None], is_async: bool) -> Callable[[Any], None]:

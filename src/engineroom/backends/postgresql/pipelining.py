@@ -9,11 +9,12 @@ the server, `tpc_begin`) does it in psycopg's way.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from functools import cache, partial
 from inspect import iscoroutinefunction
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
@@ -25,9 +26,10 @@ Setting = Literal["auto", "on", "off"]
 # Seconds of a round trip from which on it pays. A pipeline costs the client 0.05 ms of CPU, what a
 # session costs is 0.4 ms: a trip of less than this is often a wait for the client's own CPU.
 FAR = 0.002
-LOOKS = 3  # transactions that begin in two trips, and slowly, before one does in one
+LOOKS = 10  # transactions that begin in two trips, and slowly, before one does in one
 IDLE = 0  # libpq's PQTRANS_IDLE
 CONNECTED = 0  # and CONNECTION_OK
+BEGIN = None  # stands for it among those who wait for answers
 
 
 def attach(engine: Engine, setting: Setting) -> None:
@@ -65,6 +67,7 @@ class Course:
 
     def __init__(self, plain: Any, *, is_sure: bool) -> None:
         self.pipelines: bool = is_sure
+        self.pipeline: Any = None  # in which a transaction begins just now
         self._plain = plain  # the cursors that it would have without us
         self._is_sure = is_sure
         self._slow = 0
@@ -82,6 +85,12 @@ class Course:
         else:
             self._slow += 1
             self.pipelines = self._slow >= LOOKS
+
+    @property
+    def awaits_begin(self) -> bool:
+        """Whether a BEGIN that travels with a statement was not answered yet."""
+        awaited = [] if self.pipeline is None else list(self.pipeline.result_queue)
+        return awaited[:1] == [BEGIN]
 
 
 @cache
@@ -132,34 +141,66 @@ def _may_begin(driver: Any, query: Any) -> bool:
 
 def _in_one_trip(driver: Any, execute: Callable[[], Any]) -> None:
     """Begin with a statement; both are answered then, and psycopg in no pipeline any more."""
-    is_synchronized = False
     with _pipeline_of(driver) as pipeline:
         try:
             _send_begin(driver, pipeline)
             execute()
-            is_synchronized = True
-            pipeline.sync()
+            driver.wait(_rest_of(pipeline))
         except BaseException:
-            if not is_synchronized or pipeline.result_queue:  # an error may come early
-                with suppress(Exception):  # it may be lost
-                    pipeline.sync()
+            with suppress(Exception):  # an error may come early; and the connection be lost
+                driver.wait(_rest_of(pipeline))
             raise
 
 
 async def _in_one_trip_on_loop(driver: Any, execute: Callable[[], Any]) -> None:
     """Begin with a statement, as above."""
-    is_synchronized = False
     with _pipeline_of(driver) as pipeline:
         try:
             _send_begin(driver, pipeline)
             await execute()
-            is_synchronized = True
-            await pipeline.sync()
+            await driver.wait(_rest_of(pipeline))
         except BaseException:
-            if not is_synchronized or pipeline.result_queue:  # an error may come early
-                with suppress(Exception):  # it may be lost
-                    await pipeline.sync()
+            with suppress(Exception):  # an error may come early; and the connection be lost
+                await driver.wait(_rest_of(pipeline))
             raise
+
+
+class Burst(deque[Callable[[], Any]]):
+    """What psycopg would send one after the other: it goes out together, with a Sync behind.
+
+    Before all that the server is asked to answer BEGIN: one that is frozen is known by it.
+    """
+
+    def __init__(self, pipeline: Any) -> None:
+        super().__init__()
+        self._pipeline = pipeline
+        self.is_sent: bool = False
+
+    def popleft(self) -> Callable[[], Any]:
+        """Take everything at once."""
+        return super().popleft() if self.is_sent else self._send
+
+    def _send(self) -> None:
+        self.is_sent = True
+        self._pipeline.pgconn.send_flush_request()
+        while self:
+            self.popleft()()
+        self._pipeline.pgconn.pipeline_sync()
+        self._pipeline.result_queue.append(None)
+
+
+def _rest_of(pipeline: Any) -> Generator[Any, Any, None]:
+    """Return what takes the answers that are due still, for psycopg to run.
+
+    Where nothing was sent yet, or more has come up (an old statement is forgotten), it is sent
+    first. `Pipeline._fetch_gen` and `_sync_gen` are private: `Pipeline.sync()` alone is public, and
+    a second Sync would be a round trip more. A test in `tests/test_private_names.py` fails when
+    they go.
+    """
+    if pipeline.command_queue or not pipeline.command_queue.is_sent:
+        pipeline.command_queue.is_sent = True
+        return cast(Generator[Any, Any, None], pipeline._sync_gen())
+    return cast(Generator[Any, Any, None], pipeline._fetch_gen(flush=False))
 
 
 @contextmanager
@@ -175,11 +216,12 @@ def _pipeline_of(driver: Any) -> Generator[Any]:
 
     kind = AsyncPipeline if iscoroutinefunction(driver.rollback) else Pipeline
     driver.pgconn.enter_pipeline_mode()
-    driver._pipeline = pipeline = kind(driver)
+    driver._pipeline = driver.course.pipeline = pipeline = kind(driver)
+    pipeline.command_queue = Burst(pipeline)
     try:
         yield pipeline
     finally:
-        driver._pipeline = None
+        driver._pipeline = driver.course.pipeline = None
         if driver.pgconn.status == CONNECTED:
             driver.pgconn.exit_pipeline_mode()
 
@@ -193,7 +235,7 @@ def _send_begin(driver: Any, pipeline: Any) -> None:
     """
     text = _begin_text(driver.isolation_level, driver.read_only, driver.deferrable)
     driver.pgconn.send_query_params(text, None)
-    pipeline.result_queue.append(None)
+    pipeline.result_queue.append(BEGIN)
 
 
 @cache
