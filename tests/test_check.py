@@ -13,9 +13,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import psycopg
 import pytest
 from looking import CANNOT_CONNECT
 from pgbouncer import PgBouncer
@@ -23,6 +25,7 @@ from sqlalchemy import URL, make_url
 from tls import TLSProxy
 
 from engineroom import CheckResult, Database, DatabaseSessionManager
+from engineroom.backends.postgresql.knocking import NoPostgreSQL, knock
 from engineroom.errors import (
     ConnectTimeout,
     CredentialsFailed,
@@ -96,10 +99,9 @@ def test_a_pooler_that_nobody_has_declared_is_a_problem(
 ) -> None:
     """As the pooler takes it: readers would set a parameter that it refuses."""
     with pytest.raises(CANNOT_CONNECT) as caught:
-        ask(pgbouncer.url(database))
-    assert "DB_POOLER=transaction" in told(caught.value) + told(
-        getattr(caught.value, "orig", None) or caught.value
-    )
+        ask(pgbouncer.url(database), LONG)
+    assert "DB_POOLER=transaction" in told(caught.value)
+    assert "1 tries" in told(caught.value)
     found = ask(pgbouncer.url(database), pooler="transaction")
     assert (found.pooler, found.problems) == ("transaction", ())
 
@@ -165,12 +167,14 @@ def test_a_password_that_is_refused_is_not_tried_again(
     mark = len(_log(pg18))
     with pytest.raises(CANNOT_CONNECT) as caught:
         ask(make_url(pg18.url()).set(password="wrong-4711"), wait)
-    if "psycopg2" not in type(getattr(caught.value, "orig", caught.value)).__module__:
-        assert "refuses the user or the password" in told(caught.value)
-        assert _log(pg18)[mark:].count("password authentication failed") == 1
-    else:  # it does not tell this from TLS or pg_hba.conf, so it is tried once more
+    driver = type(getattr(caught.value, "orig", caught.value)).__module__
+    tries = _log(pg18)[mark:].count("password authentication failed")
+    if "psycopg2" in driver:  # it does not tell this from TLS or pg_hba.conf: tried once more
         assert "lets nobody in so" in told(caught.value)
-        assert _log(pg18)[mark:].count("password authentication failed") == (1 if not wait else 2)
+        assert tries == (1 if not wait else 2)
+    else:
+        assert "refuses the user or the password" in told(caught.value)
+        assert tries == 1 + driver.startswith("psycopg")  # libpq has to be asked once more
     assert "wrong-4711" not in told(caught.value)
 
 
@@ -184,10 +188,181 @@ def test_a_database_that_does_not_exist(ask: Ask, pg18: PostgresServer) -> None:
     assert told(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("query", "why"),
+    [
+        ("options=-cnonsense%3D1", "42704"),
+        ("target_session_attrs=standby", "lets nobody in so"),
+        ("dbname=nowhere", "does not exist"),
+    ],
+)
+def test_what_is_refused_after_the_password_is_not_said_of_it(
+    ask: Ask, pg18: PostgresServer, query: str, why: str
+) -> None:
+    with pytest.raises(CANNOT_CONNECT) as caught:
+        ask(f"{pg18.url()}?{query}")
+    note = told(caught.value)
+    assert "the user or the password" not in note
+    if "psycopg2" not in type(getattr(caught.value, "orig", caught.value)).__module__:
+        assert why in note
+
+
+def test_a_role_that_has_no_connection_left_is_waited_for(
+    ask: Ask, request: pytest.FixtureRequest, pg18: PostgresServer
+) -> None:
+    """53300, which the server says only to who has the right password."""
+    pg18.execute("CREATE ROLE limited LOGIN PASSWORD 'known' CONNECTION LIMIT 1")
+    url = make_url(pg18.url()).set(username="limited", password="known")
+    holder = psycopg.connect(url.render_as_string(hide_password=False))
+    try:
+        with pytest.raises(CANNOT_CONNECT) as caught:
+            ask(url, 0.5)
+        if request.node.callspec.params["ask"] == "psycopg2":  # it does not tell
+            assert "lets nobody in so" in told(caught.value)
+            return
+        assert "has no connection left" in told(caught.value)
+        late = threading.Timer(0.5, holder.close)
+        late.start()
+        try:
+            assert ask(url, LONG).role == "primary"
+        finally:
+            late.join()
+    finally:
+        holder.close()
+        pg18.execute(
+            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE usename = 'limited'"
+        )
+        pg18.execute("DROP ROLE limited")
+
+
 def test_a_server_without_tls(ask: Ask, pg18: PostgresServer) -> None:
     with pytest.raises(CANNOT_CONNECT) as caught:
         ask(f"{pg18.url()}?sslmode=require", LONG)
-    assert "TLS" in told(caught.value)
+    assert "does not speak TLS" in told(caught.value)
+
+
+class Doorman:
+    """Lets nobody in for a while, then everybody: as a proxy before a server that starts."""
+
+    def __init__(self, server: PostgresServer, says: bytes | None, turns_away: int) -> None:
+        self._server, self._says, self._left = server, says, turns_away
+        self.turned_away = 0
+        self._kept: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener.settimeout(0.05)
+        self.port: int = self._listener.getsockname()[1]
+        self._over = threading.Event()
+        self._start(self._serve)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+        for line in (self._listener, *self._kept):
+            line.close()
+
+    def url(self) -> str:
+        return self._server.url().replace(f":{self._server.port}/", f":{self.port}/")
+
+    def _start(self, work: Callable[..., None], *args: Any) -> None:
+        self._threads.append(threading.Thread(target=work, args=args))
+        self._threads[-1].start()
+
+    def _serve(self) -> None:
+        while not self._over.is_set():
+            with suppress(TimeoutError):
+                line, _ = self._listener.accept()
+                self._kept.append(line)
+                if self._left > 0:
+                    self._left -= 1
+                    self.turned_away += 1
+                    self._turn_away(line)
+                else:
+                    behind = socket.create_connection((self._server.host, self._server.port))
+                    self._kept.append(behind)
+                    self._start(self._pass_on, line, behind)
+                    self._start(self._pass_on, behind, line)
+
+    def _turn_away(self, line: socket.socket) -> None:
+        if self._says is None:  # it is silent
+            return
+        with suppress(OSError):
+            if self._says:
+                line.recv(4096)
+                line.sendall(self._says)
+            line.shutdown(socket.SHUT_RDWR)
+
+    def _pass_on(self, source: socket.socket, sink: socket.socket) -> None:
+        source.settimeout(0.05)
+        while not self._over.is_set():
+            try:
+                data = source.recv(65536)
+            except TimeoutError:
+                continue
+            except OSError:
+                break
+            if not data:
+                break
+            sink.sendall(data)
+        with suppress(OSError):
+            sink.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize("says", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
+@pytest.mark.parametrize("mode", ["", "?sslmode=disable"])
+def test_a_proxy_whose_server_is_not_there_yet_is_waited_for(
+    ask: Ask, pg18: PostgresServer, says: bytes, mode: str
+) -> None:
+    with Doorman(pg18, says, 8) as proxy:
+        assert ask(f"{proxy.url()}{mode}", LONG).role == "primary"
+        assert proxy.turned_away == 8
+
+
+def test_a_server_that_is_silent_is_not_asked_for_longer_than_said(
+    ask: Ask, request: pytest.FixtureRequest, pg18: PostgresServer
+) -> None:
+    with Doorman(pg18, None, 100) as proxy:
+        with pytest.raises((*CANNOT_CONNECT, ConnectTimeout)) as caught:
+            ask(proxy.url(), pool_timeout=2.0)
+    assert "answer" in told(caught.value) + str(caught.value)
+    if request.node.callspec.params["ask"].startswith("psycopg "):
+        assert proxy.turned_away == 1  # the driver has said all: nobody has to ask
+
+
+def test_the_text_of_a_limit_is_rounded(pg18: PostgresServer) -> None:
+    async def main(url: str) -> None:
+        async with DatabaseSessionManager().init(url) as manager:
+            await manager.check(wait=1)
+
+    with Doorman(pg18, None, 100) as proxy:
+        with pytest.raises(ConnectTimeout, match=r"within 1 s: "):
+            asyncio.run(main(proxy.url().replace("postgresql:", "postgresql+asyncpg:")))
+
+
+@pytest.mark.parametrize("says", [b"E\0\0\0\x50", b"E\x7f\xff\xff\xff", b"x"])
+def test_a_port_that_never_ends_its_answer_is_left_in_time(says: bytes) -> None:
+    over = threading.Event()
+
+    def drip() -> None:
+        line, _ = listener.accept()
+        with line, suppress(OSError):
+            line.sendall(says)
+            while not over.wait(0.05):
+                line.sendall(b"E")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=drip)
+        thread.start()
+        try:
+            with pytest.raises((TimeoutError, NoPostgreSQL)):
+                knock("127.0.0.1", listener.getsockname()[1], 0.5, needs_tls=False)
+        finally:
+            over.set()
+            thread.join()
 
 
 def test_a_name_that_does_not_resolve_is_waited_for(

@@ -194,16 +194,22 @@ def without(hidden: str, url: str, side: str) -> str:
             "asyncpg,psycopg",
             "postgresql://u:{}@h/d",
             "async",
-            ["asyncpg or psycopg", "[postgresql]"],
+            ["asyncpg or psycopg", '"engineroom[postgresql]"'],
         ),
         (
             "psycopg,psycopg2",
             "postgresql://u:{}@h/d",
             "sync",
-            ["psycopg or psycopg2", "[postgresql]"],
+            ["psycopg or psycopg2", '"engineroom[postgresql]"'],
         ),
-        ("asyncpg", "postgresql+asyncpg://u:{}@h/d", "async", ["asyncpg", "[postgresql]"]),
-        ("aiosqlite", "sqlite://", "async", ["aiosqlite", "[sqlite]"]),
+        (
+            "asyncpg",
+            "postgresql+asyncpg://u:{}@h/d",
+            "async",
+            ["asyncpg", '"engineroom[postgresql]"'],
+        ),
+        ("psycopg2", "postgresql+psycopg2://u:{}@h/d", "sync", ["psycopg2", "psycopg2-binary"]),
+        ("aiosqlite", "sqlite://", "async", ["aiosqlite", '"engineroom[sqlite]"']),
     ],
 )
 def test_a_driver_that_is_not_installed_is_named_with_its_extra(
@@ -211,7 +217,7 @@ def test_a_driver_that_is_not_installed_is_named_with_its_extra(
 ) -> None:
     said = without(hidden, url.format(SECRET), side)
     assert said.startswith("DriverNotInstalled ")
-    assert f'pip install "engineroom{words[-1]}"' in said
+    assert f"pip install {words[-1]}." in said
     assert "[driver-not-installed]" in said
     assert all(word in said for word in words)
     assert SECRET not in said

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import psycopg.pq
+import psycopg2
 import pytest
 from looking import CANNOT_CONNECT, DRIVERS, look
 from sqlalchemy import Connection
@@ -27,6 +28,7 @@ from engineroom.backends import Role, Side, postgresql
 from engineroom.backends.postgresql import PostgreSQL, translation
 from engineroom.backends.postgresql.parameters import KNOWN
 from engineroom.backends.postgresql.sources import find_password, resolve
+from engineroom.backends.postgresql.tls import FILES
 from engineroom.errors import InvalidURL, UnsupportedByDriver
 from engineroom.testing import PostgresServer
 from engineroom.urls import read_url
@@ -285,6 +287,7 @@ def test_a_url_comes_before_a_service_and_a_service_before_the_environment(
         "user": "service",
         "dbname": "environment",
         "port": "77",
+        "application_name": "",
     }
     assert resolve(read_url("postgresql://"), environment)["host"] == "service"
 
@@ -323,6 +326,127 @@ def test_a_service_that_is_missing_says_where_it_was_looked_for(tmp_path: Path) 
         f"(No such file or directory) and {tmp_path}/pg_service.conf (which has a, b)."
     ) in str(caught.value)
     assert "known" not in str(caught.value)
+
+
+def libpq_connects(conninfo: str) -> bool:
+    try:
+        psycopg.connect(conninfo).close()
+    except psycopg.Error:
+        return False
+    return True
+
+
+def connects(url: str, driver: str) -> bool:
+    try:
+        look(url, driver)
+    except (*CANNOT_CONNECT, InvalidURL):
+        return False
+    return True
+
+
+SERVICES = {  # what stands in a service beside the place, and whether libpq takes it
+    "application_name=first\napplication_name=second": True,
+    "application_name=first\n[a]\nsslmode=require": True,
+    "# K\udcf6ln\napplication_name=first": True,
+    "application_name=first\n# \x85sslmode=require\n# \u2028sslmode=require": True,
+    "  application_name=first \r": True,
+    "application_name=first\npassword: known": False,
+    "application_name=first\nknown": False,
+    "application_name = first": False,
+    "application_name=first\nservice=b": False,
+    "application_name=first\npasword=known": False,
+    "application_name=first\nsslmode=": False,
+}
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("text", SERVICES)
+def test_a_service_file_is_read_as_libpq_reads_it(
+    text: str, driver: str, pg18: PostgresServer, tmp_path: Path
+) -> None:
+    url = make_url(pg18.url())
+    (tmp_path / ".pg_service.conf").write_text(
+        f"known\n[a] \nhost={url.host}\nport={url.port}\nuser=postgres\npassword={url.password}\n"
+        f"dbname=postgres\n{text}\n",
+        encoding="utf-8",
+        errors="surrogateescape",
+    )
+    takes = libpq_connects("service=a")
+    assert takes == SERVICES[text]
+    if takes:
+        assert look("postgresql://?service=a", driver, "SHOW application_name") == "first"
+        return
+    with pytest.raises(InvalidURL) as caught:
+        look("postgresql://?service=a", driver)
+    assert "pg_service.conf" in str(caught.value)
+    assert "known" not in str(caught.value).replace("known with", "")
+    assert str(url.password) not in str(caught.value)
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("before", ["other:*:*:*:known\udce4", "# \u2028*:*:*:*:x\x85*:*:*:*:x"])
+def test_a_password_file_of_another_encoding_serves(
+    before: str, driver: str, pg18: PostgresServer, tmp_path: Path
+) -> None:
+    file = tmp_path / ".pgpass"
+    lines = f"{before}\n*:*:*:*:{pg18.password}\r\n"
+    file.write_bytes(lines.encode("utf-8", "surrogateescape"))
+    file.chmod(0o600)
+    assert look(pg18.url().replace(f":{pg18.password}@", "@"), driver) == 1
+
+
+def test_a_password_that_is_not_utf8_is_refused_without_being_printed(
+    pg18: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / ".pgpass"
+    file.write_bytes(b"*:*:*:*:known\xe4\n")
+    file.chmod(0o600)
+    url = pg18.url().replace(f":{pg18.password}@", "@")
+    with pytest.raises(InvalidURL, match=r"in .*\.pgpass is not UTF-8") as caught:
+        look(url, "asyncpg")
+    assert "known" not in repr(caught.value) + repr(caught.value.__context__)
+    for name, driver in (("PGPASSWORD", "postgresql"), ("DB_PASSWORD", "mysql+pymysql")):
+        monkeypatch.setenv(name, "known\udce4")
+        with pytest.raises(InvalidURL, match="is not UTF-8") as caught:
+            Database(url.replace("postgresql", driver))
+        assert "known" not in repr(caught.value) + repr(caught.value.__context__)
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+@pytest.mark.parametrize(
+    "name", sorted(KNOWN.keys() - {"host", "port", "user", "password", "service", "servicefile"})
+)
+def test_a_blank_is_refused_where_libpq_refuses_it(
+    name: str, driver: str, pg18: PostgresServer
+) -> None:
+    url = f"{pg18.url()}?{name}="
+    assert connects(url, driver) == libpq_connects(url)
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize(
+    ("variable", "value", "query"),
+    [
+        ("PGREQUIRESSL", "1", ""),
+        ("PGREQUIRESSL", "1", "?sslmode=prefer"),
+        ("PGREQUIRESSL", "0", ""),
+        ("PGSSLMODE", "", ""),
+        ("PGSSLNEGOTIATION", "direct", "?sslmode=disable"),
+        ("PGSSLNEGOTIATION", "direct", ""),
+    ],
+)
+def test_the_wish_for_tls_is_kept_as_libpq_keeps_it(
+    variable: str,
+    value: str,
+    query: str,
+    driver: str,
+    pg18: PostgresServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a server without TLS, where whoever ignores it connects."""
+    monkeypatch.setenv(variable, value)
+    url = f"{pg18.url()}{query}"
+    assert connects(url, driver) == libpq_connects(url)
 
 
 PASSWORDS = r"""
@@ -443,6 +567,9 @@ REFUSED = {
     "keepalives_idle=x": r"which has to be a whole number",
     "port=x": r"port=, which has to be a number for each host",
     "sslrootcert=system&sslmode=require": r"Write sslmode=verify-full",
+    "foo=": r"foo=, which libpq does not know",
+    "sslmode=": r"sslmode='', which has to be disable, allow",
+    "sslnegotiation=direct": r"sslnegotiation=direct with sslmode=prefer",
     "service=nowhere": r"there is no service 'nowhere'",
 }
 
@@ -479,6 +606,7 @@ def test_others_names_are_read() -> None:
 def test_plain_postgresql_takes_the_driver_that_can(pg18: PostgresServer) -> None:
     """And asyncpg by name is an error, at the first use of its side."""
     url = "postgresql://u:known@h/d?channel_binding=require&application_name=x"
+    url = f"{url}&scram_client_key=known"
     manager = DatabaseSessionManager().init(url)
     assert manager.engine.dialect.driver == "psycopg"
     manager = DatabaseSessionManager().init(url.replace("postgresql:", "postgresql+asyncpg:"))
@@ -486,9 +614,26 @@ def test_plain_postgresql_takes_the_driver_that_can(pg18: PostgresServer) -> Non
     with pytest.raises(UnsupportedByDriver) as caught:
         assert manager.engine
     assert re.search(
-        r"asks for: channel_binding=require\. Write postgresql\+psycopg", str(caught.value)
+        r"asks for: channel_binding=require, scram_client_key\. Write postgresql\+psycopg",
+        str(caught.value),
     )
     assert "known" not in str(caught.value)
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
+@pytest.mark.parametrize("name", sorted(KNOWN.keys() - FILES.keys() - {"service", "servicefile"}))
+def test_what_the_drivers_own_libpq_does_not_know_is_refused(name: str, driver: str) -> None:
+    """Which one it is linked with, only the driver knows; what that says would be its own error."""
+    value = next(iter(KNOWN[name].values), "1")
+    module: Any = psycopg2 if driver == "psycopg2" else psycopg
+    with pytest.raises(module.Error) as own:
+        module.connect(f"{name}={value} host=127.0.0.1 port=1")
+    with Database(f"postgresql+{driver}://u:secret@/d?{name}={value}") as door:
+        if "invalid connection option" in str(own.value):
+            with pytest.raises(UnsupportedByDriver, match=f"does not know {name}"):
+                assert door.engine
+        else:
+            assert door.engine
 
 
 def test_asyncpg_looks_nothing_up_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:

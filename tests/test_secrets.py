@@ -114,7 +114,10 @@ def test_a_refused_connect_shows_no_secret(
         {"url": bare, "password": OF_CALLABLE},
         {"url": bare},  # from the file
     ):
-        one = printed(crash(look, driver=driver, echo=True, **given))
+        error = crash(look, driver=driver, echo=True, **given)
+        one = printed(error)
+        for each in chain(error):  # psycopg's has the connection that did not come about
+            one += pretty_repr([vars(each), getattr(each, "pgconn", None)])
         assert "password authentication failed" in one
         assert "locals" in one
         assert shown(one) == []
@@ -150,6 +153,11 @@ BROKEN = [
     f"oracle://u:{IN_URL}@h/d?sslpassword={OF_KEY}",
     f"postgresql://u:{IN_URL}@h/d?service=none",
     f"u:{IN_URL}@h/d",
+    f"postgresql://u@h/d?pasword={IN_URL}",
+    f"postgresql://u@h/d?pwd={IN_URL}&sslmode=x",
+    f"postgresql://u@h/d?scram_client_key={OF_KEY}&oauth_client_secret={OF_KEY}&sslmode=x",
+    f"mysql+pymysql://u@h/d?pwd={IN_URL}",
+    f"postgresql://u:{IN_URL}\udce4@h/d",
 ]
 
 

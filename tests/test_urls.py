@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import pytest
-from sqlalchemy import make_url
+from sqlalchemy import URL, make_url
 
 from engineroom import Database, DatabaseSessionManager
 from engineroom.backends import Side, find_backend
@@ -97,7 +97,9 @@ PARTS: dict[str, tuple[Any, ...]] = {  # user, password, host, port, database, p
         *(None, None, None, None, "d", {"host": ("a:1", "b:2")}),
     ),
     # parameters
-    "postgresql://h/d?a=b+c%2B&d=&e=%26": (None, None, "h", None, "d", {"a": "b c+", "e": "&"}),
+    "postgresql://h/d?a=b+c%2B&d=&e=%26": (
+        *(None, None, "h", None, "d", {"a": "b c+", "d": "", "e": "&"}),
+    ),
     "mysql+asyncmy://u:p@h:3306/d": ("u", "p", "h", 3306, "d", {}),
 }
 
@@ -149,6 +151,28 @@ def test_a_parameter_that_is_given_twice_is_refused() -> None:
         read_url("postgresql://h/d?sslmode=require&sslmode=disable")
 
 
+def test_a_parameter_without_a_value_is_refused_without_being_printed() -> None:
+    with pytest.raises(InvalidURL, match="Write name=value") as caught:
+        read_url("postgresql://h/d?sslmode=require&known")
+    assert "known" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://u:known%E4@h/d",  # Latin-1, where UTF-8 is %C3%A4
+        "postgresql://u:known\udce4@h/d",  # as the environment has such bytes
+        "postgresql://u@h/d?password=known%E4",
+        "mysql://known%E4@h/d",
+        URL.create("postgresql", "u", "known\udce4", "h"),
+    ],
+)
+def test_what_is_not_utf8_is_refused_without_being_printed(url: str | URL) -> None:
+    with pytest.raises(InvalidURL, match="is not UTF-8") as caught:
+        read_url(url)
+    assert "known" not in repr(caught.value) + repr(caught.value.__context__)
+
+
 @pytest.mark.parametrize(
     ("url", "shown"),
     [
@@ -156,7 +180,15 @@ def test_a_parameter_that_is_given_twice_is_refused() -> None:
         ("postgresql://u@h/d", "postgresql://u@h/d"),
         ("postgresql://h/d?password=secret&user=u", "postgresql://h/d?password=***&user=u"),
         ("postgresql://h/d?sslpassword=secret", "postgresql://h/d?sslpassword=***"),
+        ("postgresql://h/d?pasword=secret&pwd=x", "postgresql://h/d?pasword=***&pwd=***"),
+        ("postgresql://h/d?scram_client_key=secret", "postgresql://h/d?scram_client_key=***"),
+        ("mysql://h/d?ssl_key_password=x&charset=y", "mysql://h/d?charset=y&ssl_key_password=***"),
+        (
+            "postgresql://h/d?sslmode=prefer&options=x",
+            "postgresql://h/d?options=***&sslmode=prefer",
+        ),
         ("sqlite:///file.db", "sqlite:///file.db"),
+        ("sqlite:///file.db?password=secret", "sqlite:///file.db?password=***"),
     ],
 )
 def test_a_masked_url_shows_all_but_its_secrets(url: str, shown: str) -> None:

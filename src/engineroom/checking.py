@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from sqlalchemy.engine import Connection
 
-from .backends import Diagnosis
+from .backends import ASK_FOR, Diagnosis
 from .engines import EngineRoom, PoolInfo
 from .errors import ConnectTimeout, InvalidOption
 from .schema import mind_schema, revisions_of
@@ -177,7 +177,7 @@ class Wait:
     @property
     def limit(self) -> float | None:
         """Seconds for the next try to connect; None where nobody waits, and the settings say."""
-        return max(self.left, LEAST) if self.is_asked else None
+        return round(max(self.left, LEAST), 2) if self.is_asked else None
 
     def pause_after(self, error: Exception) -> float:
         """Return for how many seconds to wait before the next try.
@@ -207,7 +207,9 @@ class Wait:
     def _diagnose(self, error: Exception) -> Diagnosis | None:
         if isinstance(error, ConnectTimeout):
             return self._known
-        why = self._room.backend.diagnose(getattr(error, "orig", None) or error)
+        whole = self._seconds if self.is_asked else self._room.settings.pool_timeout
+        left = max(whole - (time.monotonic() - self._started), LEAST)
+        why = self._room.backend.diagnose(getattr(error, "orig", None) or error, min(left, ASK_FOR))
         self._known = why or NO_CONNECT
         return why
 

@@ -13,6 +13,7 @@ from typing import Any
 from .errors import CredentialsFailed, InvalidOption
 from .hooks import is_coroutine_function
 from .secrecy import Sealed
+from .urls import is_utf8
 
 ARGUMENTS = {"username": "user", "password": "password"}  # what the drivers call them
 
@@ -50,7 +51,7 @@ class Credentials:
             answer = in_thread(function)
             try:
                 value = answer.result(seconds)
-            except Exception as error:
+            except (Exception, asyncio.CancelledError) as error:  # the function's own
                 raise (_raised(name, error) if answer.done() else _late(name, seconds)) from error
             if inspect.iscoroutine(value):
                 value.close()
@@ -76,6 +77,11 @@ class Credentials:
                     )
                     if inspect.isawaitable(value):
                         value = await value
+            except asyncio.CancelledError as error:
+                task = asyncio.current_task()
+                if task is None or task.cancelling():
+                    raise
+                raise _raised(name, error) from error  # the function's own
             except Exception as error:
                 raise (
                     _late(name, seconds) if deadline.expired() else _raised(name, error)
@@ -92,6 +98,9 @@ def in_thread(function: Callable[[], Any]) -> Future[Any]:
         if answer.set_running_or_notify_cancel():
             try:
                 answer.set_result(function())
+            except StopIteration as error:  # which no future may have: as generators do
+                answer.set_exception(ended := RuntimeError("it raised StopIteration"))
+                ended.__cause__ = error
             except BaseException as error:  # noqa: BLE001  # whoever waits hears of it
                 answer.set_exception(error)
 
@@ -106,7 +115,12 @@ def _sealed(name: str, value: object) -> Sealed[str]:
         what = "an empty text" if value == "" else type(value).__name__
         cure = " Decode them: .decode()." if isinstance(value, bytes) else ""
         raise CredentialsFailed(f"{name}= returned {what}, where a text (str) is needed.{cure}")
-    return Sealed(value)
+    if not is_utf8(value):
+        raise CredentialsFailed(
+            f"{name}= returned a text that is not UTF-8, which the drivers send. Decode it from "
+            "what it is."
+        )
+    return Sealed(str.__str__(value))  # of a subclass, which asyncpg refuses, the text alone
 
 
 def _raised(name: str, error: BaseException) -> CredentialsFailed:

@@ -15,8 +15,24 @@ from .errors import InvalidURL
 
 # What providers and other tools call a database, beside what SQLAlchemy calls it.
 ALIASES = {"postgres": "postgresql"}
-# What a parameter of a URL is called whose value nobody may see.
-SECRET = re.compile("pass|secret|token", re.IGNORECASE)
+# Parameters whose values everybody may see. Of others nobody knows: a key, a text that may hold
+# anything, a password whose name is misspelt.
+HARMLESS = frozenset(
+    (
+        *("user", "username", "host", "hostaddr", "port", "dbname", "database", "db"),
+        *("service", "servicefile", "passfile", "unix_socket", "mode", "cache", "uri"),
+        *("application_name", "fallback_application_name", "client_encoding", "charset"),
+        *("ssl", "sslmode", "ssl_mode", "sslnegotiation", "sslcompression", "sslsni"),
+        *("sslcert", "sslkey", "sslrootcert", "sslcrl", "sslcrldir", "sslcertmode"),
+        *("ssl_ca", "ssl_cert", "ssl_key"),
+        *("ssl_min_protocol_version", "ssl_max_protocol_version"),
+        *("min_protocol_version", "max_protocol_version", "channel_binding", "require_auth"),
+        *("gssencmode", "gsslib", "gssdelegation", "krbsrvname", "requirepeer", "replication"),
+        *("target_session_attrs", "load_balance_hosts"),
+        *("connect_timeout", "read_timeout", "write_timeout", "tcp_user_timeout"),
+        *("keepalives", "keepalives_idle", "keepalives_interval", "keepalives_count"),
+    )
+)
 
 # The parts of an account, and which parameters may have them instead.
 ACCOUNT: dict[str, tuple[str, ...]] = {"username": ("user", "username"), "password": ("password",)}
@@ -39,7 +55,7 @@ def read_url(url: str | URL) -> URL:
         InvalidURL: it is none; the message shows nothing of it that may be secret.
     """
     if isinstance(url, URL):
-        return url.set(drivername=_drivername(*url.drivername.partition("+")))
+        return _sendable(url.set(drivername=_drivername(*url.drivername.partition("+"))))
     if not isinstance(url, str):
         raise InvalidURL(
             f"A database URL is a string or a sqlalchemy.URL, not {type(url).__name__}. "
@@ -49,7 +65,7 @@ def read_url(url: str | URL) -> URL:
     scheme = SCHEME.match(text)
     if scheme is not None and scheme[1] != "sqlite":
         drivername = _drivername(*scheme[0].removesuffix("://").partition("+"))
-        return _read_parts(drivername, text[scheme.end() :])
+        return _sendable(_read_parts(drivername, text[scheme.end() :]))
     with suppress(ArgumentError, ValueError):
         if scheme is not None:  # what follows is a path, and may hold anything
             return make_url(text)
@@ -61,13 +77,13 @@ def read_url(url: str | URL) -> URL:
 
 
 def masked(url: str | URL) -> str:
-    """Return the URL as text that can be shown: its password, in its query too, masked."""
+    """Return the URL as text that can be shown: its password masked, and what may be one."""
     try:
         parsed = read_url(url)
     except InvalidURL:
         return _hidden(url)
-    secret = {name: "***" for name in parsed.query if SECRET.search(name)}
-    text = parsed.update_query_dict(secret).render_as_string(hide_password=True)
+    unknown = {name: "***" for name in parsed.query if name not in HARMLESS}
+    text = parsed.update_query_dict(unknown).render_as_string(hide_password=True)
     if "@" in f"{parsed.host}{parsed.database}":  # a password with an @ or a / that was not encoded
         return f"{parsed.drivername}://…"
     return text
@@ -82,7 +98,33 @@ def replace_account(url: URL, part: str, value: str | None) -> URL:
     """Return a URL with another user name or password; None: with none."""
     parts = {name: getattr(url, name) for name in ("username", "password", "host", "port")}
     query = url.difference_update_query(ACCOUNT[part]).query
-    return URL.create(url.drivername, **parts | {part: value}, database=url.database, query=query)
+    account = parts | {part: value}
+    return _sendable(URL.create(url.drivername, **account, database=url.database, query=query))
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a text can be sent: bytes that are none, as the environment may have them, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _sendable(url: URL) -> URL:
+    """Refuse a URL that is not UTF-8; what would raise later has it in its own error."""
+    parts = (url.username, url.password, url.host, url.database, *url.query, *url.query.values())
+    if all(is_utf8("".join(part)) for part in parts if part):
+        return url
+    raise InvalidURL(
+        f"The URL {url.drivername}://… is not UTF-8 in one of its parts. Write them in UTF-8, "
+        "percent-encoded or not."
+    )
+
+
+def _decode(text: str) -> str:
+    """Decode what is percent-encoded; bytes that are no UTF-8 are seen to be none."""
+    return unquote(text, errors="surrogateescape")
 
 
 def _hidden(url: object) -> str:
@@ -118,11 +160,11 @@ def _read_parts(drivername: str, text: str) -> URL:
             parameters.setdefault("port", ",".join(str(one or "") for one in ports))
     return URL.create(
         drivername,
-        username=unquote(user) or None,
-        password=unquote(password) if colon else None,
+        username=_decode(user) or None,
+        password=_decode(password) if colon else None,
         host=host,
         port=port,
-        database=unquote(path) or None,
+        database=_decode(path) or None,
         query=parameters,
     )
 
@@ -140,10 +182,10 @@ def _read_place(place: str, shown: str) -> tuple[str, int | None]:
         _refuse_place(shown)
     port = match["port"] or None
     if port is None:
-        return unquote(match["v6"] or match["name"]), None
+        return _decode(match["v6"] or match["name"]), None
     if not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) <= LAST_PORT:
         _refuse_place(shown)
-    return unquote(match["v6"] or match["name"]), int(port)
+    return _decode(match["v6"] or match["name"]), int(port)
 
 
 def _refuse_place(shown: str) -> NoReturn:
@@ -156,7 +198,9 @@ def _refuse_place(shown: str) -> NoReturn:
 def _read_query(query: str, shown: str) -> dict[str, str | tuple[str, ...]]:
     """Read the parameters; SQLAlchemy writes a space as +, and so it is read."""
     read: dict[str, str | tuple[str, ...]] = {}
-    for name, value in parse_qsl(query):
+    if any("=" not in pair for pair in query.split("&") if pair):
+        raise InvalidURL(f"{shown} has a parameter without a value. Write name=value.")
+    for name, value in parse_qsl(query, keep_blank_values=True, errors="surrogateescape"):
         known = read.get(name)
         if known is None:
             read[name] = value

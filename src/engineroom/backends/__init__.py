@@ -55,6 +55,9 @@ class Reached:
     problems: tuple[str, ...] = ()
 
 
+ASK_FOR = 2.0  # seconds, at most, for a server that lets nobody in to say why
+
+
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
     """Why a database does not answer."""
@@ -134,8 +137,12 @@ class Backend(Protocol):
             wanted: How many connections one pool may open.
         """
 
-    def diagnose(self, error: BaseException) -> Diagnosis | None:
-        """Tell why a connect failed; None where that is not known. It may take seconds."""
+    def diagnose(self, error: BaseException, seconds: float = ...) -> Diagnosis | None:
+        """Tell why a connect failed; None where that is not known.
+
+        Args:
+            seconds: For the server to be asked, which is not always needed.
+        """
 
     def descriptor(self, driver: Any) -> int | None:
         """Return the file descriptor of a driver's connection; None where it has no socket."""
@@ -378,6 +385,9 @@ def refuse_unknown_driver(url: URL, drivers: dict[Side, dict[str, str]]) -> None
         )
 
 
+APART = {"psycopg2": "psycopg2-binary"}  # the package of a driver that no extra brings
+
+
 def choose_driver(url: URL, drivers: dict[str, str], extra: str) -> URL:
     """Return the URL with the first driver that is installed.
 
@@ -394,8 +404,9 @@ def choose_driver(url: URL, drivers: dict[str, str], extra: str) -> URL:
     for name in names:
         if find_spec(drivers[name]) is not None:
             return url.set(drivername=f"{url.get_backend_name()}+{name}")
+    package = APART.get(names[0], f'"engineroom[{extra}]"')
     raise DriverNotInstalled(
         f"{masked(url)} needs {' or '.join(drivers[name] for name in names)} here, and "
         f"{'it is not' if len(names) == 1 else 'neither is'} installed. "
-        f'Install it: pip install "engineroom[{extra}]".'
+        f"Install it: pip install {package}."
     )

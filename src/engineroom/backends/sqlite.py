@@ -300,7 +300,7 @@ class SQLite:
             skew=None,
         )
 
-    def diagnose(self, error: BaseException) -> Diagnosis | None:
+    def diagnose(self, error: BaseException, seconds: float = 0.0) -> Diagnosis | None:
         """What SQLite says of a file says all; a lock that another one holds passes."""
         cure = "Wait, or raise DB_BUSY_TIMEOUT."
         is_busy = _code(error) == SQLITE_BUSY

@@ -22,6 +22,7 @@ from ...errors import InvalidOption
 from ...secrecy import Sealed
 from ...urls import masked
 from .. import (
+    ASK_FOR,
     Diagnosis,
     Leaving,
     Reached,
@@ -36,6 +37,7 @@ from . import leavings, pipelining, undeclared
 from .beginning import has_sent, tell_what_is_sent
 from .cancelling import BREAK_OFF_LIMIT, request_cancel
 from .diagnosing import REFUSED, diagnose
+from .finished import sealing
 from .guards import at_start, for_transaction, struck
 from .looking import look
 from .parameters import ALIVE
@@ -45,7 +47,14 @@ from .sockets import asyncpg_transport, descriptor_of, is_closed
 from .sources import resolve
 from .sqlstates import sqlstate
 from .tls import make_context, uses_files
-from .translation import SECRETS, for_asyncpg, for_libpq, refuse_unable, unable
+from .translation import (
+    SECRETS,
+    for_asyncpg,
+    for_libpq,
+    refuse_unable,
+    refuse_unknown_to_libpq,
+    unable,
+)
 
 __all__ = ["DRIVERS", "AdvisoryLock", "PostgreSQL", "sqlstate", "without_literals"]
 
@@ -85,7 +94,7 @@ class PostgreSQL:
         self._pipeline = pipeline
         self._shown = masked(url)
         # Its parameters tell it apart from others; their secrets are with the password.
-        self._url = url.set(password=parameters.get("password", url.password))
+        self._url = url.set(password=parameters.get("password") or url.password)
         self._url = self._url.difference_update_query(SECRETS)
 
     @property
@@ -114,6 +123,7 @@ class PostgreSQL:
             refuse_unable(self._parameters, self._shown)
             told = for_asyncpg(self._parameters, os.environ)
         else:
+            refuse_unknown_to_libpq(driver, self._parameters, self._shown)
             told = for_libpq(self._parameters)
         arguments = told | connect_args
         if side is Side.ASYNC and driver == "psycopg":
@@ -152,16 +162,19 @@ class PostgreSQL:
     ) -> None:
         """PostgreSQL behaves as it is; a pooler before it would not."""
         self.tune(engine)
-        undeclared.watch(engine, _backend_pid)
+        undeclared.watch(engine, backend_pid)
         if role is Role.PRIMARY:
             pipelining.attach(engine, self._pipeline)
 
     def tune(self, engine: Engine) -> None:
-        """Name what is connected to, and spare psycopg a rollback where nothing has begun."""
+        """Name what is connected to; spare psycopg a rollback where nothing has begun, and hide
+        what its errors keep.
+        """
         engine.url = self._url.set(drivername=engine.url.drivername)
         dialect: Any = engine.dialect
         if dialect.driver == "psycopg":
             dialect.do_rollback = _rolling_back(dialect.do_rollback, dialect.is_async)
+            dialect.connect = sealing(dialect.connect)
 
     def limit_connect(self, arguments: dict[str, Any], seconds: float) -> None:
         """Set libpq's parameter, unless it is given: whole seconds for each host, from two on."""
@@ -182,16 +195,16 @@ class PostgreSQL:
         if (
             driver is not None
             and self.pooler is None
-            and undeclared.is_made_up(_backend_pid(driver))
+            and undeclared.is_made_up(backend_pid(driver))
         ):
             return replace(
                 found, pooler="undeclared", problems=(undeclared.UNDECLARED, *found.problems)
             )
         return found
 
-    def diagnose(self, error: BaseException) -> Diagnosis | None:
+    def diagnose(self, error: BaseException, seconds: float = ASK_FOR) -> Diagnosis | None:
         """Ask the SQLSTATE or, where libpq keeps it, the server."""
-        return diagnose(error, self._parameters)
+        return diagnose(error, self._parameters, seconds)
 
     def descriptor(self, driver: Any) -> int | None:
         """Return the file descriptor of the connection's socket; None once it is closed."""
@@ -284,7 +297,7 @@ class PostgreSQL:
     ) -> None:
         """End the backends: every role may do that with its own."""
         drivers: list[Any] = [connection.driver_connection for connection in connections]
-        array = ", ".join(str(_backend_pid(driver)) for driver in drivers)  # of numbers: safe
+        array = ", ".join(str(backend_pid(driver)) for driver in drivers)  # of numbers: safe
         try:
             execute(f"SELECT pg_terminate_backend(pid) FROM unnest(ARRAY[{array}]) AS pid")  # noqa: S608
         except Exception as error:  # noqa: BLE001  # a server at its limit takes cancel requests
@@ -395,7 +408,8 @@ def _run_unless_it_resumes_a_task(callback: Any, *args: Any, context: object = N
         callback(*args)
 
 
-def _backend_pid(driver: Any) -> int:
+def backend_pid(driver: Any) -> int:
+    """Return the number of the server's process, as a driver's connection was told."""
     if hasattr(driver, "get_server_pid"):  # asyncpg
         return int(driver.get_server_pid())
     if hasattr(driver, "get_backend_pid"):  # psycopg2

@@ -1,24 +1,25 @@
 """Why no connection came about, whether that may pass, and what to do about it.
 
-By type and SQLSTATE, and never by a message. libpq keeps the SQLSTATE of a connect to itself: where
-it is spoken, the server is asked for it over a socket of our own.
+By type and SQLSTATE, and never by a message, save PgBouncer's. libpq keeps the SQLSTATE of a
+connect to itself: where it is spoken, the server is asked for it once more.
 """
 
 from __future__ import annotations
 
 import socket
 import ssl
-import struct
+import time
 from collections.abc import Iterator, Mapping
 from itertools import cycle
 
-from .. import Diagnosis
+from .. import ASK_FOR, Diagnosis
+from .finished import options_of
+from .knocking import NoPostgreSQL, NoTLS, ask_again, knock
 from .parameters import DEFAULT_PORT
 from .sqlstates import PROTOCOL_VIOLATION, sqlstate
+from .translation import PLAIN
+from .undeclared import DECLARE, SAID
 
-LIMIT = 2.0  # seconds for a server to say something
-PROTOCOL = 196608  # 3.0
-STRANGER = b"user\0engineroom\0\0"  # it need not exist: a server that starts refuses everybody
 SHUTTING_DOWN = ("57P01", "57P02", "57P03")  # or starting up: cannot_connect_now
 FULL = ("53300",)  # too_many_connections
 # invalid_password; invalid_authorization_specification (of PAM, through which Amazon's tokens go)
@@ -46,6 +47,11 @@ NO_TLS = Diagnosis(
     "the server does not speak TLS",
     "Have it do so (ssl = on), or, in a network that nobody else reads, leave out sslmode.",
 )
+UNKNOWN_PARAMETER = Diagnosis(
+    False,
+    "a pooler such as PgBouncer refuses a parameter that it does not know",
+    f"{DECLARE} Where it is declared, leave out of the URL what it refuses.",
+)
 BY_STATE: dict[str, Diagnosis] = {
     **dict.fromkeys(SHUTTING_DOWN, STARTING),
     **dict.fromkeys(REFUSED, NOT_TAKEN),
@@ -72,30 +78,40 @@ BY_STATE: dict[str, Diagnosis] = {
 }
 
 
-def diagnose(error: BaseException, parameters: Mapping[str, str]) -> Diagnosis | None:
+def diagnose(
+    error: BaseException, parameters: Mapping[str, str], seconds: float = ASK_FOR
+) -> Diagnosis | None:
     """Tell why a connect failed; None where it is no driver that says so.
 
     Args:
         error: Of the driver.
         parameters: Where it was to lead.
+        seconds: For the server, or all of them, to be asked.
     """
+    if type(error).__module__.partition(".")[0] in DRIVERS and SAID in str(error):
+        return UNKNOWN_PARAMETER
+    end = time.monotonic() + seconds
+    pgconn = getattr(error, "pgconn", None)  # psycopg's
+    if pgconn is not None and pgconn.used_password and sqlstate(error) is None:
+        error.sqlstate = ask_again(options_of(pgconn), seconds)  # type: ignore[attr-defined]
     if (state := sqlstate(error)) is not None:
         lost = state.startswith("08")
         unknown = Diagnosis(lost, f"the server says {state}", "See what it says beside that.")
         return BY_STATE.get(state, unknown)
+    if pgconn is not None and pgconn.needs_password:
+        return NOT_TAKEN
+    if type(error).__name__ == "ConnectionTimeout":  # psycopg's
+        error = TimeoutError()
     if isinstance(error, ssl.SSLCertVerificationError):
         return BAD_CERTIFICATE
-    if type(error) is ConnectionError:  # asyncpg's, and none of the system's
-        return NO_TLS
-    if isinstance(error, OSError) and not isinstance(error, ssl.SSLError):
+    is_systems = isinstance(error, OSError) and not isinstance(error, ssl.SSLError)
+    if is_systems and type(error) is not ConnectionError:  # (which is asyncpg's)
         return _not_reached(error, parameters.get("host", ""))
-    pgconn = getattr(error, "pgconn", None)  # psycopg's
-    if pgconn is not None and (pgconn.needs_password or pgconn.used_password):
-        return NOT_TAKEN
-    return _ask(parameters) if type(error).__module__.partition(".")[0] in DRIVERS else None
+    is_drivers = type(error).__module__.partition(".")[0] in DRIVERS
+    return _ask(parameters, end) if is_drivers or is_systems else None
 
 
-def _not_reached(error: OSError, place: str) -> Diagnosis:
+def _not_reached(error: BaseException, place: str) -> Diagnosis:
     if isinstance(error, socket.gaierror):
         return Diagnosis(
             True,
@@ -113,14 +129,30 @@ def _not_reached(error: OSError, place: str) -> Diagnosis:
     )
 
 
-def _ask(parameters: Mapping[str, str]) -> Diagnosis:
+def _ask(parameters: Mapping[str, str], end: float) -> Diagnosis:
     """Ask each host in turn; one that may come serves."""
     found: list[Diagnosis] = []
+    needs_tls = (
+        parameters.get("sslmode", "prefer") not in ("disable", *PLAIN)
+        and parameters.get("sslnegotiation") != "direct"
+    )
     for host, port in places(parameters):
+        place = f"{host}:{port}"
         try:
-            state = knock(host, port)
+            state = knock(host, port, end - time.monotonic(), needs_tls=needs_tls)
         except OSError as error:
-            found.append(_not_reached(error, f"{host}:{port}"))
+            found.append(_not_reached(error, place))
+        except NoTLS:
+            found.append(NO_TLS)
+        except NoPostgreSQL:
+            found.append(
+                Diagnosis(
+                    True,
+                    f"what answers at {place} is no PostgreSQL server",
+                    "See that host and port are its own, and what is between.",
+                    is_reached=False,
+                )
+            )
         else:
             if state in BY_STATE and BY_STATE[state].passes and state != PROTOCOL_VIOLATION:
                 found.append(BY_STATE[state])
@@ -131,7 +163,7 @@ def _ask(parameters: Mapping[str, str]) -> Diagnosis:
         "target_session_attrs.",
         is_certain=False,  # it may have come up between the driver's question and ours
     )
-    return next(iter(found), refused)
+    return next((one for one in found if one.passes), found[0] if found else refused)
 
 
 def places(parameters: Mapping[str, str]) -> Iterator[tuple[str, int]]:
@@ -139,28 +171,3 @@ def places(parameters: Mapping[str, str]) -> Iterator[tuple[str, int]]:
     hosts = (parameters.get("hostaddr") or parameters.get("host") or "").split(",")
     ports = [int(port or DEFAULT_PORT) for port in parameters.get("port", "").split(",")]
     return ((host, port) for host, port in zip(hosts, cycle(ports)) if host)
-
-
-def knock(host: str, port: int) -> str | None:
-    """Say hello as a stranger, and return the SQLSTATE of the refusal; None if there was none.
-
-    Raises:
-        OSError: there is no server, or it hangs up.
-    """
-    if host.startswith("/"):
-        opened = socket.socket(socket.AF_UNIX)
-        opened.settimeout(LIMIT)
-    else:
-        opened = socket.create_connection((host, port), LIMIT)
-    with opened:
-        if host.startswith("/"):
-            opened.connect(f"{host}/.s.PGSQL.{port}")
-        opened.sendall(struct.pack("!II", len(STRANGER) + 8, PROTOCOL) + STRANGER)
-        with opened.makefile("rb") as answer:
-            kind, length = answer.read(1), answer.read(4)
-            if len(length) < 4:
-                raise ConnectionResetError("The server hung up")
-            if kind != b"E":  # it asks who we are
-                return None
-            fields = answer.read(struct.unpack("!I", length)[0] - 4).split(b"\0")
-    return next((field[1:].decode() for field in fields if field.startswith(b"C")), None)

@@ -13,7 +13,7 @@ from ..sockets import ARRIVES_WITHIN, KEEPALIVE_COUNT, KEEPALIVE_IDLE, KEEPALIVE
 SSLMODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 WISHES = ("disable", "prefer", "require")
 TARGETS = ("any", "read-write", "read-only", "primary", "standby", "prefer-standby")
-FLAG = ("0", "1")
+FLAG = ("0", "1", "")  # libpq takes the last like none
 HOST_AND_PORT = re.compile(r"[A-Za-z0-9.-]+:[0-9]+")
 NUMBER = re.compile(r"\s*[+-]?[0-9]+\s*")
 DEFAULT_PORT = 5432
@@ -80,7 +80,7 @@ KNOWN: dict[str, Parameter] = {
     "min_protocol_version": Parameter("PGMINPROTOCOLVERSION"),
     "max_protocol_version": Parameter("PGMAXPROTOCOLVERSION"),
     "krbsrvname": Parameter("PGKRBSRVNAME"),
-    "gsslib": Parameter("PGGSSLIB", ("gssapi", "sspi")),
+    "gsslib": Parameter("PGGSSLIB", ("gssapi", "sspi", "")),
     "gssdelegation": Parameter("PGGSSDELEGATION", FLAG),
     "target_session_attrs": Parameter("PGTARGETSESSIONATTRS", TARGETS),
     "load_balance_hosts": Parameter("PGLOADBALANCEHOSTS", ("disable", "random")),
@@ -91,6 +91,11 @@ KNOWN: dict[str, Parameter] = {
     "oauth_client_secret": Parameter(),
     "oauth_scope": Parameter(),
 }
+# What libpq refuses when it is blank, beside what has its own values.
+NEVER_BLANK = (
+    *("require_auth", "min_protocol_version", "max_protocol_version"),
+    *("scram_client_key", "scram_server_key"),
+)
 # What others call them: SQLAlchemy, JDBC and asyncpg.
 ALIASES = {"username": "user", "database": "dbname", "ssl": "sslmode"}
 SSL = {"true": "require", "false": "disable"}
@@ -154,7 +159,9 @@ def _unknown(name: str, value: str | tuple[str, ...], origin: str) -> InvalidURL
 def _mind_value(name: str, known: str, text: str, origin: str) -> None:
     parameter = KNOWN.get(known, Parameter(is_number=True))
     if parameter.values and text not in parameter.values:
-        wanted = ", ".join(parameter.values)
+        wanted = ", ".join(filter(None, parameter.values))
+    elif known in NEVER_BLANK and not text:
+        wanted = "no blank"
     elif parameter.is_number and not NUMBER.fullmatch(text):
         wanted = "a whole number"
     elif known == "port" and not all(

@@ -70,7 +70,7 @@ class Reach:
     ) -> Any:
         import asyncpg
 
-        if password is None:
+        if not password:
             password = find_password(self.parameters, host or "", port, user or getpass.getuser())
         driver = await asyncpg.connect(
             host=host or None,

@@ -12,7 +12,7 @@ from pathlib import Path
 from sqlalchemy.engine import URL
 
 from ...errors import InvalidURL
-from ...urls import masked
+from ...urls import is_utf8, masked
 from .parameters import KNOWN, SYSTEM, read_parameters
 
 logger: logging.Logger = logging.getLogger("engineroom")
@@ -23,6 +23,11 @@ PASSWORDS = Path(".pgpass")
 OTHERS_MAY = stat.S_IRWXG | stat.S_IRWXO
 SOCKET_FOLDERS = ("", "/var/run/postgresql", "/run/postgresql", "/tmp")  # noqa: S108
 FIELD = re.compile(r"((?:[^\\:]|\\.)*)(?::|$)")
+HEADER = re.compile(r"\s*\[([^\]]*)\]")
+SETTING = re.compile(r"(\w+)=(.*)", re.DOTALL)
+BLANKS = " \t\n\v\f\r"  # as C knows them
+REQUIRE_TLS = "PGREQUIRESSL"  # old, and libpq still hears it
+WITHOUT_TLS = ("disable", "allow", "prefer")
 FIELDS = 5  # host, port, database, user, password
 
 
@@ -37,8 +42,10 @@ def resolve(url: URL, environment: Mapping[str, str] = os.environ) -> dict[str, 
     variables = {
         name: environment[known.variable]
         for name, known in KNOWN.items()
-        if environment.get(known.variable)
+        if known.variable in environment
     }
+    if environment.get(REQUIRE_TLS, "").startswith("1"):
+        variables.setdefault("sslmode", "require")
     service = parameters.pop("service", variables.pop("service", None))
     file = parameters.pop("servicefile", variables.pop("servicefile", None))
     if service is not None:
@@ -48,6 +55,10 @@ def resolve(url: URL, environment: Mapping[str, str] = os.environ) -> dict[str, 
             parameters |= read_parameters({name: value}, f"{KNOWN[name].variable} (for {shown})")
     if parameters.get("sslrootcert") == SYSTEM:
         _mind_system(parameters, shown)
+    if parameters.get("sslnegotiation") == "direct":
+        _mind_direct(parameters, shown)
+    for name, value in parameters.items():
+        _mind_text(value, f"{name} of {shown}")
     return parameters
 
 
@@ -72,6 +83,27 @@ def _mind_system(parameters: dict[str, str], shown: str) -> None:
         )
 
 
+def _mind_direct(parameters: Mapping[str, str], shown: str) -> None:
+    """Refuse a mode that does without TLS where there is nothing else, as libpq does."""
+    mode = parameters.get("sslmode", "prefer")
+    if mode in WITHOUT_TLS:
+        raise InvalidURL(
+            f"{shown} has sslnegotiation=direct with sslmode={mode}, which may do without TLS. "
+            "Write sslmode=require or one that verifies."
+        )
+
+
+def _mind_text(text: str, what: str) -> None:
+    """Refuse what cannot be sent: the drivers' own errors would print it, and it may be secret."""
+    if not is_utf8(text):
+        raise InvalidURL(f"{what} is not UTF-8, which the drivers send. Write it in UTF-8.")
+
+
+def _read(path: Path) -> list[str]:
+    """Return the lines of a file, divided as libpq does; others' may be in any encoding."""
+    return path.read_bytes().decode("utf-8", "surrogateescape").split("\n")
+
+
 # -- services -----------------------------------------------------------------------------------
 
 
@@ -88,29 +120,42 @@ def _read_service(
     looked: list[str] = []
     for path in (own, system):
         try:
-            services = _parse_services(path.read_text())
+            lines = _read(path)
         except OSError as error:
             looked.append(f"{path} ({error.strerror})")
             continue
-        if service in services:
-            return read_parameters(services[service], f"The service {service} in {path}")
-        looked.append(f"{path} (which has {', '.join(services) or 'none'})")
+        if (settings := _find_service(service, lines, path)) is not None:
+            return read_parameters(settings, f"The service {service} in {path}")
+        names = [header[1] for line in lines if (header := HEADER.match(line))]
+        looked.append(f"{path} (which has {', '.join(names) or 'none'})")
     raise InvalidURL(
         f"{shown}: there is no service {service!r}. It was looked for in {' and '.join(looked)}. "
         "Add it there, or say by PGSERVICEFILE where it is."
     )
 
 
-def _parse_services(text: str) -> dict[str, dict[str, str]]:
-    services: dict[str, dict[str, str]] = {}
-    settings: dict[str, str] = {}
-    for line in map(str.strip, text.splitlines()):
-        if line.startswith("[") and line.endswith("]"):
-            settings = services.setdefault(line[1:-1], {})
-        elif line and not line.startswith("#"):
-            name, _, value = line.partition("=")
-            settings[name.strip()] = value.strip()
-    return services
+def _find_service(service: str, lines: list[str], path: Path) -> dict[str, str] | None:
+    """Return what a file says of a service: what it says first counts, as with libpq.
+
+    Raises:
+        InvalidURL: a line of it is no setting; what it says may be secret.
+    """
+    found: dict[str, str] | None = None
+    for number, line in enumerate((line.strip(BLANKS) for line in lines), 1):
+        if line.startswith("["):
+            if found is not None:
+                break
+            found = {} if line.startswith(f"[{service}]") else None
+        elif found is not None and line and not line.startswith("#"):
+            setting = SETTING.fullmatch(line)
+            if setting is None or setting[1] in ("service", "servicefile"):
+                why = "is not name=value, without blanks" if setting is None else "names a service"
+                raise InvalidURL(
+                    f"Line {number} of {path}, in the service {service}, {why}. libpq refuses it "
+                    "as well: correct it."
+                )
+            found.setdefault(setting[1], setting[2])
+    return found
 
 
 # -- passwords ----------------------------------------------------------------------------------
@@ -125,7 +170,7 @@ def find_password(parameters: Mapping[str, str], host: str, port: int, user: str
     named = parameters.get("passfile")
     path = Path(named) if named else Path.home() / PASSWORDS
     try:
-        text = path.read_text()
+        lines = _read(path)
         if path.stat().st_mode & OTHERS_MAY:
             logger.warning("%s is ignored: others may read it. chmod 600 it.", path)
             return None
@@ -134,18 +179,19 @@ def find_password(parameters: Mapping[str, str], host: str, port: int, user: str
     wanted = (
         "localhost" if host in SOCKET_FOLDERS else host,
         str(port),
-        parameters.get("dbname", user),
+        parameters.get("dbname") or user,
         user,
     )
-    for *fields, password in _parse_passwords(text):
+    for *fields, password in _parse_passwords(lines):
         if all(field in ("*", want) for field, want in zip(fields, wanted, strict=True)):
+            _mind_text(password, f"The password for {user} at {host} in {path}")
             return password
     return None
 
 
-def _parse_passwords(text: str) -> Iterator[list[str]]:
+def _parse_passwords(lines: list[str]) -> Iterator[list[str]]:
     """Yield the fields of each line; a backslash makes the next character an ordinary one."""
-    for line in text.splitlines():
+    for line in (line.rstrip("\r") for line in lines):
         if line and not line.startswith("#"):
             fields = [match[1] for match in FIELD.finditer(line)][:FIELDS]
             if len(fields) == FIELDS:

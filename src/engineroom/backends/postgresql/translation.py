@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import filterfalse
 from typing import Any
 from urllib.parse import urlencode
 
 from ...errors import InvalidURL, UnsupportedByDriver
 from ...secrecy import Sealed
+from ...urls import HARMLESS
 from .parameters import CACHES, DEFAULT_PORT, read_integer
 from .reaching import Reach
 from .tls import FILES, make_context
@@ -52,7 +54,7 @@ def unable(parameters: Mapping[str, str]) -> dict[str, str]:
         for name, values in UNABLE.items()
         if parameters.get(name) and parameters[name] not in values
     }
-    encoding = parameters.get("client_encoding", "utf8")
+    encoding = parameters.get("client_encoding") or "utf8"
     return asked | ({} if encoding.lower() in UTF8 else {"client_encoding": encoding})
 
 
@@ -64,14 +66,48 @@ def refuse_unable(parameters: Mapping[str, str], shown: str) -> None:
     """
     if asked := unable(parameters):
         what = ", ".join(
-            name if "key" in name or "secret" in name else f"{name}={value}"
-            for name, value in asked.items()
+            f"{name}={value}" if name in HARMLESS else name for name, value in asked.items()
         )
         raise UnsupportedByDriver(
             f"asyncpg cannot do what {shown} asks for: {what}. Write postgresql+psycopg://, whose "
             "driver can (with plain postgresql:// it is taken where it is installed), or leave it "
             "out."
         )
+
+
+def refuse_unknown_to_libpq(driver: str, parameters: Mapping[str, str], shown: str) -> None:
+    """Refuse what the libpq is too old for that psycopg or psycopg2 was linked with.
+
+    Raises:
+        UnsupportedByDriver: something of it is asked for.
+    """
+    asked = [name for name in parameters if name not in CACHES]
+    if driver == "psycopg2":
+        from psycopg2 import extensions
+
+        version, unknown = extensions.libpq_version(), [*filterfalse(_psycopg2_knows, asked)]
+    else:
+        from psycopg import pq
+
+        known = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
+        version, unknown = pq.version(), [name for name in asked if name not in known]
+    if unknown:
+        raise UnsupportedByDriver(
+            f"{driver} cannot do what {shown} asks for: its libpq is {version // 10_000}, which "
+            f"does not know {', '.join(unknown)}. Take one that is newer (psycopg has its own), or "
+            "leave it out."
+        )
+
+
+def _psycopg2_knows(name: str) -> bool:
+    """Ask libpq, which reads the names, and later the values."""
+    from psycopg2 import ProgrammingError, extensions
+
+    try:
+        extensions.parse_dsn(f"{name}=0")
+    except ProgrammingError:
+        return False
+    return True
 
 
 def for_libpq(parameters: Mapping[str, str]) -> dict[str, Any]:
@@ -89,13 +125,13 @@ def for_asyncpg(parameters: Mapping[str, str], environment: Mapping[str, str]) -
     Raises:
         InvalidCertificate: what TLS needs cannot be read.
     """
-    arguments: dict[str, Any] = {name: parameters[name] for name in ALIKE if name in parameters}
+    arguments: dict[str, Any] = {name: parameters[name] for name in ALIKE if parameters.get(name)}
     arguments |= {name: int(parameters[name]) for name in CACHES if name in parameters}
     arguments["async_creator_fn"] = Reach(_without_secrets(parameters)).connect
     arguments |= _places(parameters)
-    if "dbname" in parameters:
+    if parameters.get("dbname"):
         arguments["database"] = parameters["dbname"]
-    if "password" in parameters:
+    if parameters.get("password"):
         arguments["password"] = Sealed(parameters["password"])
     timeout = read_integer(parameters, "connect_timeout") or 0
     if timeout > 0:

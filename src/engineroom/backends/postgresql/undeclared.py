@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy import event
 from sqlalchemy.engine import Engine, ExceptionContext
 
+from ...urls import masked
 from .sqlstates import PROTOCOL_VIOLATION, sqlstate
 
 logger: logging.Logger = logging.getLogger("engineroom")
@@ -57,7 +58,7 @@ def watch(engine: Engine, pid_of: Callable[[Any], int]) -> None:
         if is_made_up(pid):
             logger.warning(
                 "A pooler stands before the server of %s: %d is no process id. %s",
-                engine.url,  # (its text shows no password)
+                masked(engine.url),
                 pid,
                 DECLARE,
             )
