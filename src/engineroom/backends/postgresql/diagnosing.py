@@ -159,8 +159,8 @@ def _ask(parameters: Mapping[str, str], end: float) -> Diagnosis:
     refused = Diagnosis(
         False,
         "the server answers, and lets nobody in so",
-        "See the driver's own words: they are about TLS, pg_hba.conf, the database's name, or "
-        "target_session_attrs.",
+        "See the driver's own words: they are about the password, TLS, pg_hba.conf, the "
+        "database's name, or target_session_attrs.",
         is_certain=False,  # it may have come up between the driver's question and ours
     )
     return next((one for one in found if one.passes), found[0] if found else refused)
