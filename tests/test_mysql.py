@@ -24,7 +24,13 @@ from starting import FIRST, SECOND, alembic, project, say, starters, together
 
 from engineroom import Database, DatabaseSessionManager, schema
 from engineroom.backends.mysql import MySQL
-from engineroom.errors import InvalidURL, SandboxError, SchemaLocked, TemplateUnusable
+from engineroom.errors import (
+    ConnectTimeout,
+    InvalidURL,
+    SandboxError,
+    SchemaLocked,
+    TemplateUnusable,
+)
 from engineroom.testing import clones, sandbox
 
 SIDES = ["sync", "async"]
@@ -152,47 +158,6 @@ def wired(
         wire.commands.clear()
         yield work, wire
         work.close()
-
-
-LEFT = {
-    "a setting": ("SET SESSION sort_buffer_size = 65536", "SELECT @@sort_buffer_size = 65536"),
-    "a variable": ("SELECT @tenant := 7", "SELECT @tenant IS NOT NULL"),
-    "a temporary table": (
-        "CREATE TEMPORARY TABLE item SELECT 7 AS value",
-        "SELECT value = 7 FROM item",
-    ),
-    "a lock": ("SELECT GET_LOCK('engineroom-test', 0)", "SELECT IS_USED_LOCK('engineroom-test')"),
-    "a level": (
-        "SET SESSION TRANSACTION ISOLATION LEVEL SERIALIZABLE",
-        "SELECT @@tx_isolation = 'SERIALIZABLE'",
-    ),
-    "read-only": ("SET SESSION TRANSACTION READ ONLY", "SELECT @@tx_read_only"),
-}
-
-
-@pytest.mark.parametrize("what", LEFT)
-@pytest.mark.parametrize("ends", ["commit", "rollback"])
-def test_the_next_session_finds_nothing_of_what_one_left(wired: Any, what: str, ends: str) -> None:
-    work, _ = wired
-    leave, look = LEFT[what]
-    before = work.unit("SELECT CONNECTION_ID()")
-    if ends == "commit":
-        work.unit(leave)
-    else:
-        work.fails(leave)
-    assert not work.unit(look)
-    assert work.unit("SELECT CONNECTION_ID()") != before
-
-
-def test_who_left_nothing_keeps_the_connection(wired: Any) -> None:
-    work, wire = wired
-    before = work.unit("SELECT CONNECTION_ID()")
-    for options in ({}, {"isolation_level": "SERIALIZABLE"}, {"read_only": True}, {}):
-        assert work.unit("SELECT 'SET x = 1'", **options) == "SET x = 1"
-    assert work.unit("SELECT CONNECTION_ID()") == before
-    wire.commands.clear()
-    assert work.unit(FORTY_TWO) == 42
-    assert wire.commands == [FORTY_TWO, "COMMIT"]
 
 
 def test_the_kernel_asks_for_a_server_that_is_silent(wired: Any) -> None:
@@ -417,7 +382,7 @@ def test_an_idle_connection_of_a_frozen_server_is_not_asked_for_ever(
     work.unit(ONE)
     frozen()
     began = time.monotonic()
-    with pytest.raises(DBAPIError):
+    with pytest.raises((DBAPIError, ConnectTimeout)):
         work.unit(ONE)
     assert time.monotonic() - began < 10
     work.close()
@@ -803,6 +768,42 @@ def test_a_reader_streams(mysql_url: str, side: str) -> None:
         work.runner.run(main())
     assert len(backends(mysql_url)) == 1
     work.close()
+
+
+LONG = "SELECT a.seq FROM seq_1_to_60000 AS a, seq_1_to_60000 AS b"  # nobody reads that to its end
+
+
+@pytest.mark.filterwarnings("ignore:Previous unbuffered")  # what asyncmy says to an application
+@pytest.mark.parametrize("verb", ["session", "reader", "connect"])
+def test_a_cancelled_stream_is_not_read_to_its_end(mysql_url: str, verb: str) -> None:
+    work = Work(mysql_url, "async", pool_size=1, max_overflow=0)
+
+    async def read(begun: asyncio.Event) -> None:
+        async with getattr(work.manager, verb)() as db:
+            async for _ in await db.stream(text(LONG)):
+                begun.set()
+                await asyncio.sleep(0.001)
+
+    async def main() -> None:
+        begun = asyncio.Event()
+        task = asyncio.create_task(read(begun))
+        await begun.wait()
+        task.cancel()
+        await asyncio.wait((task,), timeout=4)  # one is promised; a clean-up is given up after 5
+        assert task.done()
+        assert task.cancelled()
+
+    work.runner.run(main())
+    until(lambda: [row for row in busy(mysql_url) if LONG in str(row)], lambda left: not left)
+    assert work.unit(ONE) == 1
+    assert work.unit(ONE, "reader") == 1
+    work.close()
+
+
+def busy(url: str) -> Any:
+    with mysql_server(url) as cursor:
+        cursor.execute("SELECT info FROM information_schema.processlist WHERE info IS NOT NULL")
+        return cursor.fetchall()
 
 
 # -- the server's deadlines --------------------------------------------------------------------

@@ -12,6 +12,7 @@ from traceback import walk_tb
 from typing import Any
 from urllib.parse import quote, urlencode
 
+import pymysql
 import pytest
 from mariadb_server import MariaServer, find_mariadbd
 from sqlalchemy import Connection, event, make_url, text
@@ -65,6 +66,16 @@ def test_an_unknown_parameter_is_refused_with_the_nearest_name() -> None:
         ("sslaccept=strict", "Write ssl_mode=VERIFY_IDENTITY"),
         ("connection_limit=9", "pool_size=9"),
         ("connect_timeout=soon", "a whole number"),
+        ("connect_timeout=0", "connect_timeout='0'.* from 1 to 31536000"),
+        ("read_timeout=0", "read_timeout='0'.* from 1 to"),
+        ("write_timeout=31536001", "write_timeout=.* from 1 to"),
+        (f"max_allowed_packet={'9' * 5000}", "max_allowed_packet=.* from 1 to"),
+        ("port=70000", "port=.* from 1 to 65535"),
+        ("ssl=true&ssl_cipher=foo", "ssl_cipher=foo.*no cipher"),
+        ("ssl_cipher=foo", "ssl_cipher=foo.*no cipher"),
+        ("read_default_file=/nowhere/my.cnf", "read_default_file=/nowhere/my.cnf.*No such file"),
+        ("read_default_file=/etc", "read_default_file=/etc.*directory"),
+        ("read_default_file=/dev/null", r"/dev/null has no group \[client\]"),
         ("local_infile=perhaps", "true or false"),
         ("ssl-mode=perhaps", "DISABLED, PREFERRED, REQUIRED, VERIFY_CA, VERIFY_IDENTITY"),
         ("ssl_mode=REQUIRED&ssl-mode=DISABLED", "ssl_mode twice"),
@@ -76,6 +87,52 @@ def test_what_a_url_cannot_say_is_said_with_what_to_write(query: str, says: str)
     with pytest.raises(InvalidURL, match=says) as caught:
         Database(f"mysql://shop:s3cret@db.example/shop?{query}")
     assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["ssl_ca", "ssl-mode", "ssl", "ssl_key", "charset", "connect_timeout"]
+)
+def test_a_parameter_without_a_value_is_no_wish_to_go_without(name: str) -> None:
+    with pytest.raises(InvalidURL, match=f"{name}= without a value"):
+        Database(f"mysql://db.example/shop?{name}=")
+
+
+@each_driver
+@pytest.mark.parametrize("charset", ["foo", "dec8"])
+def test_a_charset_that_is_none_is_said_when_the_driver_is_asked(driver: str, charset: str) -> None:
+    with pytest.raises(InvalidURL, match=f"charset={charset}, which {driver} does not know"):
+        look(f"mysql://shop:s3cret@db.example/shop?charset={charset}", driver, "SELECT 1")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("password = s3cret", "it is not made of groups"),
+        ("[client]\npassword = s3cret\n\xff", "it is not made of groups"),
+        ("[mysqld]\npassword = s3cret", r"no group \[client\]"),
+        (
+            "[client]\npassword = s3cret\nssl_mode = REQUIRED",
+            "ssl-mode, which the drivers",
+        ),
+        ("[client]\npassword = s3cret\nssl", "ssl, which the drivers"),
+    ],
+)
+def test_a_file_of_options_that_would_be_passed_over_is_refused(
+    tmp_path: Path, content: str, says: str
+) -> None:
+    (file := tmp_path / "my.cnf").write_bytes(content.encode("latin-1"))
+    with pytest.raises(InvalidURL, match=says) as caught:
+        Database(f"mysql://shop@db.example/shop?read_default_file={file}")
+    assert "s3cret" not in f"{caught.value}{caught.value.__context__!r}"
+
+
+@each_driver
+def test_a_file_of_options_is_read(mariadb: MariaServer, tmp_path: Path, driver: str) -> None:
+    """What it says of TLS is nothing where the URL says it."""
+    account = f"user = root\npassword = {mariadb.password}\nport = {mariadb.port}"
+    (file := tmp_path / "my.cnf").write_text(f"[till]\n{account}\nssl-mode = REQUIRED")
+    query = f"read_default_file={file}&read_default_group=till&ssl_mode=DISABLED"
+    assert look(f"mysql://{mariadb.host}/mysql?{query}", driver, "SELECT 1") == 1
 
 
 @pytest.mark.parametrize(
@@ -432,3 +489,57 @@ def test_no_frame_of_a_connect_in_vain_has_the_password(mariadb: MariaServer, dr
     theirs = [frame for frame, _ in walk_tb(caught.tb) if frame.f_globals["__name__"] != __name__]
     assert len(theirs) > 5
     assert [frame for frame in theirs if secret in repr(frame.f_locals)] == []
+
+
+@each_driver
+def test_a_password_is_sent_in_utf_8(mariadb: MariaServer, driver: str) -> None:
+    """As whoever has set it did; of what Latin-1 lacks, the drivers would print the whole."""
+    mariadb.execute("CREATE OR REPLACE USER greek IDENTIFIED BY 'πä€'")
+    url = f"mysql://greek:{quote('πä€')}@{mariadb.host}:{mariadb.port}/"
+    assert look(url, driver, "SELECT 1") == 1
+
+
+# --- why a server does not answer -----------------------------------------------------------------
+
+
+def check(url: str, driver: str, **options: Any) -> None:
+    if driver == "pymysql":
+        with Database(url) as door:
+            door.check(**options)
+        return
+
+    async def main() -> None:
+        async with DatabaseSessionManager().init(url) as manager:
+            await manager.check(**options)
+
+    asyncio.run(main())
+
+
+@each_driver
+def test_a_user_at_their_limit_is_waited_for(mariadb: MariaServer, driver: str) -> None:
+    mariadb.execute("CREATE OR REPLACE USER few IDENTIFIED BY 'few' WITH MAX_USER_CONNECTIONS 1")
+    url = f"mysql://few:few@{mariadb.host}:{mariadb.port}/"
+    taken = pymysql.connect(host=mariadb.host, port=mariadb.port, user="few", password="few")
+    with pytest.raises(DBAPIError, match="1226") as caught:
+        check(url, driver)
+    assert "max_user_connections" in "".join(caught.value.__notes__)
+    closing = threading.Timer(0.5, taken.close)
+    closing.start()
+    check(url, driver, wait=30)
+    closing.join()
+
+
+@pytest.mark.parametrize("number", [1129, 1130])
+def test_a_host_that_is_kept_out_is_not_waited_for(number: int) -> None:
+    """By its number: a server that resolves names, and one without `%`, would each be another."""
+    why = MySQL(make_url("mysql://")).diagnose(pymysql.OperationalError(number, "Host is …"))
+    assert why is not None
+    assert (why.passes, why.is_reached) == (False, True)
+    assert "FLUSH HOSTS" in why.cure
+
+
+@each_driver
+def test_a_server_without_tls_says_so_on_both_sides(mariadb: MariaServer, driver: str) -> None:
+    with pytest.raises(DBAPIError) as caught:
+        check(f"{mariadb.url()}?ssl_mode=REQUIRED", driver, wait=30)
+    assert "no TLS came about with the server" in "".join(caught.value.__notes__)

@@ -192,11 +192,11 @@ def test_a_connection_that_ends_with_its_first_statement_is_replaced(
 
 def test_who_is_idle_after_the_first_statement_is_ended(opened: Callable[..., Units]) -> None:
     """psycopg's own way out of a pipeline would have the server forget that."""
-    units = opened(idle_in_transaction_timeout=0.05)
+    units = opened(idle_in_transaction_timeout=0.3)
 
     def hold(db: Session) -> None:
         db.execute(FIRST)
-        time.sleep(0.5)
+        time.sleep(0.8)
         db.execute(FIRST)
 
     with pytest.raises(DBAPIError):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from pgbouncer import PgBouncer
 from starting import reads_toml
 
 from engineroom.testing import PostgresServer
@@ -125,6 +126,14 @@ def test_on_a_throwaway_server(run: Run) -> None:
     done.assert_outcomes(passed=8)
     done.stdout.fnmatch_lines(["*version 16*"])
     assert not Path(Path("folder.txt").read_text()).exists()
+
+
+def test_behind_a_pooler_it_asks_for_the_servers_own_address(
+    run: Run, server_url: str, pgbouncer: PgBouncer
+) -> None:
+    done = run(url=pgbouncer.through(server_url), test_where=NOTE)
+    done.assert_outcomes(errors=1)
+    done.stdout.fnmatch_lines(["*NotBehindPooler*server's own address*as the DATABASE_URL*"])
 
 
 # -- asynchronous tests --------------------------------------------------------------------------

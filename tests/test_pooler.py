@@ -23,8 +23,9 @@ from starting import FIRST, SECOND, alembic, models, project, say, starters, tog
 
 from engineroom import ConfigurationError, Database, DatabaseSessionManager
 from engineroom.backends.postgresql import AdvisoryLock
+from engineroom.errors import NotBehindPooler
 from engineroom.registry import SessionManager
-from engineroom.testing import PostgresServer, WireProxy
+from engineroom.testing import PostgresServer, WireProxy, clones, sandbox
 
 PROCESSES = 4
 
@@ -459,6 +460,59 @@ def test_other_databases_know_no_pooler(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("DB_POOLER", "transaction")
     with Database(f"sqlite:///{tmp_path}/file.sqlite") as door, door.reader() as session:
         assert session.scalar(text("SELECT 1")) == 1
+
+
+# -- tests ----------------------------------------------------------------------------------------
+
+
+def locks_and_databases(server: PostgresServer) -> Any:
+    return server.execute(
+        "SELECT (SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'), "
+        "(SELECT count(*) FROM pg_database)"
+    )
+
+
+@pytest.mark.parametrize("mode", ["transaction", "session"])
+@pytest.mark.anyio
+async def test_a_sandbox_wants_the_servers_own_address_to_clone(
+    pg18: PostgresServer, pgbouncer: PgBouncer, url: str, mode: Any
+) -> None:
+    """It says so before anything is sent; in one transaction a sandbox works there."""
+    before = locks_and_databases(pg18)
+    async with DatabaseSessionManager().init(url, pooler=mode) as manager:
+        with pytest.raises(NotBehindPooler, match=f"pooler='{mode}'.*server's own address"):
+            async with sandbox(manager, isolation="database"):
+                pass
+        with pytest.raises(NotBehindPooler), sandbox(manager, isolation="database"):
+            pass
+        assert pgbouncer.clients(url) == []
+        assert locks_and_databases(pg18) == before
+        async with sandbox(manager), manager.session() as session:
+            assert await session.scalar(text("SELECT 1")) == 1
+
+
+@pytest.mark.anyio
+async def test_a_sandbox_behind_a_pooler_takes_a_template_of_the_server(
+    pg18: PostgresServer, database: str, url: str
+) -> None:
+    with clones(pg18.url(database), lambda url: None) as template:
+        async with DatabaseSessionManager().init(url, pooler="transaction") as manager:
+            async with sandbox(manager, isolation="database", template=template):
+                async with manager.session() as session:
+                    inside = await session.scalar(text("SELECT current_database()"))
+    assert str(inside).startswith("engineroom")
+
+
+def test_no_pooler_holds_clones_though_nobody_has_declared_it(
+    pg18: PostgresServer, url: str
+) -> None:
+    before = locks_and_databases(pg18)
+    for prepare in (None, print):
+        with pytest.raises(NotBehindPooler, match="no process id") as caught:
+            with clones(url, prepare):
+                pass
+        assert "DATABASE_URL" in str(caught.value)
+    assert locks_and_databases(pg18) == before
 
 
 def test_celerys_manager_takes_it_forked_or_not(pgbouncer: PgBouncer, database: str) -> None:

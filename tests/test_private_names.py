@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import aiosqlite
-import asyncmy
+import asyncmy.cursors
 import asyncpg
 import litestar
 import psycopg
@@ -35,6 +35,7 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, QueuePool
 from sqlalchemy.util import await_only, greenlet_spawn
 
 from engineroom import DatabaseSessionManager
+from engineroom.backends.mysql.sparing import is_unread
 from engineroom.backends.postgresql.beginning import has_sent, tell_what_is_sent
 from engineroom.backends.sqlite import _thread_of
 from engineroom.fastapi import awaited_by_fastapi, function_stack
@@ -514,6 +515,29 @@ def test_asyncmys_transport_leads_to_the_socket(mysql_url: str) -> None:
         assert transport.is_closing()
         assert connection.connected  # it knows nothing of it
         connection.close()
+
+    asyncio.run(main())
+
+
+def test_what_is_unread_of_a_stream_of_asyncmy_is_known(mysql_url: str) -> None:
+    """Relied on by `backends.mysql.sparing.is_unread`."""
+    place = make_url(mysql_url)
+
+    async def main() -> None:
+        connection = await asyncmy.connect(
+            host=place.host,
+            port=place.port,
+            user=place.username,
+            password=place.password,
+            database=place.database,
+        )
+        assert not is_unread(connection)
+        cursor = connection.cursor(asyncmy.cursors.SSCursor)
+        await cursor.execute("SELECT seq FROM seq_1_to_9")
+        assert is_unread(connection)
+        await cursor.fetchall()
+        assert not is_unread(connection)
+        await connection.ensure_closed()
 
     asyncio.run(main())
 

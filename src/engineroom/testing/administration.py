@@ -13,17 +13,20 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from sqlalchemy import NullPool, text
+from sqlalchemy import NullPool, event, text
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.util import greenlet_spawn
 
 from engineroom.backends import Role, Side
-from engineroom.backends.postgresql import PostgreSQL, sqlstate
+from engineroom.backends.postgresql import PostgreSQL, backend_pid, sqlstate
+from engineroom.backends.postgresql.undeclared import is_made_up
 from engineroom.connecting import watch_connects
 from engineroom.credentials import Credentials
 from engineroom.engines import create
 from engineroom.errors import DriverNotInstalled, TemplateUnusable
+from engineroom.testing.templates import not_behind_pooler
+from engineroom.urls import masked
 
 logger: logging.Logger = logging.getLogger("engineroom.testing")
 
@@ -51,7 +54,11 @@ class Administrator:
     """A connection in AUTOCOMMIT, by whichever driver is installed; for one thread."""
 
     def __init__(self, url: URL) -> None:
-        """Connect."""
+        """Connect.
+
+        Raises:
+            NotBehindPooler: it is no server that answers there.
+        """
         backend, side = PostgreSQL(url), Side.SYNC
         if url.drivername == "postgresql+asyncpg":  # the URL's parameters are for it
             side = Side.ASYNC
@@ -63,6 +70,17 @@ class Administrator:
         options = backend.engine_options(side, Role.PRIMARY, {})
         engine = create(side, where, poolclass=NullPool, isolation_level="AUTOCOMMIT", **options)
         watch_connects(engine, side, backend, Credentials())
+
+        def look(opened: Any, record: object) -> None:
+            pid = backend_pid(engine.dialect.get_driver_connection(opened))
+            if is_made_up(pid):
+                raise not_behind_pooler(
+                    f"A clone of {masked(url)}",
+                    f"{pid} is no process id of a server",
+                    "in the URL of clones(), or as the DATABASE_URL of the tests",
+                )
+
+        event.listen(engine, "connect", look, insert=True)  # before SQLAlchemy asks anything
         self._url = url
         # An asynchronous driver gets a loop that is nobody else's.
         self._runner = asyncio.Runner() if side is Side.ASYNC else None

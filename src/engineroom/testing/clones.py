@@ -64,6 +64,7 @@ def clones(
         InvalidURL: It is of another kind of database.
         TemplateUnusable: (on entering) the user may not create databases, somebody is connected to
             the template (PostgreSQL), or it has more than tables (MySQL).
+        NotBehindPooler: (on entering) a pooler answers at the URL.
     """
     where = read_url(url)
     if where.get_backend_name() == "postgresql":

@@ -19,6 +19,7 @@ from ..manager import DatabaseSessionManager
 from .alone import Alone
 from .clones import Template
 from .shared import Shared
+from .templates import not_behind_pooler
 
 Isolation = Literal["transaction", "database"]
 
@@ -49,6 +50,7 @@ def sandbox(
     Raises:
         SandboxError: on entering, if the manager cannot have one now; on leaving, if a session was
             left open inside.
+        NotBehindPooler: on entering, if it is to clone the database behind a pooler.
     """
     return Sandbox(manager, isolation, template)
 
@@ -151,6 +153,14 @@ class Sandbox:
                 f"A sandbox in one transaction cannot be had on {engine.dialect.name}: any DDL "
                 "commits it, and its rows would stay. Take a database of its own: sandbox(manager, "
                 'isolation="database").'
+            )
+        pooler = room.settings.pooler if engine.dialect.name == "postgresql" else None
+        if self._isolation == "database" and self._template is None and pooler is not None:
+            raise not_behind_pooler(
+                'sandbox(isolation="database")',
+                f"pooler={pooler!r}",
+                "open the manager on it, without pooler= (DB_POOLER), or give the sandbox a "
+                "template= that clones() makes there",
             )
         if self._isolation == "database" or engine.dialect.name == "sqlite":
             self._inside = Alone(room, engine, self._template)

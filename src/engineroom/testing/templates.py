@@ -6,10 +6,27 @@ from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Self
 
+from engineroom.errors import NotBehindPooler
+
 NOT_ENTERED = (
     "The template was not made yet, or is gone: use it inside of `with clones(…) as template:`."
 )
 NO_CLONE = "This is no clone of this template, or it was discarded before."
+
+
+def not_behind_pooler(what: str, how: str, cure: str) -> NotBehindPooler:
+    """Say why no database can be cloned through a pooler.
+
+    Args:
+        what: was to be had.
+        how: the pooler is known.
+        cure: What to do with the server's own address.
+    """
+    return NotBehindPooler(
+        f"{what} cannot be had behind a pooler ({how}): databases are cloned under locks of a "
+        "session, and what the pooler keeps open would keep the template in use. Take the server's "
+        f"own address: {cure}. See docs/pgbouncer.md."
+    )
 
 
 class Template(ABC):

@@ -11,10 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from sqlalchemy import event
 from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
-from sqlalchemy.util import greenlet_spawn
 
 from ...errors import InvalidOption, UnsupportedByDriver
 from ...secrecy import Sealed
@@ -33,15 +31,14 @@ from ..sockets import keep_alive, shut
 from .errnos import NO_SUCH_THREAD, REFUSED, errno
 from .guards import NAMES, NAMES_OF_MYSQL, at_start, is_mariadb, struck
 from .looking import diagnose, look
+from .option_file import check_option_file
 from .parameters import PLACE, SECRETS, for_driver, read_parameters
-from .sparing import READ_ONLY, ReadOnly, beginning, send, sparing, tell, unnoticed
+from .sparing import READ_ONLY, ReadOnly, break_off, kill, send, sparing, unnoticed
 from .tls import ENCRYPTING, MODE, make_context, mode_of
 
 logger: logging.Logger = logging.getLogger("engineroom")
 
 DRIVERS = {Side.ASYNC: {"asyncmy": "asyncmy"}, Side.SYNC: {"pymysql": "pymysql"}}
-
-BREAK_OFF_LIMIT = 1.0  # seconds for the server to end a connection
 
 
 class MySQL:
@@ -54,6 +51,7 @@ class MySQL:
         self._shown = masked(url)
         parameters = read_parameters(url)
         mode = mode_of(parameters, self._shown)
+        check_option_file(parameters, self._shown, has_mode=mode is not None)
         if mode in ENCRYPTING:
             make_context(parameters, mode)  # says now what cannot be read
         self._mode = mode
@@ -87,7 +85,8 @@ class MySQL:
         parameters, mode = self._sealed.reveal(), self._mode
         told = for_driver(driver, parameters, self._shown)
         if "password" in told:
-            told["password"] = Sealed(told["password"])
+            # In UTF-8, as everybody else sends it: of a text the drivers would make Latin-1.
+            told["password"] = Sealed(told["password"].encode())
         if mode in ENCRYPTING:
             told["ssl"] = make_context(parameters, mode)
         elif driver == "pymysql" and (mode == "DISABLED" or "unix_socket" in told):
@@ -106,7 +105,7 @@ class MySQL:
     def attach(
         self, engine: Engine, role: Role, before_write: Callable[[Connection], None]
     ) -> None:
-        """Have connections spare round trips, begin as they are asked to, and refuse to write."""
+        """Have connections spare round trips, and a reader's refuse to write."""
         engine.url = self._url.set(drivername=engine.url.drivername)
         dialect: Any = engine.dialect
         connect = dialect.connect
@@ -116,6 +115,7 @@ class MySQL:
             driver = dialect.get_driver_connection(opened)
             driver.__class__ = sparing(driver.__class__)
             driver.another = lambda: dialect.connect(*args, **kw)
+            driver.reads_only = role is Role.READER
             if statement := at_start(self._guards, driver.get_server_info()):
                 send(opened, statement)
             keep_alive(self.descriptor(driver))
@@ -125,10 +125,7 @@ class MySQL:
 
         dialect.connect = connect_sparing
         dialect.set_isolation_level = unnoticed(dialect.set_isolation_level, dialect)
-        if role is Role.READER:
-            event.listen(engine, "connect", lambda connection, _: tell(connection, reads_only=True))
-        else:
-            dialect.do_begin = beginning(dialect.do_begin)
+        if role is not Role.READER:
             known = dialect.connection_characteristics
             dialect.connection_characteristics = {**known, READ_ONLY: ReadOnly()}
 
@@ -236,20 +233,11 @@ class MySQL:
 
     def interrupt(self, driver: Any) -> None:
         """End the connection on the server, and what it runs."""
-        _kill(driver)
+        kill(driver)
 
     async def break_off(self, driver: Any) -> None:
-        """End the connection on the server: at work, that does not look at a socket.
-
-        asyncmy itself has closed its end where it was cancelled.
-        """
-        try:
-            async with asyncio.timeout(BREAK_OFF_LIMIT):
-                await greenlet_spawn(_kill, driver)
-        except Exception as error:  # noqa: BLE001  # whatever it says, no more can be done
-            logger.info("A cancelled statement may run on: %r", error)
-        finally:
-            driver.close()
+        """End the connection on the server."""
+        await break_off(driver)
 
     def cut(self, driver: Any, loop: asyncio.AbstractEventLoop) -> None:
         """Close the socket; the server ends the connection when it sees that."""
@@ -282,22 +270,6 @@ class MySQL:
 
     def dispose(self) -> None:
         """There is nothing to remove."""
-
-
-def _kill(driver: Any) -> None:
-    """End a connection on the server, over another one."""
-    killer = driver.another()
-    try:
-        cursor = killer.cursor()
-        try:
-            cursor.execute(f"KILL {driver.thread_id()}")
-        except Exception as error:
-            if errno(error) != NO_SUCH_THREAD:
-                raise
-        finally:
-            cursor.close()
-    finally:
-        killer.close()
 
 
 def _is_pymysql(driver: Any) -> bool:

@@ -10,7 +10,17 @@ from sqlalchemy.engine import Connection
 
 from .. import Diagnosis, Reached
 from ..sockets import address_of, is_far
-from .errnos import FULL, NO_DATABASE, NO_RIGHT, REFUSED, SHUTTING_DOWN, UNREACHED, errno
+from .errnos import (
+    BLOCKED,
+    FULL,
+    NO_DATABASE,
+    NO_RIGHT,
+    NO_TLS,
+    REFUSED,
+    SHUTTING_DOWN,
+    UNREACHED,
+    errno,
+)
 
 QUESTION = (
     "SELECT VERSION(), @@version_comment, @@global.read_only, @@max_connections, "
@@ -58,6 +68,11 @@ def look(connection: Connection, descriptor: int | None, tls: str | None, wanted
     )
 
 
+NO_TLS_CAME = Diagnosis(
+    False,
+    "no TLS came about with the server",
+    "Have it speak TLS, and name with ssl_ca who signed its certificate.",
+)
 BY_NUMBER: dict[int, Diagnosis] = {
     **dict.fromkeys(
         SHUTTING_DOWN,
@@ -68,7 +83,8 @@ BY_NUMBER: dict[int, Diagnosis] = {
         Diagnosis(
             True,
             "the server has no connection left",
-            "Take fewer (DB_POOL_SIZE, DB_MAX_CONNECTIONS), or raise its max_connections.",
+            "Take fewer (DB_POOL_SIZE, DB_MAX_CONNECTIONS), or raise its max_connections, or what "
+            "this user has of them (max_user_connections).",
         ),
     ),
     **dict.fromkeys(
@@ -80,6 +96,15 @@ BY_NUMBER: dict[int, Diagnosis] = {
             "from here (GRANT).",
         ),
     ),
+    **dict.fromkeys(
+        BLOCKED,
+        Diagnosis(
+            False,
+            "the server lets nobody in from this host",
+            "Let this user in from here (GRANT); after too many errors (1129), FLUSH HOSTS.",
+        ),
+    ),
+    NO_TLS: NO_TLS_CAME,
     **dict.fromkeys(
         (*NO_DATABASE, NO_RIGHT),
         Diagnosis(
@@ -102,11 +127,7 @@ def diagnose(error: BaseException, host: str) -> Diagnosis | None:
         return BY_NUMBER[number]
     causes = [error, error.__cause__, error.__context__, getattr(error, "original_exception", None)]
     if any(isinstance(cause, ssl.SSLError) for cause in causes):
-        return Diagnosis(
-            False,
-            "no TLS came about with the server",
-            "Have it speak TLS, and name with ssl_ca who signed its certificate.",
-        )
+        return NO_TLS_CAME
     if any(isinstance(cause, socket.gaierror) for cause in causes):
         return Diagnosis(
             True,

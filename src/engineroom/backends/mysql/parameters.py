@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from codecs import lookup
+from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 from sqlalchemy.engine import URL
@@ -12,7 +14,17 @@ from ...errors import InvalidURL, UnsupportedByDriver
 from ...urls import masked
 from .tls import FLAGS, MODE, MODES, TEXTS
 
-NUMBERS = ("connect_timeout", "read_timeout", "client_flag", "max_allowed_packet", "port")
+# What is a whole number, from which to which: a driver raises errors of its own outside of that.
+TIME: tuple[int, int] = (1, 31536000)  # seconds
+NUMBERS: dict[str, tuple[int, int]] = {
+    "connect_timeout": TIME,
+    "read_timeout": TIME,
+    "write_timeout": TIME,
+    "client_flag": (0, 2**32 - 1),
+    "max_allowed_packet": (1, 2**30),
+    "port": (1, 65535),
+    "stmt_cache_size": (0, 65535),
+}
 ANSWERS = ("use_unicode", "local_infile", "binary_prefix", *FLAGS)
 PLAIN = (
     *("host", "user", "password", "database", "unix_socket"),
@@ -20,12 +32,12 @@ PLAIN = (
     *("read_default_file", "read_default_group", *TEXTS),
 )
 # What only one of them knows.
-ONLY: dict[str, dict[str, Callable[[str], Any]]] = {
-    "pymysql": {"write_timeout": int, "bind_address": str, "collation": str},
-    "asyncmy": {"stmt_cache_size": int},
+ONLY: dict[str, tuple[str, ...]] = {
+    "pymysql": ("write_timeout", "bind_address", "collation"),
+    "asyncmy": ("stmt_cache_size",),
 }
-OTHERS = {name: driver for driver, names in ONLY.items() for name in names}
-KNOWN = (MODE, *NUMBERS, *ANSWERS, *PLAIN, *OTHERS)
+OTHERS: dict[str, str] = {name: driver for driver, names in ONLY.items() for name in names}
+KNOWN: tuple[str, ...] = (MODE, *NUMBERS, *ANSWERS, *PLAIN, *OTHERS)
 
 PLACE = ("host", "port", "database", "password")
 SECRETS = ("password", "passwd", "ssl_key_password", "ssl-key-password")
@@ -89,6 +101,7 @@ def for_driver(driver: str, parameters: Mapping[str, Any], shown: str) -> dict[s
 
     Raises:
         UnsupportedByDriver: only the other one knows what is asked for.
+        InvalidURL: it does not know the charset.
     """
     for name in parameters:
         if OTHERS.get(name, driver) != driver:
@@ -97,6 +110,11 @@ def for_driver(driver: str, parameters: Mapping[str, Any], shown: str) -> dict[s
                 f"out, or use the side only that {OTHERS[name]} serves, and put it into "
                 'engine_options={"connect_args": …}.'
             )
+    if "charset" in parameters and not _knows(driver, parameters["charset"]):
+        raise InvalidURL(
+            f"{shown} has charset={parameters['charset']}, which {driver} does not know (or "
+            "Python). Leave it out for utf8mb4, or write a name of MySQL's, like latin1."
+        )
     elsewhere = ("user", "host", "port", "database", MODE, *FLAGS, *TEXTS)
     told = {name: value for name, value in parameters.items() if name not in elsewhere}
     if driver == "asyncmy" and "sql_mode" in told:  # which it puts into its SET as it is
@@ -104,11 +122,26 @@ def for_driver(driver: str, parameters: Mapping[str, Any], shown: str) -> dict[s
     return told
 
 
+def _knows(driver: str, charset: str) -> bool:
+    """Whether a driver has a charset that texts can be sent in."""
+    found = import_module(f"{driver}.charset").charset_by_name(charset)
+    try:
+        return found is not None and bool(lookup(found.encoding))
+    except LookupError:
+        return False
+
+
 def _value(name: str, known: str, text: str, shown: str) -> Any:
-    number = OTHERS.get(known) and ONLY[OTHERS[known]][known] is int
-    if known in NUMBERS or number:
-        if not (text.isascii() and text.isdecimal()):
-            raise InvalidURL(f"{shown} has {name}={text!r}, which has to be a whole number.")
+    if not text and known != "password":
+        raise InvalidURL(f"{shown} has {name}= without a value. Write one, or leave it out.")
+    if known in NUMBERS:
+        least, most = NUMBERS[known]
+        is_number = text.isascii() and text.isdecimal() and len(text) <= len(str(most))
+        if not (is_number and least <= int(text) <= most):
+            raise InvalidURL(
+                f"{shown} has {name}={text!r}, which has to be a whole number from {least} to "
+                f"{most}. Correct it, or leave it out."
+            )
         return int(text)
     if known == MODE:
         mode = text.upper().replace("-", "_")

@@ -8,32 +8,31 @@ whose statements stand alone. Other drivers know better than to ask; these send 
 
 from __future__ import annotations
 
-import re
+import asyncio
+import logging
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 from sqlalchemy.engine.characteristics import ConnectionCharacteristic
+from sqlalchemy.util import greenlet_spawn
 
 from .. import Leaving, Sent
+from .errnos import NO_SUCH_THREAD, errno
+from .leavings import leaves
+
+logger: logging.Logger = logging.getLogger("engineroom")
 
 READ_ONLY = "engineroom_read_only"
 
-# What leaves something on a connection: settings, temporary tables, locks, variables and more.
-READ_OF_IT = 2000  # characters: values stand in the texts, and may be long
-LEAVES = re.compile(
-    r"""
-    ^ (?:\s | /\*.*?\*/ | \#[^\n]*\n | --[^\n]*\n)*
-    (?: set \s+ (?!transaction\b | statement\b) | create \s+ (?:or \s+ replace \s+)? temporary \b
-        | lock \s+ tables? | prepare | deallocate | use | call | handler | flush ) \b
-    | \bget_lock \s* \( | :=
-    """,
-    re.IGNORECASE | re.VERBOSE | re.DOTALL,
-)
-
-# In what the server says with its answers: SERVER_STATUS_IN_TRANS and SERVER_STATUS_AUTOCOMMIT.
-IN_TRANSACTION, AUTOCOMMIT = 1, 2
+# In what the server says with its answers: SERVER_STATUS_IN_TRANS, SERVER_STATUS_AUTOCOMMIT and
+# SERVER_STATUS_NO_BACKSLASH_ESCAPES.
+IN_TRANSACTION, AUTOCOMMIT, NO_ESCAPES = 1, 2, 512
 ENDS = ("COMMIT", "ROLLBACK")
+# What the drivers themselves have for leaving something; `connect` is that of ping(reconnect=True).
+VERBS = ("autocommit", "select_db", "set_charset", "set_character_set", "connect")
+
+BREAK_OFF_LIMIT = 1.0  # seconds for the server to end a connection
 
 
 class Notes:
@@ -42,9 +41,9 @@ class Notes:
     rests: bool = False
     """Whether no transaction is open, for sure."""
     reads_only: bool = False
-    """Whether its next transaction is one that only reads."""
+    """Whether its transactions are to read only."""
     was_told: bool = False
-    """Whether the server knows its transactions as such."""
+    """Whether the server knows that."""
     another: Callable[[], Any]
     """Opens another connection to the same server, as SQLAlchemy has it."""
     tell: Callable[[Leaving, Sent], None] | None = None
@@ -52,10 +51,12 @@ class Notes:
     server_status: int
 
     def read(self, sql: Any) -> None:
-        """Tell what a statement leaves, if it does."""
+        """Tell what a statement leaves, if it does; an error says nothing about the transaction."""
+        self.rests = False
         if self.tell is not None:
-            text = sql if isinstance(sql, str) else bytes(sql).decode(errors="replace")
-            if LEAVES.search(text, 0, READ_OF_IT):
+            # (Those who send bytes have put strings into them: no byte may be lost.)
+            text = sql if isinstance(sql, str) else bytes(sql).decode("latin-1")
+            if leaves(text, has_escapes=not self.server_status & NO_ESCAPES):
                 self.tell(Leaving.STATE, ("query", (sql,)))
 
     def note(self, sql: Any) -> None:
@@ -72,15 +73,29 @@ class Notes:
 def sparing(driver_class: type[Any]) -> Any:
     """Return the class of a connection of this driver that spares what is not needed."""
     is_asyncmy = hasattr(driver_class, "ensure_closed")
-    return (_of_asyncmy if is_asyncmy else _of_pymysql)(driver_class)
+    known = [name for name in VERBS if hasattr(driver_class, name)]
+    verbs = {name: _telling(getattr(driver_class, name), name) for name in known}
+    base = (_of_asyncmy if is_asyncmy else _of_pymysql)(driver_class)
+    return type(base.__name__, (base,), verbs)
+
+
+def _telling(send: Callable[..., Any], verb: str) -> Callable[..., Any]:
+    def tell_and_send(self: Any, *arguments: Any, **options: Any) -> Any:
+        if self.tell is not None:
+            self.tell(Leaving.STATE, (verb, arguments))
+        return send(self, *arguments, **options)
+
+    return tell_and_send
 
 
 def _of_pymysql(driver_class: Any) -> Any:
     class SparingConnection(Notes, driver_class):  # type: ignore[misc]
         def query(self, sql: Any, unbuffered: bool = False) -> Any:
             """Send a statement: each one passes here."""
+            if self.reads_only is not self.was_told:
+                super().query(mode(self.reads_only))
+                self.was_told = self.reads_only
             self.read(sql)
-            self.rests = False  # an error says nothing about the transaction
             affected = super().query(sql, unbuffered)
             self.note(sql)
             return affected
@@ -100,15 +115,33 @@ def _of_pymysql(driver_class: Any) -> Any:
     return SparingConnection
 
 
+async def ask_no_warnings(driver: Any) -> Any:
+    """Ask nothing: after each statement with a warning, asyncmy asks in order to log it."""
+    return ()
+
+
 def _of_asyncmy(driver_class: Any) -> Any:
     class SparingConnection(Notes, driver_class):  # type: ignore[misc]
         async def query(self, sql: Any, unbuffered: bool = False) -> Any:
-            """Send a statement: each one passes here."""
+            """Send a statement: each one passes here, but for those that were prepared."""
+            if self.reads_only is not self.was_told:
+                await self.tell_mode()
             self.read(sql)
-            self.rests = False  # an error says nothing about the transaction
             affected = await super().query(sql, unbuffered)
             self.note(sql)
             return affected
+
+        async def tell_mode(self) -> None:
+            """Tell the server whether the next transactions only read."""
+            await super().query(mode(self.reads_only))
+            self.was_told = self.reads_only
+
+        async def prepare(self, query: Any) -> Any:
+            """Prepare a statement, whose uses do not pass `query`."""
+            statement = await super().prepare(query)
+            statement.__class__ = sparing_statement(statement.__class__)
+            statement.driver, statement.sql = self, query
+            return statement
 
         async def commit(self) -> None:
             """Commit what there is."""
@@ -117,16 +150,57 @@ def _of_asyncmy(driver_class: Any) -> Any:
                 self.rests = True
 
         async def rollback(self) -> None:
-            """Roll back what there is; a connection that was closed has nothing."""
-            if not self.rests and self.connected:
+            """Roll back what there is; a connection that was closed has nothing.
+
+            What is left of a stream would be read to its end first, which may take long, and the
+            loop with it.
+            """
+            if self.connected and is_unread(self):
+                await break_off(self)
+            elif self.connected and not self.rests:
                 await super().rollback()
                 self.rests = True
 
-        async def show_warnings(self) -> Any:
-            """Ask nothing: after each statement with a warning, asyncmy asks in order to log it."""
-            return ()
+        show_warnings = ask_no_warnings
 
     return SparingConnection
+
+
+@cache
+def sparing_statement(prepared: Any) -> Any:
+    """Return the class of a statement that asyncmy has prepared, and that is noted when it runs."""
+
+    class SparingStatement(prepared):  # type: ignore[misc]
+        driver: Any
+        sql: Any
+
+        async def execute(self, args: Any = ()) -> Any:
+            """Run it."""
+            return await self._noted(super().execute, args)
+
+        async def execute_bulk(self, rows: Any) -> Any:
+            """Run it for many rows at once."""
+            return await self._noted(super().execute_bulk, rows)
+
+        async def _noted(self, run: Callable[[Any], Any], arguments: Any) -> Any:
+            driver = self.driver
+            if driver.reads_only is not driver.was_told:
+                await driver.tell_mode()
+            driver.read(self.sql)
+            result = await run(arguments)
+            driver.note(self.sql)
+            return result
+
+    return SparingStatement
+
+
+def mode(reads_only: bool) -> str:
+    """Write down what tells the server whether transactions only read from now on.
+
+    START TRANSACTION READ ONLY would not do: a CREATE TABLE in it commits it first, and is then
+    carried out. And what the server was told is left so until somebody wants the other.
+    """
+    return f"SET SESSION TRANSACTION READ {'ONLY' if reads_only else 'WRITE'}"
 
 
 class ReadOnly(ConnectionCharacteristic):
@@ -137,7 +211,7 @@ class ReadOnly(ConnectionCharacteristic):
     transactional = True
 
     def set_characteristic(self, dialect: Any, dbapi_conn: Any, value: Any) -> None:
-        """Note it, for `beginning`."""
+        """Note it, for the next statement."""
         dialect.get_driver_connection(dbapi_conn).reads_only = bool(value)
 
     def reset_characteristic(self, dialect: Any, dbapi_conn: Any) -> None:
@@ -149,31 +223,44 @@ class ReadOnly(ConnectionCharacteristic):
         return bool(dialect.get_driver_connection(dbapi_conn).reads_only)
 
 
-def beginning(begin: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Wrap BEGIN, which is not sent: the server begins by itself, as a reader if it is told so.
+def is_unread(driver: Any) -> bool:
+    """Whether rows of a stream of asyncmy are on their way; no public name tells.
 
-    START TRANSACTION READ ONLY would not do: a CREATE TABLE in it commits it first, and is then
-    carried out. And what the server was told is left so until somebody wants the other.
+    Without it, a scope that is cancelled in its middle would read all the rest of it, and block
+    the loop with that. `tests/test_private_names.py` fails when the names go.
     """
-
-    def begin_as_asked(connection: Any) -> None:
-        begin(connection)
-        driver = connection.driver_connection
-        if driver is not None and driver.reads_only is not driver.was_told:
-            tell(connection, driver.reads_only)
-            driver.was_told = driver.reads_only
-
-    return begin_as_asked
+    result = driver._result
+    return result is not None and bool(result.unbuffered_active)
 
 
-def tell(connection: Any, reads_only: bool) -> None:
-    """Tell the server whether the transactions of a connection only read from now on."""
-    driver = getattr(connection, "driver_connection", connection)  # or the driver's itself
-    listener, driver.tell = driver.tell, None
+async def break_off(driver: Any) -> None:
+    """End a connection of asyncmy on the server: at work, that does not look at a socket.
+
+    asyncmy itself has closed its end where it was cancelled.
+    """
     try:
-        send(connection, f"SET SESSION TRANSACTION READ {'ONLY' if reads_only else 'WRITE'}")
+        async with asyncio.timeout(BREAK_OFF_LIMIT):
+            await greenlet_spawn(kill, driver)
+    except Exception as error:  # noqa: BLE001  # whatever it says, no more can be done
+        logger.info("A cancelled statement may run on: %r", error)
     finally:
-        driver.tell = listener
+        driver.close()
+
+
+def kill(driver: Any) -> None:
+    """End a connection on the server, over another one."""
+    killer = driver.another()
+    try:
+        cursor = killer.cursor()
+        try:
+            cursor.execute(f"KILL {driver.thread_id()}")
+        except Exception as error:
+            if errno(error) != NO_SUCH_THREAD:
+                raise
+        finally:
+            cursor.close()
+    finally:
+        killer.close()
 
 
 def send(connection: Any, statement: str) -> None:

@@ -51,6 +51,7 @@ def make_context(parameters: Mapping[str, Any], mode: str) -> ssl.SSLContext:
 
     Raises:
         InvalidCertificate: a file cannot be read, or is none.
+        InvalidURL: there is no such cipher.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = mode == "VERIFY_IDENTITY"
@@ -67,8 +68,14 @@ def make_context(parameters: Mapping[str, Any], mode: str) -> ssl.SSLContext:
         with explained("ssl_cert", f"{certificate} with ssl_key={key}"):
             context.load_cert_chain(str(certificate), key, lambda: password)
     if "ssl_cipher" in parameters:
-        with explained("ssl_cipher", parameters["ssl_cipher"]):
+        try:
             context.set_ciphers(parameters["ssl_cipher"])
+        except ssl.SSLError:
+            raise InvalidURL(
+                f"The URL has ssl_cipher={parameters['ssl_cipher']}, and OpenSSL has no cipher of "
+                "that name here for TLS 1.2. Write one that `openssl ciphers` lists, or leave it "
+                "out."
+            ) from None
     return context
 
 

@@ -162,7 +162,7 @@ class PostgreSQL:
     ) -> None:
         """PostgreSQL behaves as it is; a pooler before it would not."""
         self.tune(engine)
-        undeclared.watch(engine, _backend_pid)
+        undeclared.watch(engine, backend_pid)
         if role is Role.PRIMARY:
             pipelining.attach(engine, self._pipeline)
 
@@ -195,7 +195,7 @@ class PostgreSQL:
         if (
             driver is not None
             and self.pooler is None
-            and undeclared.is_made_up(_backend_pid(driver))
+            and undeclared.is_made_up(backend_pid(driver))
         ):
             return replace(
                 found, pooler="undeclared", problems=(undeclared.UNDECLARED, *found.problems)
@@ -297,7 +297,7 @@ class PostgreSQL:
     ) -> None:
         """End the backends: every role may do that with its own."""
         drivers: list[Any] = [connection.driver_connection for connection in connections]
-        array = ", ".join(str(_backend_pid(driver)) for driver in drivers)  # of numbers: safe
+        array = ", ".join(str(backend_pid(driver)) for driver in drivers)  # of numbers: safe
         try:
             execute(f"SELECT pg_terminate_backend(pid) FROM unnest(ARRAY[{array}]) AS pid")  # noqa: S608
         except Exception as error:  # noqa: BLE001  # a server at its limit takes cancel requests
@@ -408,7 +408,8 @@ def _run_unless_it_resumes_a_task(callback: Any, *args: Any, context: object = N
         callback(*args)
 
 
-def _backend_pid(driver: Any) -> int:
+def backend_pid(driver: Any) -> int:
+    """Return the number of the server's process, as a driver's connection was told."""
     if hasattr(driver, "get_server_pid"):  # asyncpg
         return int(driver.get_server_pid())
     if hasattr(driver, "get_backend_pid"):  # psycopg2
