@@ -366,7 +366,8 @@ def test_a_service_file_is_read_as_libpq_reads_it(
 ) -> None:
     url = make_url(pg18.url())
     (tmp_path / ".pg_service.conf").write_text(
-        f"known\n[a] # mine\nhost={url.host}\nport={url.port}\nuser=postgres\npassword={url.password}\n"
+        f"known\n[a] # mine\nhost={url.host}\nport={url.port}\nuser=postgres\n"
+        f"password={url.password}\n"
         f"dbname=postgres\n{text}\n",
         encoding="utf-8",
         errors="surrogateescape",
