@@ -22,7 +22,7 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, QueuePool
 from sqlalchemy.util.queue import Empty, Full
 
-from .backends import Backend, Diagnosis, Leaving, Sent
+from .backends import ASK_FOR, Backend, Diagnosis, Leaving, Sent
 from .cancellation import SETTLE_LIMIT
 from .cap import CAPS, CameBack, Cap, Stay, stay_of
 from .deadlines import GRACE
@@ -654,7 +654,8 @@ class Lender(QueuePool):
                 opened = self.open_in_time(connect, max(end - time.monotonic(), LEAST_CONNECT))
             except Exception as error:
                 is_open = self.backend.has_server and self.is_patient and not self.refusal
-                why = self.diagnose(error) if is_open and time.monotonic() < end else None
+                left = end - time.monotonic()
+                why = self.diagnose(error, min(left, ASK_FOR)) if is_open and left > 0 else None
                 if why is None or why.is_silent:
                     raise
                 doubts = 0 if why.passes else doubts + 1
@@ -686,9 +687,9 @@ class Lender(QueuePool):
         """Return how long a connection is kept: what was opened together does not go together."""
         return self.recycle * random.uniform(0.8, 1.0) if self.recycle > 0 else inf  # noqa: S311
 
-    def diagnose(self, error: Exception) -> Diagnosis | None:
+    def diagnose(self, error: Exception, seconds: float) -> Diagnosis | None:
         """Tell why a connect failed, as `Backend.diagnose` does."""
-        return self.backend.diagnose(error)
+        return self.backend.diagnose(error, seconds)
 
     def pause(self, seconds: float) -> None:
         """Let others go on for so long."""

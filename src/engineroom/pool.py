@@ -460,7 +460,7 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
                 raise
             raise self.not_opened(seconds) from None
 
-    def diagnose(self, error: Exception) -> Diagnosis | None:
+    def diagnose(self, error: Exception, seconds: float) -> Diagnosis | None:
         """Tell why a connect failed, as `Backend.diagnose` does, which may wait.
 
         In a thread of its own: those of the loop may all be waiting for this very server.
@@ -469,7 +469,7 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
 
         apart = ThreadPoolExecutor(1, "engineroom-ask")
         try:
-            asking = self.loop.run_in_executor(apart, self.backend.diagnose, error)
+            asking = self.loop.run_in_executor(apart, self.backend.diagnose, error, seconds)
             return await_only(asking)
         finally:
             apart.shutdown(wait=False)
