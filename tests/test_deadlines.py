@@ -261,7 +261,7 @@ def test_a_commit_that_was_cut_off_is_told_as_unknown_once(
 async def test_nobody_waits_for_the_end_of_a_connection(
     postgres_url: str, proxy: WireProxy, ends: str
 ) -> None:
-    """asyncpg waits for the server to hang up; its pool's permit does, and no caller."""
+    """asyncpg's own `close()` waits for the server to hang up as well."""
     one: Any = {"pool_size": 1, "max_overflow": 0, "pool_recycle": 1}
     options = {"beyond pool_size": one | {"max_overflow": 1, "pool_recycle": -1}}.get(ends, one)
     async with DatabaseSessionManager().init(proxy.url(postgres_url), **options) as manager:
@@ -278,12 +278,10 @@ async def test_nobody_waits_for_the_end_of_a_connection(
             ended = asyncio.get_running_loop().time()
         took = asyncio.get_running_loop().time() - ended
         (pool,) = manager.stats().pools
-        closing = [task for task in asyncio.all_tasks() if task.get_name() == "engineroom-close"]
         proxy.thaw()
         assert took < ROOM
-        assert (pool.lent, pool.holders, len(closing)) == (0, (), 1)
-        await asyncio.wait(closing)
-        async with manager.session() as db:  # the permit is back
+        assert (pool.lent, pool.holders) == (0, ())
+        async with manager.session() as db:
             assert await db.scalar(text("SELECT 1")) == 1
 
 

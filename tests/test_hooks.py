@@ -361,13 +361,13 @@ async def test_a_cancellation_after_the_commit_changes_nothing(
             await db.execute(text("SELECT 1"))
         (shelf,) = manager.engine.pool.shelves.values()
         shelf.ended = True  # what comes back is closed
-        shelf_close = type(shelf)._close_returned
+        shelf_close = type(shelf)._close
 
-        def close(self: Any, *returned: Any) -> bool:
+        def close(self: Any, record: Any) -> None:
             closing.set()
-            return shelf_close(self, *returned)
+            shelf_close(self, record)
 
-        type(shelf)._close_returned = close
+        type(shelf)._close = close
         try:
 
             async def work() -> None:
@@ -380,7 +380,7 @@ async def test_a_cancellation_after_the_commit_changes_nothing(
             task.cancel()
             await asyncio.wait([task])
         finally:
-            type(shelf)._close_returned = shelf_close
+            type(shelf)._close = shelf_close
         assert task.cancelled()
         assert calls == ["+a"]
 

@@ -47,7 +47,7 @@ from .ledger import (
 from .lending import ROLLING_BACK, Lender
 from .lifecycle import Life, State
 from .models import Base
-from .pool import LoopPool, Shelf, ThreadPool, closing_for_good
+from .pool import LoopPool, Shelf, ThreadPool
 from .retiring import retire
 from .secrecy import Sealed
 from .sessions import Guarded, guarded
@@ -275,8 +275,6 @@ class EngineRoom:
         watch_connects(engine, side, self.backend, self.credentials)
         self.backend.attach(engine, role, self._refuse_self_deadlock)
         if side is Side.ASYNC:
-            dialect: Any = engine.dialect
-            dialect.do_close = closing_for_good(dialect.do_close, self.backend)
             event.listen(engine, "handle_error", weakly(self._break_off_cancelled))
         event.listen(engine, "handle_error", weakly(self._explain_guard))
         return engine
@@ -412,7 +410,7 @@ class EngineRoom:
                     loop=None if loop is None else repr(loop),
                     size=lender.slots.size,
                     overflow=lender.slots.overflow,
-                    lent=lender.slots.lent,
+                    lent=len(lender.slots.held),
                     idle=lender.checkedin(),
                     waiting=lender.slots.waiting,
                     holders=describe_held(lender.slots.permits, now),
@@ -431,7 +429,7 @@ class EngineRoom:
         for side, role, _, lender in self.lenders():
             slots = lender.slots
             lines.append(
-                f"  {side} {role} pool: {slots.lent} of {slots.size} + {slots.overflow} lent, "
+                f"  {side} {role} pool: {len(slots.held)} of {slots.size} + {slots.overflow} lent, "
                 f"{lender.checkedin()} idle, {slots.waiting} waiting"
             )
             lines += [f"    held by {holder}" for holder in describe_held(slots.permits, now)]

@@ -336,14 +336,11 @@ def describe_held(permits: Iterable[Any], now: float) -> tuple[Holder, ...]:
 
 
 def describe(permit: Any, now: float) -> Holder | None:
-    """Say who holds a permit of `slots`, since when, from which line, and what it does.
-
-    Nobody does whose connection is being closed.
-    """
+    """Say who holds a permit of `slots`, since when, from which line, and what it does."""
     owner, connection, statement = permit.owner, permit.connection, permit.statement
     known, since = permit.entry, permit.since or now  # (it changes hands at any moment)
     entry: Entry | None = None if known is None else known()
-    if owner is None or permit.is_closing:
+    if owner is None:
         return None
     seconds = max(0.0, now - (permit.statement_since if statement else since))
     if connection is None:  # (a permit that was reserved knows its scope before)

@@ -424,32 +424,25 @@ class Lender(QueuePool):
                 berth.returned = now
             return
         berth.permit, berth.returned = None, now
-        goes_on = False
         try:
-            if now - permit.since > self.slow_after:
-                self.report_slow(permit, now)
-            if record.dbapi_connection is None:  # it was lost
-                self.is_filled = self.least == 0
-            elif not self.backend.is_at_rest(berth.driver()):
-                self._end(record)
-            elif (
-                self.ended
-                or permit.is_interrupted
-                or now >= berth.expires
-                or len(self.rack.items) >= self.rack.maxsize
-                or berth.left is Leaving.RELATIONS
-            ):  # SQLAlchemy would close it too, but where that can be interrupted
-                goes_on = self._close_returned(record, berth, permit)
-            elif berth.left or self.cleans_always:
-                self._clean(record, berth)
-        finally:
-            if not goes_on:
-                self._put_back(record, berth, permit)
-
-    def _put_back(self, record: ConnectionPoolEntry, berth: Berth, permit: Permit) -> None:
-        """Have the next one find a connection, or an empty place for another, and a permit."""
-        try:
-            super()._do_return_conn(record)
+            try:
+                if now - permit.since > self.slow_after:
+                    self.report_slow(permit, now)
+                if record.dbapi_connection is None:  # it was lost
+                    self.is_filled = self.least == 0
+                elif not self.backend.is_at_rest(berth.driver()):
+                    self._end(record)
+                elif (
+                    self.ended
+                    or permit.is_interrupted
+                    or now >= berth.expires
+                    or len(self.rack.items) >= self.rack.maxsize
+                ):
+                    self._close(record)  # SQLAlchemy would, but where it can be interrupted
+                elif berth.left or self.cleans_always:
+                    self._clean(record, berth)
+            finally:
+                super()._do_return_conn(record)
         finally:
             if permit.connection is berth.lent:
                 self.slots.give(permit)
@@ -461,6 +454,9 @@ class Lender(QueuePool):
 
         What cannot be cleaned is closed.
         """
+        if berth.left is Leaving.RELATIONS:
+            self._close(record)
+            return
         try:
             self.clean_in_time(partial(self.backend.clean, record, berth.hooks), berth)
             berth.left = Leaving.NOTHING
@@ -568,14 +564,9 @@ class Lender(QueuePool):
             record.info.setdefault("berth", before)  # its permit comes back with it
         self.dispatch.checkout(connection.dbapi_connection, record, connection)
 
-    def _close_returned(self, record: ConnectionPoolEntry, berth: Berth, permit: Permit) -> bool:
-        """Close a connection that came back.
-
-        Returns:
-            Whether that goes on beside the caller; then it is put back, and its permit, later.
-        """
-        record.close()  # no synchronous driver waits for the server there
-        return False
+    def _close(self, record: ConnectionPoolEntry) -> None:
+        """Close a connection that came back."""
+        record.close()
 
     def _drop(self, record: ConnectionPoolEntry) -> None:
         """Close a connection that came back and is good for nothing any more."""

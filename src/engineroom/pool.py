@@ -24,14 +24,14 @@ from sqlalchemy.pool import (
 )
 from sqlalchemy.util import await_only, greenlet_spawn
 
-from .backends import Backend, Diagnosis
-from .cancellation import SETTLE_LIMIT, settle
+from .backends import Diagnosis
+from .cancellation import settle
 from .cap import STUCK_AFTER, Stay, stay_of
 from .deadlines import LOOK_EVERY, WATCH
 from .errors import ConnectTimeout, PoolDeadlock, PoolExhausted
 from .ledger import REQUEST, Entry, current_owner, has_ended, line_of, name_of
 from .lending import CLEAN_LIMIT, Berth, Lender
-from .slots import CLOSING, GROW_AFTER, RECOVER_AFTER, WAITING, Permit, Reservation, Slots
+from .slots import GROW_AFTER, RECOVER_AFTER, WAITING, Reservation, Slots
 
 logger: logging.Logger = logging.getLogger("engineroom.pool")
 
@@ -290,44 +290,21 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
         """End the shelf, and with it what would have ended it later."""
         await_only(self.keeper.aclose())
 
-    # All in a task of its own: interrupted, SQLAlchemy's pool would log it and miss the place.
+    # Both in a task of its own: interrupted, SQLAlchemy's pool would log it and miss the place.
 
-    def _close_returned(self, record: ConnectionPoolEntry, berth: Berth, permit: Permit) -> bool:
-        """Close in a task, for which nobody waits; until its end the permit is the task's."""
-        if self.ended:  # the loop may be ending too, and a task never be run
-            self._settle_return(record.close, "closed", SETTLE_LIMIT)
-            return False
-        self._dec_overflow()
-        closing = self._close_beside(record, partial(self._closed, record, berth, permit))
-        permit.owner, permit.since, permit.statement = closing, berth.returned, CLOSING
-        permit.connection = permit.entry = berth.lent = None
-        return True
-
-    def _closed(
-        self,
-        record: ConnectionPoolEntry,
-        berth: Berth,
-        permit: Permit,
-        closing: asyncio.Task[None],
-    ) -> None:
-        self.partings.discard(closing)
-        if not closing.cancelled() and (error := closing.exception()) is not None:
-            logger.info("A connection was not closed in time: %r", error)
-        if record.dbapi_connection is not None:  # the loop's end came first
-            self._put_back(record, berth, permit)
-        elif permit.owner is closing:
-            self.slots.give(permit)
-
-    def _close_beside(
-        self, record: ConnectionPoolEntry, then: Callable[[asyncio.Task[None]], None]
-    ) -> asyncio.Task[None]:
-        closing = self.loop.create_task(self._close_apart(record), name="engineroom-close")
-        self.partings.add(closing)
-        closing.add_done_callback(then)
-        return closing
-
-    async def _close_apart(self, record: ConnectionPoolEntry) -> None:
-        await settle(greenlet_spawn(record.close))
+    def _close(self, record: ConnectionPoolEntry) -> None:
+        if record.dbapi_connection is None:  # (the garbage collector's is closed already)
+            return
+        if not self.ended:  # (or whoever closes the pool waits until the server has let go)
+            self.backend.say_farewell(record.driver_connection)
+        try:
+            await_only(settle(greenlet_spawn(super()._close, record)))
+        except asyncio.CancelledError as error:
+            error.add_note(
+                "The cancellation struck after the transaction had ended, as its connection was "
+                "closed: what was committed stays committed."
+            )
+            raise
 
     def _drop(self, record: ConnectionPoolEntry) -> None:
         # Its server may be silent, and asyncpg's own limit does not count what it waits for first.
@@ -339,15 +316,12 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
 
     def clean_in_time(self, clean: Callable[[], None], berth: Berth) -> None:
         """Clean in a task of its own: interrupted, it would lose a connection that is whole."""
-        self._settle_return(clean, "cleaned", CLEAN_LIMIT)
-
-    def _settle_return(self, work: Callable[[], None], done: str, limit: float) -> None:
         try:
-            await_only(settle(greenlet_spawn(work), limit))
+            await_only(settle(greenlet_spawn(clean), CLEAN_LIMIT))
         except asyncio.CancelledError as error:
             error.add_note(
                 "The cancellation struck after the transaction had ended, as its connection was "
-                f"{done}: what was committed stays committed."
+                "cleaned: what was committed stays committed."
             )
             raise
 
@@ -406,8 +380,13 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
     def part_with(self, stay: Stay) -> None:
         """Close what was taken out, in a task: nobody waits for that."""
         self._dec_overflow()
-        self._close_beside(stay.kept, partial(self._parted, stay))
+        parting = self.loop.create_task(self._close_apart(stay.kept))
+        self.partings.add(parting)
+        parting.add_done_callback(partial(self._parted, stay))
         stay.taken_by = None  # the task has it now
+
+    async def _close_apart(self, record: ConnectionPoolEntry) -> None:
+        await settle(greenlet_spawn(record.close))
 
     def _parted(self, stay: Stay, parting: asyncio.Task[None]) -> None:
         self.partings.discard(parting)
@@ -496,22 +475,6 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
         if self.answer_within:
             self.cut_silent(now)
         self.look_for_slow(now)
-
-
-def closing_for_good(close: Callable[[Any], None], backend: Backend) -> Callable[[Any], None]:
-    """Wrap the dialect's verb: interrupted, the driver has cut what it was closing.
-
-    A loop that ends cancels all its tasks, those that close a connection too: no error of theirs.
-    """
-
-    def close_or_cut(connection: Any) -> None:
-        try:
-            close(connection)
-        except asyncio.CancelledError:
-            if not backend.is_closed(connection.driver_connection):
-                raise
-
-    return close_or_cut
 
 
 class LoopPool(AsyncAdaptedQueuePool):

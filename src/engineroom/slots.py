@@ -15,7 +15,6 @@ from typing import Any, ClassVar, cast
 GROW_AFTER = 0.01  # seconds without a return before a connection beyond `pool_size` is opened
 CONNECTS_AT_ONCE = 5  # beyond `pool_size`: a server that is slow to connect gets no more of them
 NO_OPTIONS: Mapping[str, Any] = {}
-CLOSING = "closing"  # stands for the statement of a permit whose connection is being closed
 RECOVER_AFTER = 1.0  # seconds that a permit was nobody's, before it is taken for lost
 
 
@@ -65,11 +64,6 @@ class Permit:
     def lent(self) -> Permit:
         """The permit that knows who has the connection: this one."""
         return self
-
-    @property
-    def is_closing(self) -> bool:
-        """Whether its connection came back and is being closed."""
-        return self.statement is CLOSING
 
 
 DISMISSED = Permit()  # stands in a ticket that was sent away
@@ -380,11 +374,6 @@ class Slots:
     def held(self) -> list[Permit]:
         """The permits that are lent."""
         return [permit for permit in self.permits if permit.owner is not None]
-
-    @property
-    def lent(self) -> int:
-        """How many are lent to callers: those of connections that are being closed are not."""
-        return sum(not permit.is_closing for permit in self.held)
 
     def deadlocked(self) -> list[Slots]:
         """Return the slots that can never serve again, this one first; none if this one can.

@@ -227,6 +227,9 @@ class Backend(Protocol):
     async def break_off(self, driver: Any) -> None:
         """Stop what a cancelled call left running; the connection is closed next."""
 
+    def say_farewell(self, driver: Any) -> None:
+        """Close an idle connection whose driver would wait for the server to do so as well."""
+
     def cut(self, driver: Any, loop: asyncio.AbstractEventLoop) -> None:
         """Close a driver's connection of a loop that does not run: nothing can be awaited there."""
 

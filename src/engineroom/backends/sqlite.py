@@ -400,6 +400,9 @@ class SQLite:
         await self.break_off(driver)
         await _interrupting(driver, driver.close())
 
+    def say_farewell(self, driver: Any) -> None:
+        """None does."""
+
     def cut(self, driver: Any, loop: asyncio.AbstractEventLoop) -> None:
         """Stop the thread of an aiosqlite connection; it closes the file at its end.
 

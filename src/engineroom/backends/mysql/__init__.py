@@ -239,6 +239,9 @@ class MySQL:
         """End the connection on the server."""
         await break_off(driver)
 
+    def say_farewell(self, driver: Any) -> None:
+        """None does."""
+
     def cut(self, driver: Any, loop: asyncio.AbstractEventLoop) -> None:
         """Close the socket; the server ends the connection when it sees that."""
         descriptor = self.descriptor(driver)

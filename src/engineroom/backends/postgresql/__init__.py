@@ -341,6 +341,15 @@ class PostgreSQL:
         if hasattr(driver, "get_server_pid"):
             await driver.close(timeout=BREAK_OFF_LIMIT)
 
+    def say_farewell(self, driver: Any) -> None:
+        """Say so to asyncpg's server, and hang up; the other drivers' `close()` does just that."""
+        if hasattr(driver, "get_server_pid"):
+            closing = driver.close()
+            with suppress(StopIteration):  # it was closed
+                closing.send(None)  # up to where it waits for the answer
+            closing.close()
+            driver.terminate()
+
     def cut(self, driver: Any, loop: asyncio.AbstractEventLoop) -> None:
         """Close the socket; the server ends the backend when it sees that."""
         if hasattr(driver, "pgconn"):
