@@ -18,6 +18,13 @@ from sqlalchemy.orm import Session
 from engineroom import DatabaseSessionManager
 
 
+def let_go(error: BaseException | None) -> None:
+    """Have an error keep no frame: its locals are sessions and connections."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+
+
 @dataclass
 class Accounts:
     """What the units were told."""
@@ -31,10 +38,12 @@ class Accounts:
     def fail(self, number: int, error: Exception) -> None:
         """Note a failure; of a COMMIT that met a dead connection nobody knows the outcome."""
         is_commit = isinstance(error, DBAPIError) and error.statement is None
+        let_go(error)
         (self.unknown if is_commit else self.failed)[number] = error
 
     def succeed(self, number: int) -> None:
         self.done.add(number)
+        self.began.pop(number, None)
         self.last_done = time.monotonic()
 
     def compare(self, stored: set[int]) -> None:

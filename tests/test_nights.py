@@ -350,6 +350,7 @@ def soak(side: str, driver: str, seconds: float) -> dict[str, Any]:
                     fault = dice.choice(faults)
                     counts[fault.__name__] = counts.get(fault.__name__, 0) + 1
                     await asyncio.to_thread(fault)
+                    proxy.reset()  # it remembers each statement
                     done = len(load.accounts.done)
                     while len(load.accounts.done) < done + 100:
                         await asyncio.sleep(0.01)

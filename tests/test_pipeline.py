@@ -250,6 +250,19 @@ def test_auto_pipelines_where_the_server_is_far(
     assert seen[-1] == trips, seen
 
 
+@pytest.mark.parametrize("size", [100_000, 8_000_000])
+def test_what_does_not_fit_on_the_wire_at_once_is_sent(
+    opened: Callable[..., Units], size: int
+) -> None:
+    units = opened()
+    found: list[Any] = []
+    two = text("SELECT length(:one), length(:other)")
+    values = {"one": "x" * size, "other": "y" * size}
+    for _ in range(7):  # prepared as well
+        units(lambda db: found.append(tuple(db.execute(two, values).one())))
+    assert found == [(size, size)] * 7
+
+
 @pytest.mark.parametrize("side", ["sync", "async"])
 @pytest.mark.parametrize("warm", [4, 8])  # psycopg prepares at the sixth
 def test_a_frozen_server_is_known_by_its_begin(

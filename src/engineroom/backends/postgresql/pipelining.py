@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from functools import cache, partial
 from inspect import iscoroutinefunction
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
@@ -190,17 +190,22 @@ class Burst(deque[Callable[[], Any]]):
 
 
 def _rest_of(pipeline: Any) -> Generator[Any, Any, None]:
-    """Return what takes the answers that are due still, for psycopg to run.
+    """Take the answers that are due still; psycopg runs it.
 
-    Where nothing was sent yet, or more has come up (an old statement is forgotten), it is sent
-    first. `Pipeline._fetch_gen` and `_sync_gen` are private: `Pipeline.sync()` alone is public, and
+    What did not fit on the wire is sent first, and where nothing was sent yet, or more has come up
+    (an old statement is forgotten), that is. `Pipeline._fetch_gen` and `_sync_gen` are private: `Pipeline.sync()` alone is public, and
     a second Sync would be a round trip more. A test in `tests/test_private_names.py` fails when
     they go.
     """
+    from psycopg.generators import send
+
     if pipeline.command_queue or not pipeline.command_queue.is_sent:
         pipeline.command_queue.is_sent = True
-        return cast(Generator[Any, Any, None], pipeline._sync_gen())
-    return cast(Generator[Any, Any, None], pipeline._fetch_gen(flush=False))
+        yield from pipeline._sync_gen()
+    else:
+        if pipeline.pgconn.flush():
+            yield from send(pipeline.pgconn)
+        yield from pipeline._fetch_gen(flush=False)
 
 
 @contextmanager
