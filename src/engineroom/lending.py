@@ -154,6 +154,23 @@ class Rack(Generic[T]):
         return len(self.items)
 
 
+class LiesIdle(CameBack):
+    """A connection came back to the pool while another could not be opened."""
+
+    def __init__(self, pool: Lender) -> None:
+        Exception.__init__(self)
+        self._pool = pool
+
+    def put_back(self) -> None:
+        """Have the pool lend it next, and no empty place for one."""
+        items = self._pool.rack.items
+        for record in list(items):
+            if record.dbapi_connection is None:
+                with suppress(ValueError):  # another thread was faster
+                    items.remove(record)
+                    items.appendleft(record)
+
+
 class Opener:
     """What a pool opens its connections with: SQLAlchemy's creator, counted and given a deadline.
 
@@ -251,8 +268,11 @@ class Lender(QueuePool):
         self.refusal: str = ""  # why nothing is lent any more
         self._drivers: weakref.WeakSet[Any] = weakref.WeakSet()  # all that it has open
 
-    def connect(self) -> PoolProxiedConnection:
+    def connect(self, waited: float = 0.0) -> PoolProxiedConnection:
         """Lend a connection that lives.
+
+        Args:
+            waited: Seconds that the caller has waited already.
 
         Raises:
             PoolExhausted: none came free in time.
@@ -264,12 +284,13 @@ class Lender(QueuePool):
         try:
             permit = self.slots.take(owner) or self.wait_for(self.slots)
             permit.since = now = time.monotonic()
+            permit.waited += waited
             connection = None
             while connection is None:
                 try:
                     connection = super().connect()
                 except CameBack as came:  # it is what the pool lends next
-                    came.stay.put_back()
+                    came.put_back()
                 else:
                     if not self._lives(connection, now):
                         self._discard(connection)
@@ -664,6 +685,8 @@ class Lender(QueuePool):
                     )
                 tries += 1
                 self.pause(pause)
+                if self.has_idle:
+                    raise LiesIdle(self) from None
                 longest = min(longest * 2, LONG_PAUSE)
             else:
                 self.was_reached = True

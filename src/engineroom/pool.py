@@ -518,15 +518,15 @@ class LoopPool(AsyncAdaptedQueuePool):
                 f"way{first}. See whether the server is up and can be reached, or raise "
                 "pool_timeout."
             ) from None
-        turn.since = time.monotonic()
+        turn.since, waited = time.monotonic(), turn.waited
         try:
             if not self._initialized:
-                connection = shelf.connect()
+                connection = shelf.connect(waited)
                 self._initialized = True
                 return connection
         finally:
             self._first.give(turn)
-        return shelf.connect()
+        return shelf.connect(waited)
 
     def _open(self, loop: asyncio.AbstractEventLoop) -> Shelf:
         self.reap()
