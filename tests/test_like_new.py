@@ -629,6 +629,9 @@ def test_on_sqlite_who_left_nothing_keeps_the_connection(sqlite_url: str) -> Non
 
 TEXTS = {
     "SELECT set_config('app.tenant', %(tenant)s::VARCHAR, true)": Leaving.CALLED,
+    "SET local.tenant = 'acme'": Leaving.STATE,  # a setting whose prefix is that
+    "DO 'x'; SET transaction . id = 7": Leaving.STATE,
+    "SET LOCAL local.tenant = 'acme'": Leaving.NOTHING,
     "SELECT set_config($1::VARCHAR, $2::VARCHAR, $3::BOOLEAN)": Leaving.STATE,
     "SELECT set_config('a', (SELECT 'x'), true), set_config('b', 'y', false)": Leaving.STATE,
     "WITH one AS (SELECT 1) SELECT set_config('a', 'b', FALSE) FROM one": Leaving.STATE,

@@ -345,9 +345,9 @@ class Lender(QueuePool):
         stay.begin(opened, driver, self.backend.descriptor(driver), berth)
 
     @property
-    def has_idle(self) -> bool:
-        """Whether a connection lies here; one that was lost is none."""
-        return any(record.dbapi_connection is not None for record in list(self.rack.items))
+    def idle(self) -> int:
+        """How many connections lie here: the place of one that was closed or lost has none."""
+        return sum(record.dbapi_connection is not None for record in list(self.rack.items))
 
     def take_out(self, stay: Stay) -> bool:
         """Take an idle connection out; False if it is lent or gone."""
@@ -685,7 +685,7 @@ class Lender(QueuePool):
                     )
                 tries += 1
                 self.pause(pause)
-                if self.has_idle:
+                if self.idle:
                     raise LiesIdle(self) from None
                 longest = min(longest * 2, LONG_PAUSE)
             else:

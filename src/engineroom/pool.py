@@ -160,7 +160,7 @@ class ThreadPool(Lender):
         deadline = time.monotonic() + self.limit
         try:
             for slots in (self.slots, *self.caps()):
-                if slots is not self.slots and self.has_idle:
+                if slots is not self.slots and self.idle:
                     break  # nothing has to be opened
                 permit = slots.take(current_owner())
                 if permit is None:

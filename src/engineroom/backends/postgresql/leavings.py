@@ -67,7 +67,8 @@ LASTS = re.compile(
 )
 SETS = re.compile(
     r"""
-    \s*+ (?: set\b (?!\s++(?:local|transaction|constraints)\b) | prepare\b (?!\s++transaction\b)
+    \s*+ (?: set\b (?!\s++(?:local|transaction|constraints)\b(?!\s*+\.))
+        | prepare\b (?!\s++transaction\b)
         | (?:reset|listen|unlisten|do|call|discard|deallocate|close)\b )
     """,
     re.VERBOSE,
@@ -88,7 +89,7 @@ DRAWS_FOR_ITSELF = re.compile(r"\s*+insert\b[^;]*+;?\s*+$")
 MAY_LAST = re.compile(r"\b(?:temp(?:orary)?|load|deallocate|discard)\b")
 MAY_SET = re.compile(
     r"""
-    \bset\b (?!\s++(?:local|transaction|constraints)\b)
+    \bset\b (?!\s++(?:local|transaction|constraints)\b(?!\s*+\.))
     | \b(?:reset|listen|unlisten|do|call|prepare|execute|close|hold)\b
     """,
     re.VERBOSE,
