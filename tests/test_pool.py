@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from looking import look
 from sqlalchemy import event, text
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -537,6 +538,22 @@ def test_the_deadline_covers_connecting_in_a_thread(silent: int, driver: str) ->
         with pytest.raises(Exception, match="timeout"):
             door.check()
         assert time.monotonic() - started < 8
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg (async)"])
+@pytest.mark.parametrize("target", ["any", "prefer-standby"])
+def test_a_silent_host_leaves_time_for_the_next_one(
+    silent: int, pg18: PostgresServer, driver: str, target: str
+) -> None:
+    hosts = pg18.url().replace("@", f"@127.0.0.1:{silent},")
+    assert look(f"{hosts}?target_session_attrs={target}", driver, pool_timeout=6) == 1
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg (async)"])
+def test_hosts_that_are_all_silent_are_a_timeout_of_the_pool(silent: int, driver: str) -> None:
+    hosts = f"postgresql://u:secret@127.0.0.1:{silent},127.0.0.1:{silent}/d"
+    with pytest.raises(ConnectTimeout):
+        look(hosts, driver, pool_timeout=1)
 
 
 # -- held for too long ---------------------------------------------------------------------------

@@ -34,6 +34,8 @@ def watch_connects(engine: Engine, side: Side, backend: Backend, credentials: Cr
         if side is Side.SYNC and isinstance(pool, Lender):
             # Nobody can stop a synchronous driver from outside.
             backend.limit_connect(arguments, pool.seconds_left())
+        elif isinstance(pool, LoopPool):
+            backend.limit_each_host(arguments, seconds_left(known()))
         return connect(*args, **revealed(arguments | account))
 
     def ask(arguments: dict[str, Any]) -> dict[str, Sealed[str]]:

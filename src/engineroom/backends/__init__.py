@@ -126,6 +126,9 @@ class Backend(Protocol):
     def limit_connect(self, arguments: dict[str, Any], seconds: float) -> None:
         """Add to the arguments of a synchronous driver how long it may take to connect."""
 
+    def limit_each_host(self, arguments: dict[str, Any], seconds: float) -> None:
+        """Divide the time among several hosts, for an asynchronous driver: one may be silent."""
+
     def may_be_refused(self, error: Exception) -> bool:
         """Whether a connect failed by its user or password, as far as the driver tells."""
 

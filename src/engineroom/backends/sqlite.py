@@ -280,6 +280,9 @@ class SQLite:
     def limit_connect(self, arguments: dict[str, Any], seconds: float) -> None:
         """Opening a file does not wait."""
 
+    def limit_each_host(self, arguments: dict[str, Any], seconds: float) -> None:
+        """There is one at most."""
+
     def may_be_refused(self, error: Exception) -> bool:
         """A file has no users."""
         return False

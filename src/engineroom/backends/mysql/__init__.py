@@ -134,6 +134,9 @@ class MySQL:
         limit = min(arguments.get("connect_timeout", seconds), seconds)
         arguments["connect_timeout"] = arguments["read_timeout"] = limit
 
+    def limit_each_host(self, arguments: dict[str, Any], seconds: float) -> None:
+        """There is one at most."""
+
     def may_be_refused(self, error: Exception) -> bool:
         """Ask for "access denied"; MariaDB has a second number for who came without a password."""
         return errno(error) in REFUSED

@@ -48,6 +48,7 @@ from .sources import resolve
 from .sqlstates import sqlstate
 from .tls import make_context, uses_files
 from .translation import (
+    LEAST_TIMEOUT,
     SECRETS,
     for_asyncpg,
     for_libpq,
@@ -178,8 +179,17 @@ class PostgreSQL:
 
     def limit_connect(self, arguments: dict[str, Any], seconds: float) -> None:
         """Set libpq's parameter, unless it is given: whole seconds for each host, from two on."""
-        hosts = str(arguments.get("host", "")).count(",") + 1
-        arguments.setdefault("connect_timeout", max(2, math.ceil(seconds / hosts)))
+        limit = max(LEAST_TIMEOUT, math.ceil(seconds / _turns(arguments)))
+        arguments.setdefault("connect_timeout", limit)
+
+    def limit_each_host(self, arguments: dict[str, Any], seconds: float) -> None:
+        """Set the parameter where there are several; asyncpg, which has them listed, its own."""
+        if (turns := _turns(arguments)) == 1:
+            return  # the pool keeps the time, and its error says so
+        if isinstance(arguments["host"], list):
+            arguments.setdefault("timeout", seconds / turns)
+        else:
+            self.limit_connect(arguments, seconds)
 
     def may_be_refused(self, error: Exception) -> bool:
         """Ask the SQLSTATE; libpq keeps that of a connect to itself, and tells less, or nothing."""
@@ -384,6 +394,14 @@ class PostgreSQL:
 
     def dispose(self) -> None:
         """There is nothing to remove."""
+
+
+def _turns(arguments: Mapping[str, Any]) -> int:
+    """Return how often a host is tried, before none is left."""
+    hosts = arguments.get("host") or arguments.get("hostaddr") or ""
+    turns = len(hosts) if isinstance(hosts, list) else hosts.count(",") + 1
+    again = turns > 1 and arguments.get("target_session_attrs") == "prefer-standby"
+    return turns * 2 if again else turns
 
 
 def _has_begun(driver: Any) -> bool | None:
