@@ -24,7 +24,7 @@ from pgbouncer import PgBouncer
 from sqlalchemy import URL, make_url
 from tls import TLSProxy
 
-from engineroom import CheckResult, Database, DatabaseSessionManager
+from engineroom import CheckResult, Database, DatabaseSessionManager, checking
 from engineroom.backends.postgresql import knocking
 from engineroom.backends.postgresql.knocking import NoPostgreSQL, knock
 from engineroom.errors import (
@@ -352,6 +352,18 @@ def test_a_server_that_is_silent_is_not_asked_for_longer_than_said(
         assert proxy.turned_away == 1  # the driver has said all: nobody has to ask
 
 
+def test_a_first_connection_that_stays_silent_does_not_take_the_whole_wait(
+    ask: Ask, pg18: PostgresServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO, "engineroom")
+    monkeypatch.setattr(checking, "FIRST_TRY", 2.0)
+    with Doorman(pg18, None, 1) as proxy:
+        started = time.monotonic()
+        assert ask(proxy.url(), LONG).role == "primary"
+        assert time.monotonic() - started < LONG / 2
+    assert any("Waiting" in record.getMessage() for record in caplog.records)
+
+
 def test_the_text_of_a_limit_is_rounded(pg18: PostgresServer) -> None:
     async def main(url: str) -> None:
         async with DatabaseSessionManager().init(url) as manager:
@@ -473,6 +485,25 @@ def test_what_engineroom_refuses_is_not_waited_for(ask: Ask, pg18: PostgresServe
     with pytest.raises(CredentialsFailed):
         ask(pg18.url(), LONG, password=password)
     assert len(calls) == 1
+
+
+def test_credentials_that_are_late_are_asked_for_again(
+    ask: Ask, pg18: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checking, "FIRST_TRY", 0.5)
+    url, calls, over = make_url(pg18.url()), [], threading.Event()
+
+    def password() -> str:
+        calls.append(1)
+        if len(calls) == 1:
+            over.wait(LONG)
+        return str(url.password)
+
+    try:
+        assert ask(url.set(password=None), LONG, password=password).role == "primary"
+    finally:
+        over.set()
+    assert len(calls) > 1
 
 
 @pytest.mark.anyio

@@ -13,7 +13,7 @@ from sqlalchemy.engine import Connection
 
 from .backends import ASK_FOR, Diagnosis
 from .engines import EngineRoom, PoolInfo
-from .errors import ConnectTimeout, InvalidOption
+from .errors import ConnectTimeout, CredentialsFailed, InvalidOption
 from .schema import mind_schema, revisions_of
 from .urls import masked
 
@@ -23,11 +23,17 @@ LARGEST_SKEW = 1.0  # seconds between two clocks that nobody minds
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 1.0  # seconds between two tries; each is half as long again
 TELL_EVERY = 5.0  # seconds
 LEAST = 0.5  # seconds for the last try to connect
+FIRST_TRY = 5.0  # seconds: a proxy may keep it silent for ever
 
 NO_CONNECT = Diagnosis(
     True,
     "no connection was made in time",
     "See that host and port are right, and that no firewall is between.",
+)
+NO_CREDENTIALS = Diagnosis(
+    True,
+    "username= or password= did not answer in time",
+    "See that what they ask can be reached from here.",
 )
 
 
@@ -177,7 +183,10 @@ class Wait:
     @property
     def limit(self) -> float | None:
         """Seconds for the next try to connect; None where nobody waits, and the settings say."""
-        return round(max(self.left, LEAST), 2) if self.is_asked else None
+        if not self.is_asked:
+            return None
+        waited = self._seconds - self.left  # a later try has as long: the server may be slow
+        return round(max(min(self.left, max(FIRST_TRY, waited)), LEAST), 2)
 
     def pause_after(self, error: Exception) -> float:
         """Return for how many seconds to wait before the next try.
@@ -207,6 +216,8 @@ class Wait:
     def _diagnose(self, error: Exception) -> Diagnosis | None:
         if isinstance(error, ConnectTimeout):
             return self._known
+        if isinstance(error, CredentialsFailed) and isinstance(error.__cause__, TimeoutError):
+            return NO_CREDENTIALS if self.is_asked else None
         whole = self._seconds if self.is_asked else self._room.settings.pool_timeout
         left = max(whole - (time.monotonic() - self._started), LEAST)
         why = self._room.backend.diagnose(getattr(error, "orig", None) or error, min(left, ASK_FOR))
