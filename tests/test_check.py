@@ -422,6 +422,16 @@ def test_a_name_that_does_not_resolve_is_waited_for(
     assert "secret-4711" not in note + lines[0]
 
 
+def test_a_server_at_the_default_socket_is_waited_for(
+    ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PGHOST", raising=False)
+    with pytest.raises((*CANNOT_CONNECT, ConnectTimeout)) as caught:
+        ask("postgresql://u@/d?port=1", 0.6)
+    assert "nothing answers at " in told(caught.value)
+    assert "(check(wait=0.6): " in told(caught.value)
+
+
 def test_nothing_listens(ask: Ask) -> None:
     with socket.socket() as taken:  # bound, and it does not listen
         taken.bind(("127.0.0.1", 0))

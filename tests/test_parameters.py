@@ -189,6 +189,25 @@ def try_socket(place: Place) -> None:
     assert look(url, place.driver, "SELECT inet_client_addr() IS NULL") is True
 
 
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_without_a_host_it_is_a_socket_and_no_other_place(
+    driver: str, pg18: PostgresServer
+) -> None:
+    """As libpq has it: what listens at localhost may be another server."""
+    account = f"postgres:{pg18.password}"
+    url = f"postgresql://{account}@/postgres?port={pg18.port}"
+    with pytest.raises(CANNOT_CONNECT):
+        look(url, driver)
+    if driver == "asyncpg":  # libpq has but one folder, and that may not be writable
+        name = f".s.PGSQL.{pg18.port}"
+        door = Path("/tmp", name)  # noqa: S108
+        door.symlink_to(Path(pg18.socket_directory, name))
+        try:
+            assert look(url, driver, "SELECT inet_client_addr() IS NULL") is True
+        finally:
+            door.unlink()
+
+
 def try_passfile(place: Place) -> None:
     file = place.folder / "passwords"
     file.write_text(f"# mine\n127.0.0.1:*:postgres:postgres:{place.server.password}\n")

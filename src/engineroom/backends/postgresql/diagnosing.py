@@ -16,6 +16,7 @@ from .. import ASK_FOR, Diagnosis
 from .finished import options_of
 from .knocking import NoPostgreSQL, NoTLS, ask_again, knock
 from .parameters import DEFAULT_PORT
+from .sources import default_folder
 from .sqlstates import PROTOCOL_VIOLATION, sqlstate
 from .translation import PLAIN
 from .undeclared import DECLARE, SAID
@@ -167,7 +168,7 @@ def _ask(parameters: Mapping[str, str], end: float) -> Diagnosis:
 
 
 def places(parameters: Mapping[str, str]) -> Iterator[tuple[str, int]]:
-    """Return each host with its port."""
+    """Return each host, or folder of sockets, with its port."""
     hosts = (parameters.get("hostaddr") or parameters.get("host") or "").split(",")
     ports = [int(port or DEFAULT_PORT) for port in parameters.get("port", "").split(",")]
-    return ((host, port) for host, port in zip(hosts, cycle(ports)) if host)
+    return ((host or default_folder(port), port) for host, port in zip(hosts, cycle(ports)))

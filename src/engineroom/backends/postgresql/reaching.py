@@ -13,7 +13,7 @@ from typing import Any, cast
 from ..sockets import duplicate
 from .parameters import DEFAULT_PORT, read_integer
 from .sockets import descriptor_of
-from .sources import find_password
+from .sources import default_folder, find_password
 
 # libpq's names, and the kernel's.
 KEEPALIVES = {
@@ -73,7 +73,7 @@ class Reach:
         if password is None:
             password = find_password(self.parameters, host or "", port, user or getpass.getuser())
         driver = await asyncpg.connect(
-            host=host or None,
+            host=host or default_folder(port),  # asyncpg would go on to localhost
             port=port,
             user=user,
             # A function, for asyncpg keeps its arguments, and looks up what is None for itself.

@@ -158,6 +158,16 @@ def _find_service(service: str, lines: list[str], path: Path) -> dict[str, str] 
     return found
 
 
+# -- sockets ------------------------------------------------------------------------------------
+
+
+def default_folder(port: int) -> str:
+    """Return the folder of sockets where no host is given: libpq has one of them built in."""
+    folders = [folder for folder in SOCKET_FOLDERS if folder]
+    there = (folder for folder in folders if os.path.exists(f"{folder}/.s.PGSQL.{port}"))  # noqa: PTH110
+    return next(there, folders[0])
+
+
 # -- passwords ----------------------------------------------------------------------------------
 
 
