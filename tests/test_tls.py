@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -212,3 +213,67 @@ def test_channels_are_bound_where_that_is_required(
             look(f"{url}&channel_binding=require", driver)
     else:
         assert look(f"{url}&channel_binding=require", driver, ask) is True
+
+
+# -- a home that is not ours -----------------------------------------------------------------------
+
+
+@contextmanager
+def stranger() -> Iterator[None]:
+    """Be a user whom the system does not know, as in many a container."""
+    os.setresuid(54321, 54321, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else for a while")
+@pytest.mark.parametrize("has_home", [True, False])
+@pytest.mark.parametrize("mode", ["", "?sslmode=allow", "?sslmode=prefer", "?sslmode=require"])
+def test_a_home_that_cannot_be_looked_into_is_none(
+    driver: str,
+    mode: str,
+    has_home: bool,
+    url: str,
+    tls: TLSProxy,
+    pg18: PostgresServer,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    home.chmod(0o700)
+    if not has_home:
+        monkeypatch.delenv("HOME")
+    plain = pg18.url()
+    assert look(url, driver) == look(plain, driver) == 1  # what is imported is there now
+    tls.seen.clear()
+    with stranger():
+        if mode != "?sslmode=require":
+            assert look(plain + mode, driver) == 1
+        if driver == "asyncpg":  # libpq does without TLS, or fails, where HOME is another's
+            assert look(url + mode, driver) == 1
+            assert tls.seen[-1].tls == (mode != "?sslmode=allow")
+            fails(plain.replace(pg18.password, "wrong") + mode, driver)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else for a while")
+def test_without_a_home_named_files_are_used(
+    driver: str,
+    url: str,
+    certificates: Certificates,
+    pg18: PostgresServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("HOME")
+    roots = Path("/tmp", f"{tmp_path.name}-root.crt")  # noqa: S108  # which everybody may read
+    shutil.copyfile(certificates.root, roots)
+    roots.chmod(0o644)
+    passwordless = url.replace(f":{pg18.password}@", "@")
+    try:
+        with stranger():
+            verified = f"?sslmode=verify-full&sslrootcert={roots}"
+            assert look(url + verified, driver) == 1
+            fails(passwordless + verified, driver)  # the server's word, and not Python's
+    finally:
+        roots.unlink()

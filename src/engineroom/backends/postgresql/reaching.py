@@ -7,6 +7,7 @@ import random
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle, product
 from typing import Any, cast
 
@@ -66,13 +67,15 @@ class Reach:
         *,
         user: str | None = None,
         password: str | None = None,
+        ssl: Any = None,
         **arguments: Any,
     ) -> Any:
         import asyncpg
 
         if password is None:
             password = find_password(self.parameters, host or "", port, user or getpass.getuser())
-        driver = await asyncpg.connect(
+        connect = partial(
+            asyncpg.connect,
             host=host or default_folder(port),  # asyncpg would go on to localhost
             port=port,
             user=user,
@@ -81,6 +84,13 @@ class Reach:
             target_session_attrs=target,
             **arguments,
         )
+        if isinstance(ssl, tuple):  # with TLS and without, in turn
+            try:
+                driver = await connect(ssl=ssl[0])
+            except (ConnectionError, asyncpg.InvalidAuthorizationSpecificationError):
+                driver = await connect(ssl=ssl[1])
+        else:
+            driver = await connect(ssl=ssl)
         self._set_options(driver)
         return driver
 

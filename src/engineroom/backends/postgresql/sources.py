@@ -99,6 +99,14 @@ def _mind_text(text: str, what: str) -> None:
         raise InvalidURL(f"{what} is not UTF-8, which the drivers send. Write it in UTF-8.")
 
 
+def in_home(path: Path) -> Path | None:
+    """Return a path in the home directory; None where there is none: libpq goes on as well."""
+    try:
+        return Path.home() / path
+    except RuntimeError:  # no HOME, and a user whom the system does not know
+        return None
+
+
 def _read(path: Path) -> list[str]:
     """Return the lines of a file, divided as libpq does; others' may be in any encoding."""
     return path.read_bytes().decode("utf-8", "surrogateescape").split("\n")
@@ -115,10 +123,10 @@ def _read_service(
     Raises:
         InvalidURL: no file has it.
     """
-    own = Path(file) if file else Path.home() / SERVICES
+    own = Path(file) if file else in_home(SERVICES)
     system = Path(environment.get("PGSYSCONFDIR") or SYSTEM_SERVICES) / SERVICES.name.lstrip(".")
     looked: list[str] = []
-    for path in (own, system):
+    for path in filter(None, (own, system)):
         try:
             lines = _read(path)
         except OSError as error:
@@ -178,7 +186,9 @@ def find_password(parameters: Mapping[str, str], host: str, port: int, user: str
         host: One host of the parameters; "" is the default one.
     """
     named = parameters.get("passfile")
-    path = Path(named) if named else Path.home() / PASSWORDS
+    path = Path(named) if named else in_home(PASSWORDS)
+    if path is None:
+        return None
     try:
         lines = _read(path)
         if path.stat().st_mode & OTHERS_MAY:

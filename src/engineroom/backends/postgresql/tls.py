@@ -11,6 +11,7 @@ from pathlib import Path
 from ...errors import InvalidCertificate
 from ..certificates import explained
 from .parameters import SYSTEM
+from .sources import in_home
 
 FOLDER = Path(".postgresql")  # in the home directory
 FILES = {  # and what libpq calls them in that folder
@@ -38,17 +39,28 @@ def find_files(parameters: Mapping[str, str]) -> dict[str, str]:
     """
     files: dict[str, str] = {}
     for name, default in FILES.items():
-        path = Path.home() / FOLDER / default
+        path = in_home(FOLDER / default)
         if named := parameters.get(name):
             files[name] = named
             if named != SYSTEM or name != "sslrootcert":
                 with explained(name, named), Path(named).open("rb"):
                     pass
-        elif os.access(path, os.R_OK):
+        elif path is not None and os.access(path, os.R_OK):
             files[name] = str(path)
     if "sslkey" in files and "sslcert" in files:
         _mind_key(files["sslkey"])
     return files
+
+
+def is_home_closed() -> bool:
+    """Whether this user may not look for files in HOME, which is another's: asyncpg fails there."""
+    try:
+        os.stat(in_home(FOLDER / FILES["sslkey"]) or os.devnull)  # noqa: PTH116
+    except PermissionError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def make_context(parameters: Mapping[str, str]) -> ssl.SSLContext:
@@ -71,7 +83,7 @@ def make_context(parameters: Mapping[str, str]) -> ssl.SSLContext:
     elif mode in VERIFIES:
         raise InvalidCertificate(
             f"sslmode={mode} verifies the server, and there is no certificate to do it with: "
-            f"sslrootcert= is not given, and {Path.home() / FOLDER / FILES['sslrootcert']} does "
+            f"sslrootcert= is not given, and {Path('~') / FOLDER / FILES['sslrootcert']} does "
             "not exist. Name the provider's file, or write sslrootcert=system for the "
             "authorities that this machine trusts."
         )

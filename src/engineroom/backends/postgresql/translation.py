@@ -12,10 +12,11 @@ from ...secrecy import Sealed
 from ...urls import HARMLESS
 from .parameters import CACHES, DEFAULT_PORT, read_integer
 from .reaching import Reach
-from .tls import FILES, make_context
+from .tls import FILES, is_home_closed, make_context
 
 SECRETS = ("password", "sslpassword", "oauth_client_secret", "scram_client_key", "scram_server_key")
 PLAIN = ("allow", "prefer")  # of sslmode: without TLS, too
+VERIFIERS = ("sslrootcert", "sslcrl")  # which those do not ask
 VERSIONS = ("ssl_min_protocol_version", "ssl_max_protocol_version")
 # What asyncpg takes by the same name.
 ALIKE = ("user", "krbsrvname", "gsslib", "target_session_attrs")
@@ -160,6 +161,10 @@ def _tls(parameters: Mapping[str, str]) -> dict[str, Any]:
     tls: dict[str, Any] = {"direct_tls": parameters.get("sslnegotiation") == "direct"}
     if mode not in PLAIN:
         return tls | {"ssl": make_context(parameters)}
+    if is_home_closed():
+        unverified = {name: parameters[name] for name in parameters if name not in VERIFIERS}
+        context = make_context(unverified)
+        return tls | {"ssl": (context, False) if mode == "prefer" else (False, context)}
     # asyncpg tries both ways in its own modes only, and takes certificates for them in a DSN.
     texts = {
         name: parameters[name] for name in (*FILES, "sslpassword", *VERSIONS) if name in parameters
