@@ -45,7 +45,7 @@ from .schema_lock import AdvisoryLock, stands_alone, without_literals
 from .settling import settling_connection
 from .sockets import asyncpg_transport, descriptor_of, is_closed
 from .sources import resolve
-from .sqlstates import sqlstate
+from .sqlstates import PROTOCOL_VIOLATION, sqlstate
 from .tls import make_context, uses_files
 from .translation import (
     LEAST_TIMEOUT,
@@ -192,9 +192,12 @@ class PostgreSQL:
             self.limit_connect(arguments, seconds)
 
     def may_be_refused(self, error: Exception) -> bool:
-        """Ask the SQLSTATE; libpq keeps that of a connect to itself, and tells less, or nothing."""
+        """Ask the SQLSTATE; libpq keeps that of a connect to itself, and tells less, or nothing.
+
+        PgBouncer has one for whatever it refuses.
+        """
         if (state := sqlstate(error)) is not None:
-            return state in REFUSED
+            return state in (*REFUSED, PROTOCOL_VIOLATION)
         if (pgconn := getattr(error, "pgconn", None)) is not None:  # psycopg's
             return bool(pgconn.used_password)
         return type(error).__module__ == "psycopg2"
