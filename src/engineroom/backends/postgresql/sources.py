@@ -190,10 +190,14 @@ def find_password(parameters: Mapping[str, str], host: str, port: int, user: str
     if path is None:
         return None
     try:
-        lines = _read(path)
-        if path.stat().st_mode & OTHERS_MAY:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):  # to read it might wait for ever
+            logger.warning("%s is ignored: it is not a plain file.", path)
+            return None
+        if mode & OTHERS_MAY:
             logger.warning("%s is ignored: others may read it. chmod 600 it.", path)
             return None
+        lines = _read(path)
     except OSError:
         return None
     wanted = (
