@@ -164,12 +164,14 @@ def test_a_parameter_without_a_value_is_refused_without_being_printed() -> None:
         "postgresql://u:known\udce4@h/d",  # as the environment has such bytes
         "postgresql://u@h/d?password=known%E4",
         "mysql://known%E4@h/d",
+        "postgresql://u:known%cent@h/d",  # a % that is meant as one
         URL.create("postgresql", "u", "known\udce4", "h"),
     ],
 )
 def test_what_is_not_utf8_is_refused_without_being_printed(url: str | URL) -> None:
     with pytest.raises(InvalidURL, match="is not UTF-8") as caught:
         read_url(url)
+    assert "a % itself as %25" in str(caught.value)
     assert "known" not in repr(caught.value) + repr(caught.value.__context__)
 
 

@@ -118,7 +118,7 @@ def _sendable(url: URL) -> URL:
         return url
     raise InvalidURL(
         f"The URL {url.drivername}://… is not UTF-8 in one of its parts. Write them in UTF-8, "
-        "percent-encoded or not."
+        "percent-encoded or not, and a % itself as %25."
     )
 
 
