@@ -353,7 +353,10 @@ def test_a_server_that_is_silent_is_not_asked_for_longer_than_said(
 
 
 def test_a_first_connection_that_stays_silent_does_not_take_the_whole_wait(
-    ask: Ask, pg18: PostgresServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ask: Ask,
+    pg18: PostgresServer,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     caplog.set_level(logging.INFO, "engineroom")
     monkeypatch.setattr(checking, "FIRST_TRY", 2.0)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import getpass
+import os
 import re
 import socket
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ import pytest
 from looking import CANNOT_CONNECT, DRIVERS, look
 from sqlalchemy import Connection
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import OperationalError
 from tls import Certificates, TLSProxy
 
 from engineroom import Database, DatabaseSessionManager, urls
@@ -105,6 +108,25 @@ def try_keepalives(place: Place) -> None:
         "tcp_user_timeout": 60_000,
     }
     try_socket_option("keepalives", 0)(place)
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize(
+    "what", ["keepalives_idle=0", "keepalives_count=-1", "keepalives_interval=99999"]
+)
+def test_what_the_kernel_does_not_take_is_refused(
+    what: str, driver: str, pg18: PostgresServer
+) -> None:
+    refusal = InvalidURL if driver == "asyncpg" else OperationalError
+    name = pg18.create_database()
+    with pytest.raises(refusal, match="keepalives|setsockopt") as caught:
+        look(f"{pg18.url(name)}?{what}", driver)
+    count = f"SELECT count(*) FROM pg_stat_activity WHERE datname = '{name}'"
+    end = time.monotonic() + 20
+    while pg18.execute(count) != [["0"]] and time.monotonic() < end:
+        time.sleep(0.05)
+    assert pg18.execute(count) == [["0"]], f"still connected, with {caught.value!r}"
+    pg18.drop_database(name)
 
 
 def try_sslmode(place: Place) -> None:  # the six of them: test_tls.py
@@ -520,6 +542,26 @@ def test_a_password_file_that_others_may_read_is_ignored_and_said(
     assert find_password({}, "h", 1, "u") is None
     assert "others may read it" in caplog.text
     assert "known" not in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe", "folder"])
+def test_a_password_file_that_is_no_plain_file_is_ignored_and_said(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = Path(os.devnull) if kind == "device" else tmp_path / kind
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    found: list[str | None] = []
+    ask = threading.Thread(
+        target=lambda: found.append(find_password({"passfile": str(path)}, "h", 1, "u")),
+        daemon=True,
+    )
+    ask.start()
+    ask.join(10)
+    assert found == [None]
+    assert caplog.messages == [f"{path} is ignored: it is not a plain file."]
 
 
 @pytest.mark.parametrize("driver", DRIVERS)

@@ -11,6 +11,7 @@ from functools import partial
 from itertools import cycle, product
 from typing import Any, cast
 
+from ...errors import InvalidURL
 from ..sockets import duplicate
 from .parameters import DEFAULT_PORT, read_integer
 from .sockets import descriptor_of
@@ -107,9 +108,17 @@ class Reach:
                 same.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
                 options |= {name: _option_of(option) for name, option in KEEPALIVES.items()}
             for name, option in options.items():
-                number = read_integer(self.parameters, name) or 0
-                if number > 0 and option is not None:
-                    same.setsockopt(socket.IPPROTO_TCP, option, number)
+                number = read_integer(self.parameters, name)
+                if number is None or option is None or (name == USER_TIMEOUT and number <= 0):
+                    continue
+                try:
+                    same.setsockopt(socket.IPPROTO_TCP, option, max(number, 0))
+                except (OSError, OverflowError) as error:
+                    driver.terminate()
+                    raise InvalidURL(
+                        f"{name}={number} cannot be: the system does not take it. Write a larger "
+                        "number, or a smaller one, or leave it out."
+                    ) from error
 
 
 def _option_of(name: str) -> int | None:
