@@ -271,6 +271,7 @@ WRONG: dict[Callable[[], Any], str] = {
     cancelled: r"password= raised CancelledError, so nothing was connected",
     acancelled: r"password= raised CancelledError, so nothing was connected",
     lambda: "secret\udce4": r"password= returned a text that is not UTF-8",
+    lambda: "secret\0": r"password= returned a text that has a zero byte",
     lambda: None: r"password= returned NoneType, where a text",
     lambda: "": r"password= returned an empty text, where a text",
 }
