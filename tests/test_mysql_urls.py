@@ -578,3 +578,17 @@ def test_a_server_without_tls_says_so_on_both_sides(mariadb: MariaServer, driver
     with pytest.raises(DBAPIError) as caught:
         check(f"{mariadb.url()}?ssl_mode=REQUIRED", driver, wait=30)
     assert "no TLS came about with the server" in "".join(caught.value.__notes__)
+
+
+@each_driver
+def test_a_certificate_that_is_not_trusted_is_said_to_be_none(
+    url: str, encrypted: MariaServer, certificates: Certificates, driver: str
+) -> None:
+    for place, root in (
+        (url, certificates.other_root),
+        (encrypted.url(), certificates.root),  # which names another host
+    ):
+        with pytest.raises((DBAPIError, OSError)) as caught:
+            check(f"{place}?ssl_ca={root}", driver)
+        (note,) = caught.value.__notes__
+        assert "the server's certificate is not to be trusted. Name with ssl_ca who" in note
