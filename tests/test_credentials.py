@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from looking import look
+from pgbouncer import PgBouncer
 from sqlalchemy import Engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError
 
@@ -222,6 +223,16 @@ def test_what_a_listener_sets_for_a_connect_is_used(vault: Vault) -> None:
         with door.session() as session:
             assert session.scalar(text("SELECT 1")) == 1
     assert vault.asked == 1
+
+
+@each_driver
+def test_a_pooler_that_refuses_a_password_gets_the_new_one(
+    driver: str, pgbouncer: PgBouncer, pg18: PostgresServer
+) -> None:
+    passwords = iter(["old", pg18.password])
+    url = pgbouncer.url().replace(f":{pg18.password}@", "@")
+    given: dict[str, Any] = {"password": lambda: next(passwords), "pooler": "transaction"}
+    assert look(url, driver, **given) == 1
 
 
 # --- what goes wrong ------------------------------------------------------------------------------

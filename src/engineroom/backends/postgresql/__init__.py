@@ -45,7 +45,7 @@ from .schema_lock import AdvisoryLock, stands_alone, without_literals
 from .settling import settling_connection
 from .sockets import asyncpg_transport, descriptor_of, is_closed
 from .sources import resolve
-from .sqlstates import sqlstate
+from .sqlstates import PROTOCOL_VIOLATION, sqlstate
 from .tls import make_context, uses_files
 from .translation import (
     SECRETS,
@@ -191,7 +191,7 @@ class PostgreSQL:
     def may_be_refused(self, error: Exception) -> bool:
         """Ask the SQLSTATE; libpq keeps that of a connect to itself, and tells less, or nothing."""
         if (state := sqlstate(error)) is not None:
-            return state in REFUSED
+            return state in (*REFUSED, PROTOCOL_VIOLATION)  # the latter: PgBouncer's, of all
         if (pgconn := getattr(error, "pgconn", None)) is not None:  # psycopg's
             return bool(pgconn.used_password)
         return type(error).__module__ == "psycopg2"
