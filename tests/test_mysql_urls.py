@@ -104,6 +104,11 @@ def test_a_charset_that_is_none_is_said_when_the_driver_is_asked(driver: str, ch
         look(f"mysql://shop:s3cret@db.example/shop?charset={charset}", driver, "SELECT 1")
 
 
+@each_driver
+def test_a_charset_has_the_name_that_mysql_gives_it_today(mysql_url: str, driver: str) -> None:
+    assert look(f"{mysql_url}?charset=utf8mb3", driver, "SELECT @@character_set_client") == "utf8mb3"
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
