@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import random
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -19,10 +20,11 @@ from nights import Load, WatchedLoad
 from scenario import Model, backends, run, server
 from sqlalchemy import event, text
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, OperationalError
 from test_deadlines import Door, door, every_side
 
 from engineroom import Database, DatabaseSessionManager
+from engineroom.errors import ConnectTimeout
 from engineroom.testing import PostgresServer, WireProxy, postgres
 
 __all__ = ["door"]
@@ -210,6 +212,55 @@ def test_a_server_at_its_limit_is_waited_for(side: str, driver: str) -> None:
         one.close()
         for each in taken:
             each.close()
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+@pytest.mark.anyio
+async def test_who_waits_for_a_full_server_takes_what_comes_back(
+    pg18: PostgresServer, database: str, driver: str
+) -> None:
+    """A connection that lies idle meanwhile; they need not open another one."""
+    pg18.execute("CREATE ROLE few LOGIN PASSWORD 'few' CONNECTION LIMIT 2")
+    url = make_url(pg18.url(database, driver)).set(username="few", password="few")
+    manager = DatabaseSessionManager().init(url, pool_size=12, pool_timeout=5)
+
+    async def unit() -> None:
+        async with manager.session() as db:
+            await db.execute(text("SELECT pg_sleep(0.3)"))
+
+    try:
+        began = time.monotonic()
+        async with manager:
+            await asyncio.gather(*(unit() for _ in range(12)))
+        assert time.monotonic() - began < 5
+    finally:
+        pg18.execute("DROP ROLE few")
+
+
+def silent_listener() -> socket.socket:
+    """Accept, by the kernel, and never answer."""
+    return socket.create_server(("127.0.0.1", 0))
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+@pytest.mark.anyio
+async def test_the_wait_for_the_first_connect_counts(driver: str) -> None:
+    took: list[float] = []
+    with silent_listener() as listener:
+        port = listener.getsockname()[1]
+        url = f"postgresql+{driver}://somebody:secret@127.0.0.1:{port}/nothing"
+        async with DatabaseSessionManager().init(url, pool_timeout=2) as manager:
+
+            async def unit(after: float) -> None:
+                await asyncio.sleep(after)
+                began = time.monotonic()
+                with pytest.raises((ConnectTimeout, OperationalError)):
+                    async with manager.session() as db:
+                        await db.execute(text("SELECT 1"))
+                took.append(time.monotonic() - began)
+
+            await asyncio.gather(unit(0), unit(0.3), unit(0.6))
+    assert max(took) < 2 + 1
 
 
 def test_who_was_never_there_is_not_waited_for() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import psycopg
 import pytest
 from scenario import Item, Model
-from sqlalchemy import insert, text
+from sqlalchemy import event, insert, text
 from sqlalchemy.exc import DataError, DBAPIError, OperationalError, ProgrammingError
 from sqlalchemy.orm import Session
 
@@ -248,6 +248,26 @@ def test_auto_pipelines_where_the_server_is_far(
             if seen[-1] == trips:
                 break
     assert seen[-1] == trips, seen
+
+
+def test_a_connect_hook_may_have_cursors_of_its_own(pg18: PostgresServer, database: str) -> None:
+    """Made of ours, as it finds them there: they stay, however near the server is."""
+    counted: list[str] = []
+    with Database(pg18.url(database, "psycopg"), pool_size=1) as db:
+
+        @event.listens_for(db.engine, "connect")
+        def count(connection: Any, record: object) -> None:
+            class Counting(connection.cursor_factory):  # type: ignore[misc]
+                def execute(self, query: str, *arguments: Any, **options: Any) -> Any:
+                    counted.append(query)
+                    return super().execute(query, *arguments, **options)
+
+            connection.cursor_factory = Counting
+
+        for _ in range(5):
+            with db.session() as session:
+                session.execute(FIRST)
+    assert counted.count("SELECT 1") == 5
 
 
 @pytest.mark.parametrize("size", [100_000, 8_000_000])

@@ -276,7 +276,11 @@ class CameBack(Exception):  # no error: the way back to the pool, through SQLAlc
 
     def __init__(self, stay: Stay) -> None:
         super().__init__()
-        self.stay: Stay = stay
+        self._stay = stay
+
+    def put_back(self) -> None:
+        """Have the pool lend it next."""
+        self._stay.put_back()
 
 
 class Cap(Slots):

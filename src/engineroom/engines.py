@@ -83,7 +83,7 @@ class PoolInfo:
     lent: int
     """Connections in use, and those being opened."""
     idle: int
-    """Connections that wait to be lent; one that was lost counts until it is opened anew."""
+    """Connections that wait to be lent."""
     waiting: int
     """Callers that wait for a connection."""
     holders: tuple[Holder, ...]
@@ -412,7 +412,7 @@ class EngineRoom:
                     size=lender.slots.size,
                     overflow=lender.slots.overflow,
                     lent=len(lender.slots.held),
-                    idle=lender.checkedin(),
+                    idle=lender.idle,
                     waiting=lender.slots.waiting,
                     holders=describe_held(lender.slots.permits, now),
                     url=masked(self.settings.url),
@@ -431,7 +431,7 @@ class EngineRoom:
             slots = lender.slots
             lines.append(
                 f"  {side} {role} pool: {len(slots.held)} of {slots.size} + {slots.overflow} lent, "
-                f"{lender.checkedin()} idle, {slots.waiting} waiting"
+                f"{lender.idle} idle, {slots.waiting} waiting"
             )
             lines += [f"    held by {holder}" for holder in describe_held(slots.permits, now)]
             lines += [

@@ -154,6 +154,23 @@ class Rack(Generic[T]):
         return len(self.items)
 
 
+class LiesIdle(CameBack):
+    """A connection came back to the pool while another could not be opened."""
+
+    def __init__(self, pool: Lender) -> None:
+        Exception.__init__(self)
+        self._pool = pool
+
+    def put_back(self) -> None:
+        """Have the pool lend it next, and no empty place for one."""
+        items = self._pool.rack.items
+        for record in list(items):
+            if record.dbapi_connection is None:
+                with suppress(ValueError):  # another thread was faster
+                    items.remove(record)
+                    items.appendleft(record)
+
+
 class Opener:
     """What a pool opens its connections with: SQLAlchemy's creator, counted and given a deadline.
 
@@ -251,8 +268,11 @@ class Lender(QueuePool):
         self.refusal: str = ""  # why nothing is lent any more
         self._drivers: weakref.WeakSet[Any] = weakref.WeakSet()  # all that it has open
 
-    def connect(self) -> PoolProxiedConnection:
+    def connect(self, waited: float = 0.0) -> PoolProxiedConnection:
         """Lend a connection that lives.
+
+        Args:
+            waited: Seconds that the caller has waited already.
 
         Raises:
             PoolExhausted: none came free in time.
@@ -264,12 +284,13 @@ class Lender(QueuePool):
         try:
             permit = self.slots.take(owner) or self.wait_for(self.slots)
             permit.since = now = time.monotonic()
+            permit.waited += waited
             connection = None
             while connection is None:
                 try:
                     connection = super().connect()
                 except CameBack as came:  # it is what the pool lends next
-                    came.stay.put_back()
+                    came.put_back()
                 else:
                     if not self._lives(connection, now):
                         self._discard(connection)
@@ -324,9 +345,9 @@ class Lender(QueuePool):
         stay.begin(opened, driver, self.backend.descriptor(driver), berth)
 
     @property
-    def has_idle(self) -> bool:
-        """Whether a connection lies here; one that was lost is none."""
-        return any(record.dbapi_connection is not None for record in list(self.rack.items))
+    def idle(self) -> int:
+        """How many connections lie here: the place of one that was closed or lost has none."""
+        return sum(record.dbapi_connection is not None for record in list(self.rack.items))
 
     def take_out(self, stay: Stay) -> bool:
         """Take an idle connection out; False if it is lent or gone."""
@@ -504,7 +525,10 @@ class Lender(QueuePool):
         """Look at a connection: its socket first, which costs nothing; the server when in doubt."""
         berth: Berth = connection.info["berth"]
         poll, rested = berth.poll, now - berth.returned
-        if poll is None or not berth.returned:  # it has no socket, or was opened just now
+        if not berth.returned:  # it was opened just now
+            self.backend.watch(berth.driver(), berth.note)  # whatever a connect hook has changed
+            return True
+        if poll is None:  # it has no socket
             return True
         if rested < JUST_NOW and self.ping_after:
             return True
@@ -664,6 +688,8 @@ class Lender(QueuePool):
                     )
                 tries += 1
                 self.pause(pause)
+                if self.idle:
+                    raise LiesIdle(self) from None
                 longest = min(longest * 2, LONG_PAUSE)
             else:
                 self.was_reached = True

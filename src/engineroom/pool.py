@@ -160,7 +160,7 @@ class ThreadPool(Lender):
         deadline = time.monotonic() + self.limit
         try:
             for slots in (self.slots, *self.caps()):
-                if slots is not self.slots and self.has_idle:
+                if slots is not self.slots and self.idle:
                     break  # nothing has to be opened
                 permit = slots.take(current_owner())
                 if permit is None:
@@ -200,9 +200,11 @@ class ThreadPool(Lender):
                 outcome[0].close()
 
         opening = threading.Thread(target=open_it, name="engineroom-connect", daemon=True)
-        opening.start()
-        opening.join(seconds + ROOM)
-        opened, error = first.setdefault("outcome", late)
+        try:
+            opening.start()
+            opening.join(seconds + ROOM)
+        finally:  # Ctrl-C may have come: what opens later is closed
+            opened, error = first.setdefault("outcome", late)
         if error is not None:
             raise error
         return opened
@@ -518,15 +520,15 @@ class LoopPool(AsyncAdaptedQueuePool):
                 f"way{first}. See whether the server is up and can be reached, or raise "
                 "pool_timeout."
             ) from None
-        turn.since = time.monotonic()
+        turn.since, waited = time.monotonic(), turn.waited
         try:
             if not self._initialized:
-                connection = shelf.connect()
+                connection = shelf.connect(waited)
                 self._initialized = True
                 return connection
         finally:
             self._first.give(turn)
-        return shelf.connect()
+        return shelf.connect(waited)
 
     def _open(self, loop: asyncio.AbstractEventLoop) -> Shelf:
         self.reap()

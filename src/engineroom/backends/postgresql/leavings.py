@@ -67,7 +67,8 @@ LASTS = re.compile(
 )
 SETS = re.compile(
     r"""
-    \s*+ (?: set\b (?!\s++(?:local|transaction|constraints)\b) | prepare\b (?!\s++transaction\b)
+    \s*+ (?: set\b (?!\s++(?:local|transaction|constraints)\b(?!\s*+\.))
+        | prepare\b (?!\s++transaction\b)
         | (?:reset|listen|unlisten|do|call|discard|deallocate|close)\b )
     """,
     re.VERBOSE,
@@ -88,7 +89,7 @@ DRAWS_FOR_ITSELF = re.compile(r"\s*+insert\b[^;]*+;?\s*+$")
 MAY_LAST = re.compile(r"\b(?:temp(?:orary)?|load|deallocate|discard)\b")
 MAY_SET = re.compile(
     r"""
-    \bset\b (?!\s++(?:local|transaction|constraints)\b)
+    \bset\b (?!\s++(?:local|transaction|constraints)\b(?!\s*+\.))
     | \b(?:reset|listen|unlisten|do|call|prepare|execute|close|hold)\b
     """,
     re.VERBOSE,
@@ -216,6 +217,8 @@ def watch(driver: Any, note: Callable[[Leaving, Sent], None]) -> None:
     if hasattr(driver, "server_cursor_factory"):  # psycopg
         driver.cursor_factory = watching_cursor(driver.cursor_factory, PSYCOPG_VERBS)
         driver.server_cursor_factory = watching_server_cursor(driver.server_cursor_factory)
+    elif getattr(driver, "cursor_factory", None) is not None:  # psycopg2
+        driver.cursor_factory = watching_cursor(driver.cursor_factory, PSYCOPG2_VERBS)
 
 
 @cache
@@ -259,6 +262,8 @@ def changes(base: Any, verbs: tuple[str, ...]) -> dict[str, Any]:
 @cache
 def watching_server_cursor(base: Any) -> Any:
     """Make a class of psycopg's cursors of the server, which may outlive their transaction."""
+    if getattr(base, "is_watching", False):
+        return base
     watched = watching_cursor(base, ("execute",))
 
     def execute(self: Any, query: Any, *arguments: Any, **options: Any) -> Any:
@@ -272,6 +277,8 @@ def watching_server_cursor(base: Any) -> Any:
 @cache
 def watching_cursor(base: Any, verbs: tuple[str, ...]) -> Any:
     """Make a class of cursors that tell what passes them, of psycopg or psycopg2."""
+    if getattr(base, "is_watching", False):
+        return base
 
     def watched(verb: str) -> Callable[..., Any]:
         send = getattr(base, verb)
@@ -285,7 +292,7 @@ def watching_cursor(base: Any, verbs: tuple[str, ...]) -> Any:
         return tell
 
     telling = {verb: by_name(watched(verb), CALLS_IT.get(verb)) for verb in verbs}
-    verbs_of_it: dict[str, Any] = {"__slots__": (), **telling}
+    verbs_of_it: dict[str, Any] = {"__slots__": (), "is_watching": True, **telling}
     if hasattr(base, "callproc"):  # psycopg2
 
         def callproc(self: Any, name: Any, *arguments: Any) -> Any:

@@ -56,8 +56,9 @@ def attach(engine: Engine, setting: Setting) -> None:
     def equip(opened: Any, record: object) -> None:
         driver = dialect.get_driver_connection(opened)
         is_async = iscoroutinefunction(driver.rollback)
-        driver.course = Course(driver.cursor_factory, is_sure=setting == "on")
-        driver.cursor_factory = _beginning_cursor(driver.cursor_factory, is_async)
+        plain = driver.cursor_factory
+        driver.cursor_factory = ours = _beginning_cursor(plain, is_async)
+        driver.course = Course(plain, ours, is_sure=setting == "on")
 
     event.listen(engine, "connect", equip)
 
@@ -65,10 +66,12 @@ def attach(engine: Engine, setting: Setting) -> None:
 class Course:
     """How a connection begins its transactions: what it has learned about its server's distance."""
 
-    def __init__(self, plain: Any, *, is_sure: bool) -> None:
+    def __init__(self, plain: Any, ours: Any, *, is_sure: bool) -> None:
+        self.is_near: bool = False
         self.pipelines: bool = is_sure
         self.pipeline: Any = None  # in which a transaction begins just now
         self._plain = plain  # the cursors that it would have without us
+        self._ours = ours
         self._is_sure = is_sure
         self._slow = 0
 
@@ -81,7 +84,9 @@ class Course:
         if self._is_sure:
             return
         if seconds < (FAR if self.pipelines else 2 * FAR):
-            driver.cursor_factory = self._plain
+            self.is_near = True
+            if driver.cursor_factory is self._ours:  # and none of the application's made of it
+                driver.cursor_factory = self._plain
         else:
             self._slow += 1
             self.pipelines = self._slow >= LOOKS
@@ -133,6 +138,7 @@ def _may_begin(driver: Any, query: Any) -> bool:
     return bool(
         pgconn.transaction_status == IDLE
         and not driver.autocommit
+        and not driver.course.is_near
         and query.__class__ is str
         and ";" not in query
         and not pgconn.pipeline_status  # it is the user's own
@@ -193,9 +199,9 @@ def _rest_of(pipeline: Any) -> Generator[Any, Any, None]:
     """Take the answers that are due still; psycopg runs it.
 
     What did not fit on the wire is sent first, and where nothing was sent yet, or more has come up
-    (an old statement is forgotten), that is. `Pipeline._fetch_gen` and `_sync_gen` are private: `Pipeline.sync()` alone is public, and
-    a second Sync would be a round trip more. A test in `tests/test_private_names.py` fails when
-    they go.
+    (an old statement is forgotten), that is. `Pipeline._fetch_gen` and `_sync_gen` are private:
+    `Pipeline.sync()` alone is public, and a second Sync would be a round trip more. A test in
+    `tests/test_private_names.py` fails when they go.
     """
     from psycopg.generators import send
 
