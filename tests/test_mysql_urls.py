@@ -106,7 +106,8 @@ def test_a_charset_that_is_none_is_said_when_the_driver_is_asked(driver: str, ch
 
 @each_driver
 def test_a_charset_has_the_name_that_mysql_gives_it_today(mysql_url: str, driver: str) -> None:
-    assert look(f"{mysql_url}?charset=utf8mb3", driver, "SELECT @@character_set_client") == "utf8mb3"
+    charset = look(f"{mysql_url}?charset=utf8mb3", driver, "SELECT @@character_set_client")
+    assert charset == "utf8mb3"
 
 
 @pytest.mark.parametrize(
