@@ -40,7 +40,7 @@ class Reach:
     ) -> Any:
         """Connect to the first host that will do; the last error is raised where none will.
 
-        Each host has the whole `timeout`, which `limit_connect` has divided. "prefer-standby" first asks all of them for a standby.
+        Each host has the whole `timeout`. "prefer-standby" first asks all of them for a standby.
         """
         from asyncpg import CannotConnectNowError, TargetServerAttributeNotMatched
 
