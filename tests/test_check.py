@@ -418,16 +418,6 @@ def test_nothing_listens(ask: Ask) -> None:
     assert "nothing answers at 127.0.0.1" in told(caught.value)
 
 
-def test_nothing_listens_where_no_host_is_named(ask: Ask) -> None:
-    """It is waited for: it may be starting."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        with pytest.raises((*CANNOT_CONNECT, ConnectTimeout)) as caught:
-            ask(f"postgresql://u@/d?port={taken.getsockname()[1]}", 0.6)
-    assert "nothing answers at the default place" in told(caught.value)
-    assert "(check(wait=0.6): " in told(caught.value)
-
-
 def test_a_server_that_is_started_late(ask: Ask, own: PostgresServer) -> None:
     own.kill()
     late = threading.Timer(1.0, own.restart)

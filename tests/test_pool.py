@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from looking import look
 from sqlalchemy import event, text
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -30,7 +29,6 @@ from engineroom.errors import (
     PoolExhausted,
     PoolTimeout,
 )
-from engineroom.testing import PostgresServer
 
 pytestmark = pytest.mark.filterwarnings("ignore::engineroom.SyncInAsyncWarning")
 
@@ -539,17 +537,6 @@ def test_the_deadline_covers_connecting_in_a_thread(silent: int, driver: str) ->
         with pytest.raises(Exception, match="timeout"):
             door.check()
         assert time.monotonic() - started < 8
-
-
-@pytest.mark.parametrize(
-    ("driver", "target", "limit"),  # seconds, of which libpq counts two at least for each host
-    [("asyncpg", "any", 2), ("asyncpg", "prefer-standby", 2), ("psycopg (async)", "any", 4)],
-)
-def test_a_silent_host_leaves_the_next_one_its_time(
-    silent: int, driver: str, target: str, limit: int, pg18: PostgresServer
-) -> None:
-    url = pg18.url().replace("@", f"@127.0.0.1:{silent},")
-    assert look(f"{url}?target_session_attrs={target}", driver, pool_timeout=limit) == 1
 
 
 # -- held for too long ---------------------------------------------------------------------------

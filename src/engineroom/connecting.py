@@ -31,12 +31,9 @@ def watch_connects(engine: Engine, side: Side, backend: Backend, credentials: Cr
 
     def connect_as(account: dict[str, Sealed[str]], *args: Any, **arguments: Any) -> Any:
         pool = getattr(known(), "pool", None)
-        # Nobody can stop a synchronous driver from outside; and of several hosts, one that is
-        # silent must leave the others their time.
-        if (side is Side.SYNC or has_several(arguments.get("host"))) and isinstance(
-            pool, (Lender, LoopPool)
-        ):
-            backend.limit_connect(arguments, seconds_left(known()))
+        if side is Side.SYNC and isinstance(pool, Lender):
+            # Nobody can stop a synchronous driver from outside.
+            backend.limit_connect(arguments, pool.seconds_left())
         return connect(*args, **revealed(arguments | account))
 
     def ask(arguments: dict[str, Any]) -> dict[str, Sealed[str]]:
@@ -75,11 +72,6 @@ def seconds_left(engine: Engine | None) -> float:
     if isinstance(pool, LoopPool):
         pool = pool.shelves.get(asyncio.get_running_loop())
     return pool.seconds_left() if isinstance(pool, Lender) else LIMIT
-
-
-def has_several(hosts: Any) -> bool:
-    """Whether a driver is told several hosts: libpq as one text."""
-    return isinstance(hosts, (list, tuple)) or "," in str(hosts or "")
 
 
 def revealed(arguments: dict[str, Any]) -> dict[str, Any]:

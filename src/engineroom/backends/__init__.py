@@ -124,7 +124,7 @@ class Backend(Protocol):
         """
 
     def limit_connect(self, arguments: dict[str, Any], seconds: float) -> None:
-        """Add how long connecting may take, for a synchronous driver or one with several hosts."""
+        """Add to the arguments of a synchronous driver how long it may take to connect."""
 
     def may_be_refused(self, error: Exception) -> bool:
         """Whether a connect failed by its user or password, as far as the driver tells."""

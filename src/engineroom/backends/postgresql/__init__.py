@@ -177,16 +177,9 @@ class PostgreSQL:
             dialect.connect = sealing(dialect.connect)
 
     def limit_connect(self, arguments: dict[str, Any], seconds: float) -> None:
-        """Set the time for each host, unless it is given: libpq's is whole seconds, from two on."""
-        hosts = arguments.get("host") or ""
-        is_asyncpgs = isinstance(hosts, (list, tuple))
-        tries = len(hosts) if is_asyncpgs else str(hosts).count(",") + 1
-        if arguments.get("target_session_attrs") == "prefer-standby":
-            tries *= 2  # first all of them as a standby, then any
-        if is_asyncpgs:
-            arguments.setdefault("timeout", seconds / tries)
-        else:
-            arguments.setdefault("connect_timeout", max(2, math.ceil(seconds / tries)))
+        """Set libpq's parameter, unless it is given: whole seconds for each host, from two on."""
+        hosts = str(arguments.get("host", "")).count(",") + 1
+        arguments.setdefault("connect_timeout", max(2, math.ceil(seconds / hosts)))
 
     def may_be_refused(self, error: Exception) -> bool:
         """Ask the SQLSTATE; libpq keeps that of a connect to itself, and tells less, or nothing."""

@@ -137,7 +137,7 @@ def _ask(parameters: Mapping[str, str], end: float) -> Diagnosis:
         and parameters.get("sslnegotiation") != "direct"
     )
     for host, port in places(parameters):
-        place = f"{host}:{port}" if host else ""
+        place = f"{host}:{port}"
         try:
             state = knock(host, port, end - time.monotonic(), needs_tls=needs_tls)
         except OSError as error:
@@ -167,7 +167,7 @@ def _ask(parameters: Mapping[str, str], end: float) -> Diagnosis:
 
 
 def places(parameters: Mapping[str, str]) -> Iterator[tuple[str, int]]:
-    """Return each host with its port; "" is the default one."""
+    """Return each host with its port."""
     hosts = (parameters.get("hostaddr") or parameters.get("host") or "").split(",")
     ports = [int(port or DEFAULT_PORT) for port in parameters.get("port", "").split(",")]
-    return ((host, port) for host, port in zip(hosts, cycle(ports)))
+    return ((host, port) for host, port in zip(hosts, cycle(ports)) if host)

@@ -9,9 +9,6 @@ import socket
 import struct
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-
-from .parameters import SOCKET_FOLDERS
 
 PROTOCOL = 196608  # 3.0
 STRANGER = b"user\0engineroom\0\0"  # it need not exist: a server that starts refuses everybody
@@ -69,9 +66,6 @@ def knock(host: str, port: int, seconds: float, *, needs_tls: bool) -> str | Non
 
 
 def _opened(host: str, port: int, end: float) -> socket.socket:
-    if not host:  # libpq's default place: which folder that is, was said when it was built
-        there = (each for each in SOCKET_FOLDERS if Path(each, f".s.PGSQL.{port}").exists())
-        host = next(there, SOCKET_FOLDERS[0])
     if not host.startswith("/"):
         return socket.create_connection((host, port), _left(end))
     opened = socket.socket(socket.AF_UNIX)

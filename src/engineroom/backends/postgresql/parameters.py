@@ -17,8 +17,6 @@ FLAG = ("0", "1", "")  # libpq takes the last like none
 HOST_AND_PORT = re.compile(r"[A-Za-z0-9.-]+:[0-9]+")
 NUMBER = re.compile(r"\s*[+-]?[0-9]+\s*")
 DEFAULT_PORT = 5432
-# Of sockets, where no host is named.
-SOCKET_FOLDERS = ("/var/run/postgresql", "/run/postgresql", "/tmp")  # noqa: S108
 # Where nobody says otherwise; the server says nothing of it, and libpq's are the system's: hours.
 ALIVE = {
     "keepalives_idle": str(KEEPALIVE_IDLE),

@@ -13,7 +13,7 @@ from sqlalchemy.engine import URL
 
 from ...errors import InvalidURL
 from ...urls import flaw, masked
-from .parameters import KNOWN, SOCKET_FOLDERS, SYSTEM, read_parameters
+from .parameters import KNOWN, SYSTEM, read_parameters
 
 logger: logging.Logger = logging.getLogger("engineroom")
 
@@ -21,6 +21,7 @@ SERVICES = Path(".pg_service.conf")  # in the home directory
 SYSTEM_SERVICES = Path("/etc/postgresql-common")
 PASSWORDS = Path(".pgpass")
 OTHERS_MAY = stat.S_IRWXG | stat.S_IRWXO
+SOCKET_FOLDERS = ("", "/var/run/postgresql", "/run/postgresql", "/tmp")  # noqa: S108
 FIELD = re.compile(r"((?:[^\\:]|\\.)*)(?::|$)")
 HEADER = re.compile(r"\s*\[([^\]]*)\]")
 SETTING = re.compile(r"(\w+)=(.*)", re.DOTALL)
@@ -176,7 +177,7 @@ def find_password(parameters: Mapping[str, str], host: str, port: int, user: str
     except OSError:
         return None
     wanted = (
-        "localhost" if host in ("", *SOCKET_FOLDERS) else host,
+        "localhost" if host in SOCKET_FOLDERS else host,
         str(port),
         parameters.get("dbname") or user,
         user,
