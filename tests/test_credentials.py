@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from looking import look
+from pgbouncer import PgBouncer
 from sqlalchemy import Engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError
 
@@ -224,6 +225,16 @@ def test_what_a_listener_sets_for_a_connect_is_used(vault: Vault) -> None:
     assert vault.asked == 1
 
 
+@each_driver
+def test_a_pooler_that_refuses_a_password_gets_the_new_one(
+    driver: str, pgbouncer: PgBouncer, pg18: PostgresServer
+) -> None:
+    passwords = iter(["old", pg18.password])
+    url = pgbouncer.url().replace(f":{pg18.password}@", "@")
+    given: dict[str, Any] = {"password": lambda: next(passwords), "pooler": "transaction"}
+    assert look(url, driver, **given) == 1
+
+
 # --- what goes wrong ------------------------------------------------------------------------------
 
 
@@ -271,6 +282,7 @@ WRONG: dict[Callable[[], Any], str] = {
     cancelled: r"password= raised CancelledError, so nothing was connected",
     acancelled: r"password= raised CancelledError, so nothing was connected",
     lambda: "secret\udce4": r"password= returned a text that is not UTF-8",
+    lambda: "secret\0": r"password= returned a text that has a zero byte",
     lambda: None: r"password= returned NoneType, where a text",
     lambda: "": r"password= returned an empty text, where a text",
 }

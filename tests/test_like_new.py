@@ -11,9 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
+import psycopg
+import psycopg2.extensions
 import pytest
 from sqlalchemy import Connection, event, text
 from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
 from engineroom import Database, DatabaseSessionManager, lending, pool
@@ -903,3 +906,45 @@ def test_a_function_that_a_connect_hook_called_is_called_again(opened: Callable[
     assert door.see(tenant) == ("hooked",)
     door.run(say("SET app.tenant = 'acme'"))
     assert door.see(tenant) == ("hooked",)
+
+
+@pytest.mark.parametrize(
+    ("side", "driver"), [("sync", "psycopg"), ("sync", "psycopg2"), ("async", "psycopg")]
+)
+def test_cursors_that_a_connect_hook_has_set_are_watched_too(
+    pg18: PostgresServer, database: str, side: str, driver: str
+) -> None:
+    manager = DatabaseSessionManager().init(pg18.url(database, driver), pool_size=1, max_overflow=0)
+    engine = manager.sync_engine if side == "sync" else manager.engine.sync_engine
+
+    @event.listens_for(engine, "connect")
+    def set_factory(connection: Any, record: object) -> None:
+        raw = getattr(connection, "driver_connection", connection)
+        if driver == "psycopg2":
+            plain: Any = psycopg2.extensions.cursor
+        else:
+            plain = psycopg.Cursor if side == "sync" else psycopg.AsyncCursor
+        raw.cursor_factory = type("Mine", (plain,), {})
+
+    def leave(db: Session) -> None:
+        db.execute(text("SET app.tenant = 'acme'"))
+
+    def look(db: Session) -> object:
+        return db.scalar(text("SELECT current_setting('app.tenant', true)"))
+
+    async def on_loop() -> object:
+        async with manager:
+            async with manager.session() as db:
+                await db.run_sync(leave)
+            async with manager.session() as db:
+                return await db.run_sync(look)
+
+    if side == "async":
+        seen = asyncio.run(on_loop())
+    else:
+        with manager.sync_session() as db:
+            leave(db)
+        with manager.sync_session() as db:
+            seen = look(db)
+        manager.sync.close()
+    assert seen in (None, "")

@@ -104,6 +104,12 @@ def test_a_charset_that_is_none_is_said_when_the_driver_is_asked(driver: str, ch
         look(f"mysql://shop:s3cret@db.example/shop?charset={charset}", driver, "SELECT 1")
 
 
+@each_driver
+def test_a_charset_has_the_name_that_mysql_gives_it_today(mysql_url: str, driver: str) -> None:
+    charset = look(f"{mysql_url}?charset=utf8mb3", driver, "SELECT @@character_set_client")
+    assert charset == "utf8mb3"
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
@@ -292,6 +298,41 @@ def test_a_client_shows_its_certificate(
     with pytest.raises(InvalidCertificate, match="ssl_key=") as caught:
         Database(f"{bare}?{own}{key}&ssl_key_password=open+sesam")
     assert "sesam" not in str(caught.value)
+
+
+@each_driver
+def test_what_a_file_of_options_says_of_tls_counts_with_the_mode_of_the_url(
+    url: str, encrypted: MariaServer, certificates: Certificates, driver: str, tmp_path: Path
+) -> None:
+    def file(**options: object) -> str:
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.cnf"
+        lines = [f"{name} = {value}" for name, value in options.items()]
+        path.write_text("\n".join(["[client]", *lines]))
+        return f"?read_default_file={path}"
+
+    right, wrong = file(ssl_ca=f'"{certificates.root}"'), file(ssl_ca=certificates.other_root)
+    elsewhere = encrypted.url()  # by another name
+    for query in ("", "&ssl=true", "&ssl_mode=VERIFY_IDENTITY", "&ssl_mode=VERIFY_CA"):
+        assert cipher(f"{url}{right}{query}", driver)
+        fails(f"{url}{wrong}{query}", driver)
+        if query.endswith("CA"):
+            assert cipher(f"{elsewhere}{right}{query}", driver)
+        else:
+            fails(f"{elsewhere}{right}{query}", driver)
+    assert cipher(f"{url}{wrong}&ssl_ca={certificates.root}", driver)  # the URL's own counts first
+    assert cipher(f"{url}{wrong}&ssl_mode=REQUIRED", driver)  # which verifies nothing
+    if driver == "pymysql":
+        assert cipher(f"{url}{right}&ssl_mode=DISABLED", driver) == ""
+    else:
+        with pytest.raises(UnsupportedByDriver, match="would encrypt in spite of"):
+            cipher(f"{url}{right}&ssl_mode=DISABLED", driver)
+    encrypted.execute("CREATE OR REPLACE USER only_x509 REQUIRE X509")
+    bare = url.replace(f"root:{encrypted.password}", "only_x509").replace("/mysql", "/")
+    own = file(**{"ssl-cert": certificates.cert, "ssl-key": certificates.key})
+    for query in ("", "&ssl_mode=REQUIRED", f"&ssl_ca={certificates.root}"):
+        assert cipher(f"{bare}{own}{query}", driver)
+    with pytest.raises(InvalidURL, match="with its read_default_file has ssl_ca=, which says noth"):
+        Database(f"{url}{right}&ssl_verify_cert=false")
 
 
 @pytest.mark.parametrize(
@@ -543,3 +584,17 @@ def test_a_server_without_tls_says_so_on_both_sides(mariadb: MariaServer, driver
     with pytest.raises(DBAPIError) as caught:
         check(f"{mariadb.url()}?ssl_mode=REQUIRED", driver, wait=30)
     assert "no TLS came about with the server" in "".join(caught.value.__notes__)
+
+
+@each_driver
+def test_a_certificate_that_is_not_trusted_is_said_to_be_none(
+    url: str, encrypted: MariaServer, certificates: Certificates, driver: str
+) -> None:
+    for place, root in (
+        (url, certificates.other_root),
+        (encrypted.url(), certificates.root),  # which names another host
+    ):
+        with pytest.raises((DBAPIError, OSError)) as caught:
+            check(f"{place}?ssl_ca={root}", driver)
+        (note,) = caught.value.__notes__
+        assert "the server's certificate is not to be trusted. Name with ssl_ca who" in note

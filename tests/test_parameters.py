@@ -222,7 +222,7 @@ def test_without_a_host_it_is_a_socket_and_no_other_place(
         look(url, driver)
     if driver == "asyncpg":  # libpq has but one folder, and that may not be writable
         name = f".s.PGSQL.{pg18.port}"
-        door = Path("/tmp", name)  # noqa: S108
+        door = Path("/tmp", name)
         door.symlink_to(Path(pg18.socket_directory, name))
         try:
             assert look(url, driver, "SELECT inet_client_addr() IS NULL") is True
@@ -462,6 +462,33 @@ def test_a_password_that_is_not_utf8_is_refused_without_being_printed(
         with pytest.raises(InvalidURL, match="is not UTF-8") as caught:
             Database(url.replace("postgresql", driver))
         assert "known" not in repr(caught.value) + repr(caught.value.__context__)
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_a_zero_byte_is_refused_wherever_it_stands(
+    driver: str, pg18: PostgresServer, tmp_path: Path
+) -> None:
+    """libpq would read up to it: nothing of sslmode, which stands behind."""
+    url = f"{pg18.url()}?application_name="
+    for part in ("known%00&sslmode=require", "known%00%20", "x&options=-c%20known%00"):
+        with pytest.raises(InvalidURL, match="has a zero byte") as caught:
+            look(url + part, driver)
+        assert "known" not in str(caught.value)
+    with pytest.raises(InvalidURL, match="has a zero byte"):
+        look(pg18.url(), driver, password="known\0")
+    (file := tmp_path / "services").write_bytes(b"[s]\napplication_name=known\0\n")
+    with pytest.raises(InvalidURL, match="application_name of .* has a zero byte"):
+        look(f"{pg18.url()}?service=s&servicefile={file}&sslmode=require", driver)
+    if driver == "asyncpg":  # libpq reads this file for itself
+        (file := tmp_path / ".pgpass").write_bytes(b"*:*:*:*:known\0\n")
+        file.chmod(0o600)
+        with pytest.raises(InvalidURL, match=r"in .*\.pgpass has a zero byte"):
+            look(pg18.url().replace(f":{pg18.password}@", "@"), driver)
+
+
+def test_a_zero_byte_is_refused_by_mysql_as_well() -> None:
+    with pytest.raises(InvalidURL, match="has a zero byte"):
+        Database("mysql://u@h/d?init_command=known%00")
 
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])

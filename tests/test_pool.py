@@ -543,7 +543,7 @@ def test_the_deadline_covers_connecting_in_a_thread(silent: int, driver: str) ->
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg (async)"])
 @pytest.mark.parametrize("target", ["any", "prefer-standby"])
 def test_a_silent_host_leaves_time_for_the_next_one(
-    silent: int, pg18: PostgresServer, driver: str, target: str
+    silent: int, pg18: Any, driver: str, target: str
 ) -> None:
     hosts = pg18.url().replace("@", f"@127.0.0.1:{silent},")
     assert look(f"{hosts}?target_session_attrs={target}", driver, pool_timeout=6) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,3 +71,6 @@ def test_the_recipes_connect(driver: str, pg18: PostgresServer, role: str) -> No
         )
         assert user == role
     assert vault["hvac"].CALLS == ["app"]  # one lease
+    reused_for = lease._until - time.monotonic()
+    oldest = vault["database"]._room.settings.pool_recycle
+    assert 0 < reused_for + oldest < 3600  # no connection outlives its user

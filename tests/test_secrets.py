@@ -24,7 +24,7 @@ from rich.traceback import Traceback
 from sqlalchemy import text
 from tls import Certificates, TLSProxy
 
-from engineroom import Database, DatabaseSessionManager, DatabaseSettings
+from engineroom import ConfigurationError, Database, DatabaseSessionManager, DatabaseSettings
 from engineroom.registry import SessionManager
 from engineroom.secrecy import Sealed, Unseen, chain
 from engineroom.testing import PostgresServer
@@ -176,6 +176,25 @@ def test_a_url_that_is_refused_shows_no_secret(
     monkeypatch.setenv("DB_PASSWORD", OF_CALLABLE)
     text += printed(crash(open_it))
     assert shown(text + log()) == []
+
+
+LATE = [  # refused where the driver is known: at the engine
+    ("asyncpg", f"postgresql://u:{IN_URL}@h/d?require_auth=none&sslpassword={OF_KEY}"),
+    ("asyncpg", f"postgresql://u:{IN_URL}@h,i/d?port=1,2,3&sslpassword={OF_KEY}"),
+    ("psycopg2", f"postgresql://u:{IN_URL}@h/d?max_protocol_version=3.2"),
+    ("psycopg2", f"postgresql://u:{IN_URL}@h/d?oauth_client_secret={OF_KEY}"),
+    ("asyncmy", f"mysql+asyncmy://u:{IN_URL}@h/d?write_timeout=3"),
+    ("asyncmy", f"mysql+asyncmy://u:{IN_URL}@h/d?charset=foo"),
+    ("asyncmy", f"mysql+asyncmy://u:{IN_URL}@h/d?ssl_mode=PREFERRED"),
+    ("pymysql", f"mysql+pymysql://u:{IN_URL}@h/d?stmt_cache_size=3"),
+]
+
+
+@pytest.mark.parametrize(("driver", "url"), LATE)
+def test_what_one_driver_refuses_shows_no_secret(driver: str, url: str) -> None:
+    error = crash(look, url, f"{driver} (async)" if driver == "asyncmy" else driver)
+    assert isinstance(error, ConfigurationError)
+    assert shown(printed(error)) == []
 
 
 def test_a_registry_shows_no_secret(pg18: PostgresServer, log: Callable[[], str]) -> None:

@@ -266,7 +266,7 @@ def test_without_a_home_named_files_are_used(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("HOME")
-    roots = Path("/tmp", f"{tmp_path.name}-root.crt")  # noqa: S108  # which everybody may read
+    roots = Path("/tmp", f"{tmp_path.name}-root.crt")  # which everybody may read
     shutil.copyfile(certificates.root, roots)
     roots.chmod(0o644)
     passwordless = url.replace(f":{pg18.password}@", "@")

@@ -30,12 +30,7 @@ def watch_connects(engine: Engine, side: Side, backend: Backend, credentials: Cr
     connect, known = dialect.connect, weakref.ref(engine)
 
     def connect_as(account: dict[str, Sealed[str]], *args: Any, **arguments: Any) -> Any:
-        pool = getattr(known(), "pool", None)
-        if side is Side.SYNC and isinstance(pool, Lender):
-            # Nobody can stop a synchronous driver from outside.
-            backend.limit_connect(arguments, pool.seconds_left())
-        elif isinstance(pool, LoopPool):
-            backend.limit_each_host(arguments, seconds_left(known()))
+        limit(arguments, known(), side, backend)
         return connect(*args, **revealed(arguments | account))
 
     def ask(arguments: dict[str, Any]) -> dict[str, Sealed[str]]:
@@ -66,6 +61,16 @@ def watch_connects(engine: Engine, side: Side, backend: Backend, credentials: Cr
 
     way: Callable[..., Any] = connect_by_asking if credentials else connect_plainly
     dialect.connect = way
+
+
+def limit(arguments: dict[str, Any], engine: Engine | None, side: Side, backend: Backend) -> None:
+    """Add to a driver's arguments how long it may take, where a pool counts that."""
+    pool = getattr(engine, "pool", None)
+    if side is Side.SYNC and isinstance(pool, Lender):
+        # Nobody can stop a synchronous driver from outside.
+        backend.limit_connect(arguments, pool.seconds_left())
+    elif isinstance(pool, LoopPool):
+        backend.limit_each_host(arguments, seconds_left(engine))
 
 
 def seconds_left(engine: Engine | None) -> float:

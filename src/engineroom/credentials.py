@@ -13,7 +13,7 @@ from typing import Any
 from .errors import CredentialsFailed, InvalidOption
 from .hooks import is_coroutine_function
 from .secrecy import Sealed
-from .urls import is_utf8
+from .urls import flaw
 
 ARGUMENTS = {"username": "user", "password": "password"}  # what the drivers call them
 
@@ -115,10 +115,9 @@ def _sealed(name: str, value: object) -> Sealed[str]:
         what = "an empty text" if value == "" else type(value).__name__
         cure = " Decode them: .decode()." if isinstance(value, bytes) else ""
         raise CredentialsFailed(f"{name}= returned {what}, where a text (str) is needed.{cure}")
-    if not is_utf8(value):
+    if why := flaw(value):
         raise CredentialsFailed(
-            f"{name}= returned a text that is not UTF-8, which the drivers send. Decode it from "
-            "what it is."
+            f"{name}= returned a text that {why}. Return it as it is, decoded from its bytes."
         )
     return Sealed(str.__str__(value))  # of a subclass, which asyncpg refuses, the text alone
 

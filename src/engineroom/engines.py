@@ -49,7 +49,7 @@ from .lifecycle import Life, State
 from .models import Base
 from .pool import LoopPool, Shelf, ThreadPool
 from .retiring import retire
-from .secrecy import Sealed
+from .secrecy import Sealed, unseen
 from .sessions import Guarded, guarded
 from .settings import DatabaseSettings, Options, read_settings
 from .slots import WAITING
@@ -222,6 +222,7 @@ class EngineRoom:
             bind = self.binds[key] = AsyncEngine(engine) if side is Side.ASYNC else engine
         return bind
 
+    @unseen
     def _make_engine(self, side: Side, role: Role, *, apart: float | None = None) -> Engine:
         """Make an engine; one apart has a pool of one connection, and so long to open it."""
         settings = self.settings

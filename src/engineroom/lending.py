@@ -525,7 +525,10 @@ class Lender(QueuePool):
         """Look at a connection: its socket first, which costs nothing; the server when in doubt."""
         berth: Berth = connection.info["berth"]
         poll, rested = berth.poll, now - berth.returned
-        if poll is None or not berth.returned:  # it has no socket, or was opened just now
+        if not berth.returned:  # it was opened just now
+            self.backend.watch(berth.driver(), berth.note)  # whatever a connect hook has changed
+            return True
+        if poll is None:  # it has no socket
             return True
         if rested < JUST_NOW and self.ping_after:
             return True

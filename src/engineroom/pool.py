@@ -200,9 +200,11 @@ class ThreadPool(Lender):
                 outcome[0].close()
 
         opening = threading.Thread(target=open_it, name="engineroom-connect", daemon=True)
-        opening.start()
-        opening.join(seconds + ROOM)
-        opened, error = first.setdefault("outcome", late)
+        try:
+            opening.start()
+            opening.join(seconds + ROOM)
+        finally:  # Ctrl-C may have come: what opens later is closed
+            opened, error = first.setdefault("outcome", late)
         if error is not None:
             raise error
         return opened

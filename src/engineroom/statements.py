@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
 from typing import Any, cast
@@ -125,12 +125,21 @@ def noting(execute: Callable[..., None]) -> Callable[..., None]:
 class Stream:
     """A cursor of the server's, which is asked for rows again and again: each time is noted."""
 
+    __slots__ = ("_lent", "_streamed")
+
     def __init__(self, cursor: Any, lent: PoolProxiedConnection) -> None:
-        self._streamed = cursor
-        self._lent = lent
+        object.__setattr__(self, "_streamed", cursor)
+        object.__setattr__(self, "_lent", lent)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._streamed, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._streamed, name, value)
+
+    def __iter__(self) -> Iterator[Any]:
+        while (row := self.fetchone()) is not None:
+            yield row
 
     def fetchone(self) -> Any:
         """Ask for a row."""

@@ -102,24 +102,29 @@ def replace_account(url: URL, part: str, value: str | None) -> URL:
     return _sendable(URL.create(url.drivername, **account, database=url.database, query=query))
 
 
-def is_utf8(text: str) -> bool:
-    """Whether a text can be sent: bytes that are none, as the environment may have them, cannot."""
+def flaw(text: str) -> str:
+    """Return why no driver can send a text; "" where all can.
+
+    libpq reads up to a zero byte alone: what stands behind it, sslmode too, would not be.
+    """
+    if "\0" in text:
+        return "has a zero byte (%00), where libpq would stop reading"
     try:
         text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    except UnicodeEncodeError:  # bytes that are none, as the environment may have them
+        return "is not UTF-8, which the drivers send"
+    return ""
 
 
 def _sendable(url: URL) -> URL:
-    """Refuse a URL that is not UTF-8; what would raise later has it in its own error."""
+    """Refuse a URL that cannot be sent; what would raise later has it in its own error."""
     parts = (url.username, url.password, url.host, url.database, *url.query, *url.query.values())
-    if all(is_utf8("".join(part)) for part in parts if part):
-        return url
-    raise InvalidURL(
-        f"The URL {url.drivername}://… is not UTF-8 in one of its parts. Write them in UTF-8, "
-        "percent-encoded or not, and a % itself as %25."
-    )
+    if why := flaw("".join("".join(part) for part in parts if part)):
+        raise InvalidURL(
+            f"The URL {url.drivername}://… {why}, in one of its parts. Write them in UTF-8, "
+            "percent-encoded or not, a % itself as %25, and without a zero byte."
+        )
+    return url
 
 
 def _decode(text: str) -> str:

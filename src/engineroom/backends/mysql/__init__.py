@@ -31,10 +31,10 @@ from ..sockets import keep_alive, shut
 from .errnos import NO_SUCH_THREAD, REFUSED, errno
 from .guards import NAMES, NAMES_OF_MYSQL, at_start, is_mariadb, struck
 from .looking import diagnose, look
-from .option_file import check_option_file
+from .option_file import FILE, read_tls
 from .parameters import PLACE, SECRETS, for_driver, read_parameters
 from .sparing import READ_ONLY, ReadOnly, break_off, kill, send, sparing, unnoticed
-from .tls import ENCRYPTING, MODE, make_context, mode_of
+from .tls import ENCRYPTING, MODE, make_context, mode_of, with_file
 
 logger: logging.Logger = logging.getLogger("engineroom")
 
@@ -51,10 +51,13 @@ class MySQL:
         self._shown = masked(url)
         parameters = read_parameters(url)
         mode = mode_of(parameters, self._shown)
-        check_option_file(parameters, self._shown, has_mode=mode is not None)
+        of_file = read_tls(parameters, self._shown, has_mode=mode is not None)
+        parameters = with_file(parameters, of_file, mode)
+        mode = mode_of(parameters, f"{self._shown} with its {FILE}" if of_file else self._shown)
         if mode in ENCRYPTING:
             make_context(parameters, mode)  # says now what cannot be read
         self._mode = mode
+        self._has_file_of_tls = bool(of_file)
         self._sealed = Sealed(parameters)
         self._guards = guards or {}
         # Its parameters tell it apart from others; the secret ones are with the password.
@@ -91,6 +94,11 @@ class MySQL:
             told["ssl"] = make_context(parameters, mode)
         elif driver == "pymysql" and (mode == "DISABLED" or "unix_socket" in told):
             told["ssl_disabled"] = True
+        elif driver == "asyncmy" and mode == "DISABLED" and self._has_file_of_tls:
+            raise UnsupportedByDriver(
+                f"asyncmy cannot do what {self._shown} asks for: with what its {FILE} says of TLS "
+                f"it would encrypt in spite of {MODE}=DISABLED. Leave one of them out."
+            )
         elif driver == "asyncmy" and mode == "PREFERRED":
             raise UnsupportedByDriver(
                 f"asyncmy cannot do what {self._shown} asks for: with {MODE}=PREFERRED it would "

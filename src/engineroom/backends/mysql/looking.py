@@ -73,6 +73,11 @@ NO_TLS_CAME = Diagnosis(
     "no TLS came about with the server",
     "Have it speak TLS, and name with ssl_ca who signed its certificate.",
 )
+NOT_TRUSTED = Diagnosis(
+    False,
+    "the server's certificate is not to be trusted",
+    "Name with ssl_ca who signed it, and the host as the certificate does.",
+)
 BY_NUMBER: dict[int, Diagnosis] = {
     **dict.fromkeys(
         SHUTTING_DOWN,
@@ -126,6 +131,8 @@ def diagnose(error: BaseException, host: str) -> Diagnosis | None:
     if number in BY_NUMBER:
         return BY_NUMBER[number]
     causes = [error, error.__cause__, error.__context__, getattr(error, "original_exception", None)]
+    if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes):
+        return NOT_TRUSTED
     if any(isinstance(cause, ssl.SSLError) for cause in causes):
         return NO_TLS_CAME
     if any(isinstance(cause, socket.gaierror) for cause in causes):

@@ -14,8 +14,8 @@ USUAL = "/etc/my.cnf"  # where both drivers look if there is a group alone
 READ = ("ssl-ca", "ssl-capath", "ssl-cert", "ssl-key", "ssl-cipher")  # by both, of what TLS is
 
 
-def check_option_file(parameters: Mapping[str, Any], shown: str, *, has_mode: bool) -> None:
-    """See that the drivers can read what the URL names, and will heed what it says of TLS.
+def read_tls(parameters: Mapping[str, Any], shown: str, *, has_mode: bool) -> dict[str, str]:
+    """Return what the file says of TLS; see that the drivers can read the rest.
 
     Args:
         has_mode: Whether the URL itself says how much TLS there is to be.
@@ -24,7 +24,7 @@ def check_option_file(parameters: Mapping[str, Any], shown: str, *, has_mode: bo
         InvalidURL: they cannot, or would not.
     """
     if FILE not in parameters and GROUP not in parameters:
-        return
+        return {}
     path, group = parameters.get(FILE, USUAL), parameters.get(GROUP, "client")
     read = _read(path)
     if isinstance(read, str):
@@ -39,7 +39,7 @@ def check_option_file(parameters: Mapping[str, Any], shown: str, *, has_mode: bo
             f"{shown} has a {FILE} or {GROUP}, and {path} has no group [{group}]. Name one that it "
             f"has with {GROUP}=…, or leave both out."
         )
-    names = [name.lower().replace("_", "-") for name in read.options(group)]
+    names = {name.lower().replace("_", "-"): name for name in read.options(group)}
     unread = [name for name in names if name.startswith(("ssl", "tls")) and name not in READ]
     if unread and not has_mode:
         raise InvalidURL(
@@ -47,6 +47,13 @@ def check_option_file(parameters: Mapping[str, Any], shown: str, *, has_mode: bo
             "Say in the URL how much TLS there is to be: ssl_mode=VERIFY_IDENTITY (or REQUIRED, "
             "DISABLED)."
         )
+    values = {name: read.get(group, names[name]) for name in READ if name in names}
+    return {name.replace("-", "_"): _unquoted(value) for name, value in values.items() if value}
+
+
+def _unquoted(value: str) -> str:
+    is_quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    return value[1:-1] if is_quoted else value
 
 
 def _read(path: str) -> RawConfigParser | str:

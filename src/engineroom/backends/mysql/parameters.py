@@ -110,6 +110,8 @@ def for_driver(driver: str, parameters: Mapping[str, Any], shown: str) -> dict[s
                 f"out, or use the side only that {OTHERS[name]} serves, and put it into "
                 'engine_options={"connect_args": …}.'
             )
+    if driver == "asyncmy" and parameters.get("charset") == "utf8mb3":
+        parameters = {**parameters, "charset": "utf8"}  # which it calls so, as old servers did
     if "charset" in parameters and not _knows(driver, parameters["charset"]):
         raise InvalidURL(
             f"{shown} has charset={parameters['charset']}, which {driver} does not know (or "

@@ -44,6 +44,23 @@ def mode_of(parameters: Mapping[str, Any], shown: str) -> str | None:
     return asked
 
 
+def with_file(
+    parameters: Mapping[str, Any], of_file: Mapping[str, str], mode: str | None
+) -> dict[str, Any]:
+    """Add what a file of options says of TLS to the URL's parameters, which count first.
+
+    Of a file that serves others as well, a mode in the URL leaves out what it has no use for; and
+    a socket of this machine needs none of it.
+
+    Args:
+        mode: Which the URL asks for.
+    """
+    if mode in ("DISABLED", "PREFERRED") or (mode is None and "unix_socket" in parameters):
+        return dict(parameters)
+    vain = AUTHORITIES if parameters.get(MODE) == "REQUIRED" else ()
+    return {name: text for name, text in of_file.items() if name not in vain} | dict(parameters)
+
+
 def make_context(parameters: Mapping[str, Any], mode: str) -> ssl.SSLContext:
     """Make what encrypts a connection, and verifies as much as a mode says.
 

@@ -192,12 +192,9 @@ class PostgreSQL:
             self.limit_connect(arguments, seconds)
 
     def may_be_refused(self, error: Exception) -> bool:
-        """Ask the SQLSTATE; libpq keeps that of a connect to itself, and tells less, or nothing.
-
-        PgBouncer has one for whatever it refuses.
-        """
+        """Ask the SQLSTATE; libpq keeps that of a connect to itself, and tells less, or nothing."""
         if (state := sqlstate(error)) is not None:
-            return state in (*REFUSED, PROTOCOL_VIOLATION)
+            return state in (*REFUSED, PROTOCOL_VIOLATION)  # the latter: PgBouncer's, of all
         if (pgconn := getattr(error, "pgconn", None)) is not None:  # psycopg's
             return bool(pgconn.used_password)
         return type(error).__module__ == "psycopg2"

@@ -30,9 +30,12 @@ def _telling(base: Any) -> Any:
     psycopg itself sets it only of what it has not prepared. `Cursor._convert_query` is the step
     between BEGIN and sending; the same test fails when it goes.
     """
+    if getattr(base, "tells_what_is_sent", False):
+        return base
 
     def convert(self: Any, *arguments: Any) -> Any:
         self._query = query = base._convert_query(self, *arguments)
         return query
 
-    return type(base.__name__, (base,), {"__slots__": (), "_convert_query": convert})
+    own = {"__slots__": (), "tells_what_is_sent": True, "_convert_query": convert}
+    return type(base.__name__, (base,), own)

@@ -217,6 +217,8 @@ def watch(driver: Any, note: Callable[[Leaving, Sent], None]) -> None:
     if hasattr(driver, "server_cursor_factory"):  # psycopg
         driver.cursor_factory = watching_cursor(driver.cursor_factory, PSYCOPG_VERBS)
         driver.server_cursor_factory = watching_server_cursor(driver.server_cursor_factory)
+    elif getattr(driver, "cursor_factory", None) is not None:  # psycopg2
+        driver.cursor_factory = watching_cursor(driver.cursor_factory, PSYCOPG2_VERBS)
 
 
 @cache
@@ -260,6 +262,8 @@ def changes(base: Any, verbs: tuple[str, ...]) -> dict[str, Any]:
 @cache
 def watching_server_cursor(base: Any) -> Any:
     """Make a class of psycopg's cursors of the server, which may outlive their transaction."""
+    if getattr(base, "is_watching", False):
+        return base
     watched = watching_cursor(base, ("execute",))
 
     def execute(self: Any, query: Any, *arguments: Any, **options: Any) -> Any:
@@ -273,6 +277,8 @@ def watching_server_cursor(base: Any) -> Any:
 @cache
 def watching_cursor(base: Any, verbs: tuple[str, ...]) -> Any:
     """Make a class of cursors that tell what passes them, of psycopg or psycopg2."""
+    if getattr(base, "is_watching", False):
+        return base
 
     def watched(verb: str) -> Callable[..., Any]:
         send = getattr(base, verb)
@@ -286,7 +292,7 @@ def watching_cursor(base: Any, verbs: tuple[str, ...]) -> Any:
         return tell
 
     telling = {verb: by_name(watched(verb), CALLS_IT.get(verb)) for verb in verbs}
-    verbs_of_it: dict[str, Any] = {"__slots__": (), **telling}
+    verbs_of_it: dict[str, Any] = {"__slots__": (), "is_watching": True, **telling}
     if hasattr(base, "callproc"):  # psycopg2
 
         def callproc(self: Any, name: Any, *arguments: Any) -> Any:

@@ -42,7 +42,7 @@ class Reach:
     ) -> Any:
         """Connect to the first host that will do; the last error is raised where none will.
 
-        Each host has the `timeout` for itself. "prefer-standby" first asks all of them for a standby.
+        Each has the `timeout` for itself. "prefer-standby" first asks all of them for a standby.
         """
         from asyncpg import CannotConnectNowError, TargetServerAttributeNotMatched
 

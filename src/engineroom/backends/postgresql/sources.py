@@ -12,7 +12,7 @@ from pathlib import Path
 from sqlalchemy.engine import URL
 
 from ...errors import InvalidURL
-from ...urls import is_utf8, masked
+from ...urls import flaw, masked
 from .parameters import KNOWN, SYSTEM, read_parameters
 
 logger: logging.Logger = logging.getLogger("engineroom")
@@ -95,8 +95,8 @@ def _mind_direct(parameters: Mapping[str, str], shown: str) -> None:
 
 def _mind_text(text: str, what: str) -> None:
     """Refuse what cannot be sent: the drivers' own errors would print it, and it may be secret."""
-    if not is_utf8(text):
-        raise InvalidURL(f"{what} is not UTF-8, which the drivers send. Write it in UTF-8.")
+    if why := flaw(text):
+        raise InvalidURL(f"{what} {why}. Write it in UTF-8, without a zero byte.")
 
 
 def in_home(path: Path) -> Path | None:
