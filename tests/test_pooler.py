@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Self
 
 import psycopg
 import pytest
-from looking import CANNOT_CONNECT, look
+from looking import CANNOT_CONNECT
 from pgbouncer import PgBouncer
 from pooled import lay_out, share
 from sqlalchemy import event, text
@@ -55,17 +55,6 @@ def pooled(request: pytest.FixtureRequest) -> Iterator[Pooled]:
 def driver(request: pytest.FixtureRequest) -> str:
     value: str = request.param
     return value
-
-
-@pytest.mark.parametrize("door", ["asyncpg", "psycopg", "psycopg (async)", "psycopg2"])
-def test_a_password_that_the_pooler_refuses_is_asked_for_once_more(
-    pgbouncer: PgBouncer, door: str
-) -> None:
-    url = make_url(pgbouncer.url())
-    answers = iter(["rotated-away", url.password])
-    account = url.set(password=None).render_as_string()
-    assert look(account, door, password=lambda: next(answers), pooler="transaction") == 1
-    assert next(answers, None) is None
 
 
 def reports(ends: list[list[Any]]) -> list[dict[str, Any]]:
