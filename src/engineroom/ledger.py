@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import operator
 import sys
 import sysconfig
 import threading
@@ -260,12 +262,27 @@ def line_of(owner: Any) -> str:
     if isinstance(owner, asyncio.Task):
         frames = list(suspended_frames(owner.get_coro()))[::-1]
     else:
-        running = sys._current_frames().get(owner) if isinstance(owner, int) else None
+        running = frames_of_threads().get(owner) if isinstance(owner, int) else None
         frames = [frame for frame, _ in walk_stack(running)] if running else []
     if not frames:
         return "an unknown line"
     line = next(filter(is_applications, frames), frames[0])
     return place(line.f_code, line.f_lineno)
+
+
+def frames_of_threads() -> dict[int, FrameType]:
+    """Return the frame that each thread runs.
+
+    Where the garbage collector begins in the middle of that, Python before 3.12 stands still for
+    ever: it holds a lock of the interpreter, and the next thread that wants it holds the GIL. So
+    the collector is off meanwhile; `map` lets no other thread come between.
+    """
+    look = sys._current_frames
+    if not gc.isenabled():
+        return look()
+    steps: tuple[Any, ...] = (gc.disable, look, gc.enable)
+    found: dict[int, FrameType] = list(map(operator.call, steps))[1]
+    return found
 
 
 def place(code: CodeType, line: int) -> str:
@@ -275,7 +292,7 @@ def place(code: CodeType, line: int) -> str:
 
 def is_inside(thread: int, opened: object) -> bool:
     """Whether a thread is in the middle of a method of this session."""
-    running = sys._current_frames().get(thread)
+    running = frames_of_threads().get(thread)
     frames = walk_stack(running) if running else ()
     return any(
         frame.f_code.co_varnames[:1] == ("self",) and frame.f_locals.get("self") is opened
@@ -290,7 +307,7 @@ def is_known_to_a_thread(opened: object, code: CodeType) -> bool:
     """
     return any(
         (frame.f_code is code or frame.f_code.co_varnames[:1] == ("self",)) and has(frame, opened)
-        for running in sys._current_frames().values()
+        for running in frames_of_threads().values()
         for frame, _ in walk_stack(running)
     )
 

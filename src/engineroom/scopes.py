@@ -41,6 +41,7 @@ from .ledger import (
     Entry,
     Request,
     applications_line,
+    frames_of_threads,
     has,
     is_inside,
     is_known_to_a_thread,
@@ -252,7 +253,7 @@ class SyncScope(Scope, Generic[R]):
         """Whether its thread has left the function that opened it, and may serve another by now."""
         if self.task is not None:
             return False
-        running = sys._current_frames().get(self.thread)
+        running = frames_of_threads().get(self.thread)
         stack = walk_stack(running) if running else ()
         entered = [frame for frame, _ in stack if frame.f_code is self.code]
         if any(has(frame, self._resource) for frame in entered):
