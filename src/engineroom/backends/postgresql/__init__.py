@@ -327,17 +327,13 @@ class PostgreSQL:
         if not hasattr(driver, "get_server_pid"):
             try:
                 if asks:
-                    self.cancel(driver, is_abandoned)
+                    self.interrupt(driver)
             finally:
                 shut(int(driver.fileno()))  # it ends as soon as it reads from there
         elif not asks:
             driver.terminate()
         elif not is_abandoned:  # (asyncpg asks in its own loop only)
             await_only(self.break_off(driver))
-
-    def cancel(self, driver: Any, is_abandoned: bool) -> None:
-        """Send a cancel request."""
-        self.interrupt(driver)
 
     def interrupt(self, driver: Any) -> None:
         """Have the server cancel what runs; what has not arrived there yet is not."""

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import socket
-import struct
-from contextlib import suppress
 from inspect import iscoroutinefunction
 from typing import Any
 
 from sqlalchemy.util import await_only
 
+from .knocking import answers
+
 BREAK_OFF_LIMIT = 1.0  # seconds for the server to take a cancel request
-SSL_REQUEST = struct.pack("!II", 8, 80877103)  # every server answers it, with one byte
 
 
 def request_cancel(driver: Any) -> None:
@@ -22,7 +20,7 @@ def request_cancel(driver: Any) -> None:
         psycopg.errors.CancellationTimeout: it did not take the request in time.
     """
     if not _is_patient(driver):
-        if _answers(driver.info.host, driver.info.port):
+        if answers(driver.info.host, driver.info.port, BREAK_OFF_LIMIT):
             driver.cancel()
     elif not iscoroutinefunction(driver.cancel_safe):
         driver.cancel_safe(timeout=BREAK_OFF_LIMIT)
@@ -41,17 +39,3 @@ def _is_patient(driver: Any) -> bool:
     from psycopg import capabilities
 
     return capabilities.has_cancel_safe()
-
-
-def _answers(host: str, port: int) -> bool:
-    with suppress(OSError):
-        if host.startswith("/"):
-            opened = socket.socket(socket.AF_UNIX)
-            opened.settimeout(BREAK_OFF_LIMIT)
-            opened.connect(f"{host}/.s.PGSQL.{port}")
-        else:
-            opened = socket.create_connection((host, port), BREAK_OFF_LIMIT)
-        with opened:
-            opened.sendall(SSL_REQUEST)
-            return bool(opened.recv(1))
-    return False

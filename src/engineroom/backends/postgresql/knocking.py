@@ -9,6 +9,7 @@ import socket
 import struct
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 
 PROTOCOL = 196608  # 3.0
 STRANGER = b"user\0engineroom\0\0"  # it need not exist: a server that starts refuses everybody
@@ -44,11 +45,8 @@ def knock(host: str, port: int, seconds: float, *, needs_tls: bool) -> str | Non
         OSError: there is no server, it is silent, or it hangs up.
     """
     end = time.monotonic() + seconds
-    if needs_tls:
-        with _opened(host, port, end) as line:
-            line.sendall(WISH_FOR_TLS)
-            if _read(line, 1, end) == b"N":
-                raise NoTLS
+    if needs_tls and _wish_for_tls(host, port, end) == b"N":
+        raise NoTLS
     with _opened(host, port, end) as line:
         line.sendall(HELLO)
         kind = _read(line, 1, end)
@@ -63,6 +61,20 @@ def knock(host: str, port: int, seconds: float, *, needs_tls: bool) -> str | Non
     return next(
         (field[1:].decode("ascii", "replace") for field in fields if field[:1] == b"C"), None
     )
+
+
+def answers(host: str, port: int, seconds: float) -> bool:
+    """Whether a server says anything in that time."""
+    with suppress(OSError):
+        return bool(_wish_for_tls(host, port, time.monotonic() + seconds))
+    return False
+
+
+def _wish_for_tls(host: str, port: int, end: float) -> bytes:
+    """Return what the server says to that: every one does, in one byte."""
+    with _opened(host, port, end) as line:
+        line.sendall(WISH_FOR_TLS)
+        return _read(line, 1, end)
 
 
 def _opened(host: str, port: int, end: float) -> socket.socket:
