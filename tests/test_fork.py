@@ -425,6 +425,41 @@ def test_a_child_that_leaves_its_inherited_loop(url: str, loop: str) -> None:
     run(leaves_the_loop, url, loop)
 
 
+def loops_with_watchers(url: str, loop: str) -> None:
+    """Fork in a task while the loop has watchers to add still, and have both sides add them."""
+    manager = opened(url)
+
+    async def main() -> None:
+        await async_warm(manager)
+        pairs = [os.pipe() for _ in range(50)]
+        running = asyncio.get_running_loop()
+        for ours, _ in pairs:
+            running.add_reader(ours, int)
+        wait = fork(lambda: None, "return")
+        waited = asyncio.create_task(asyncio.to_thread(wait))
+        while not waited.done():
+            for ours, _ in pairs:
+                running.remove_reader(ours)
+            await asyncio.sleep(0)
+            for ours, _ in pairs:
+                running.add_reader(ours, int)
+            await asyncio.sleep(0)
+        await waited
+        for pair in pairs:
+            running.remove_reader(pair[0])
+            for end in pair:
+                os.close(end)
+        await async_unit(manager, 1)
+        await manager.close()
+
+    run_on(loop, main())
+
+
+@every_database_and_loop
+def test_both_sides_of_a_fork_use_a_loop_with_watchers(url: str, loop: str) -> None:
+    run(loops_with_watchers, url, loop)
+
+
 def fork_beside_loop(url: str, loop: str, held: str, end: str) -> None:
     """Fork between two runs of a loop that lives on."""
     manager = opened(url)

@@ -6,6 +6,7 @@ They are few, and a new release may take any of them away: then these tests fail
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import inspect
 import sqlite3
@@ -22,6 +23,7 @@ import psycopg
 import pymysql
 import pytest
 import sqlalchemy.util
+import uvloop
 from fastapi import Depends, FastAPI
 from fastapi.requests import HTTPConnection
 from litestar.exceptions import LitestarException
@@ -39,6 +41,7 @@ from engineroom.backends.mysql.sparing import is_unread
 from engineroom.backends.postgresql.beginning import has_sent, tell_what_is_sent
 from engineroom.backends.sqlite import _thread_of
 from engineroom.fastapi import awaited_by_fastapi, function_stack
+from engineroom.forks import part_uvloop
 from engineroom.lending import Rack
 from engineroom.testing import PostgresServer, WireProxy
 
@@ -622,3 +625,13 @@ def test_an_isolation_level_is_reset_by_what_the_record_keeps(engine: Engine) ->
         record.invalidate()
         assert not record.finalize_callback
         assert record.get_connection() is not driver
+
+
+def test_uvloop_lends_the_loop_that_libuv_makes_anew() -> None:
+    assert ctypes.CDLL(uvloop.loop.__file__).uv_loop_fork
+    loop = uvloop.new_event_loop()
+    assert type(uvloop.loop.libuv_get_loop_t_ptr(loop)).__name__ == "PyCapsule"
+    part_uvloop(loop, uvloop.loop)
+    assert loop.run_until_complete(asyncio.to_thread(int)) == 0
+    loop.run_until_complete(loop.shutdown_default_executor())
+    loop.close()

@@ -555,8 +555,8 @@ def _after_fork_in_child() -> None:
     WAITING.clear()
     ROLLING_BACK.clear()
     WATCH.disown()
-    if any(loop is not None for room in rooms for _, _, loop, _ in room.lenders()):
-        part_event_loops()
+    if loops := {loop for room in rooms for _, _, loop, _ in room.lenders() if loop is not None}:
+        part_event_loops(loops)
     DEPARTURES.disown()
     for cap in list(CAPS):
         cap.disown()

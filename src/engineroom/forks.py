@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import os
 import select
+import sys
 import threading
 import time
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 TASKS = Path("/proc/self/task")  # the threads of this process, as Linux counts them
 LEAVE_WITHIN = 0.25  # seconds that a thread has to go, once Python has done with it
@@ -31,7 +36,7 @@ def let_threads_end() -> None:
         time.sleep(0.001)
 
 
-def part_event_loops() -> None:
+def part_event_loops(inherited: Iterable[asyncio.AbstractEventLoop]) -> None:
     """Give the event loops that a forked child inherited an epoll set of their own.
 
     A fork shares the set itself: a child that leaves its inherited loop, by returning through
@@ -47,6 +52,24 @@ def part_event_loops() -> None:
                     os.dup2(empty.fileno(), int(descriptor.name), inheritable=False)
         except OSError:  # the descriptor of the listing itself is gone by now
             continue
+    uvloop = sys.modules.get("uvloop.loop")
+    for loop in inherited:
+        if uvloop is not None and isinstance(loop, uvloop.Loop) and not loop.is_closed():
+            with suppress(AttributeError):  # a build that hides libuv's names
+                part_uvloop(loop, uvloop)
+
+
+def part_uvloop(loop: asyncio.AbstractEventLoop, uvloop: Any) -> None:
+    """Have libuv make anew what an inherited loop shares with the parent.
+
+    Besides the epoll set that is a ring of io_uring, in memory that both would write to: the next
+    one to do so would be aborted. libuv asks for this call after every fork; uvloop makes it
+    only for the processes that it starts itself, but lends the loop's address to who will.
+    """
+    address = ctypes.pythonapi.PyCapsule_GetPointer
+    address.restype, address.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+    libuv = ctypes.CDLL(uvloop.__file__)
+    libuv.uv_loop_fork(ctypes.c_void_p(address(uvloop.libuv_get_loop_t_ptr(loop), None)))
 
 
 def make_immortal(forgotten: object) -> None:
