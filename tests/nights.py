@@ -7,9 +7,11 @@ import itertools
 import random
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+import psycopg
 from scenario import Item
 from sqlalchemy import insert, select, text
 from sqlalchemy.exc import DBAPIError
@@ -34,6 +36,7 @@ class Accounts:
     unknown: dict[int, BaseException] = field(default_factory=dict)
     last_done: float = 0.0
     began: dict[int, float] = field(default_factory=dict)
+    closed: Counter[str] = field(default_factory=Counter)  # how many were compared and forgotten
 
     def fail(self, number: int, error: Exception) -> None:
         """Note a failure; of a COMMIT that met a dead connection nobody knows the outcome."""
@@ -51,6 +54,20 @@ class Accounts:
         assert self.done - stored == set()
         assert stored - self.done - set(self.unknown) == set()
         assert stored & set(self.failed) == set()
+
+    def close(self, raw: psycopg.Connection[Any]) -> None:
+        """Compare what was told so far, and forget it, so that a long run keeps no long ledger."""
+        done, failed, unknown = set(self.done), set(self.failed), set(self.unknown)
+        stored = {number for (number,) in raw.execute("SELECT id FROM item")}
+        assert done - stored == set()
+        assert failed & stored == set()
+        raw.execute("DELETE FROM item WHERE id = ANY(%s)", [list(done | unknown)])
+        self.done -= done
+        for number in failed | unknown:
+            self.failed.pop(number, None)
+            self.unknown.pop(number, None)
+            self.began.pop(number, None)
+        self.closed.update(done=len(done), failed=len(failed), unknown=len(unknown))
 
 
 class Load:

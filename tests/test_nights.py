@@ -391,6 +391,12 @@ def soak(side: str, driver: str, seconds: float) -> dict[str, Any]:
                 time.sleep(dice.uniform(0.2, 2.5))
                 own.thaw()
 
+            def close_accounts() -> None:
+                plain = make_url(url).set(drivername="postgresql")
+                where = plain.render_as_string(hide_password=False)
+                with psycopg.connect(where, autocommit=True) as raw:
+                    load.accounts.close(raw)
+
             faults = [kill, kill, kill, proxy.cut, silence, stop, own.restart]
             end = time.monotonic() + seconds
             load = Load(manager)
@@ -406,13 +412,13 @@ def soak(side: str, driver: str, seconds: float) -> dict[str, Any]:
                     while len(load.accounts.done) < done + 100:
                         await asyncio.sleep(0.01)
                     await asyncio.sleep(dice.uniform(0, 0.3))
+                    await asyncio.to_thread(close_accounts)
                     if len(states) < 2 and time.monotonic() > end - seconds * 3 / 4:
                         states.append(state(url))
 
             await under_load(load, side, 50, nights)
-            accounts = load.accounts
-            stored = await load.stored()
-            accounts.compare(stored)
+            load.accounts.compare(await load.stored())
+            await asyncio.to_thread(close_accounts)
             states.append(state(url))
             lent = sum(pool.lent for pool in manager.stats().pools)
             tasks = len(asyncio.all_tasks())
@@ -422,9 +428,7 @@ def soak(side: str, driver: str, seconds: float) -> dict[str, Any]:
                 "tasks": tasks,
                 "states": states,
                 "counts": counts,
-                "done": len(accounts.done),
-                "failed": len(accounts.failed),
-                "unknown": len(accounts.unknown),
+                **load.accounts.closed,
             }
 
     with postgres(18) as own:
