@@ -13,21 +13,38 @@ import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from flask import Flask
+from litestar import Litestar
+from litestar.testing import TestClient as LitestarClient
 from looking import look
 from rich.console import Console
 from rich.pretty import pretty_repr
 from rich.traceback import Traceback
-from sqlalchemy import text
+from sqlalchemy import JSON, bindparam, text
+from sqlalchemy.exc import DBAPIError
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
 from tls import Certificates, TLSProxy
 
-from engineroom import ConfigurationError, Database, DatabaseSessionManager, DatabaseSettings
+from engineroom import (
+    ConfigurationError,
+    Database,
+    DatabaseSessionManager,
+    DatabaseSettings,
+)
+from engineroom.asgi import lifespan
+from engineroom.errors import CredentialsFailed
+from engineroom.flask import EngineRoom as FlaskRoom
+from engineroom.litestar import EngineRoomPlugin
 from engineroom.registry import SessionManager
 from engineroom.secrecy import Sealed, Unseen, chain
-from engineroom.testing import PostgresServer
+from engineroom.testing import PostgresServer, clones
+from engineroom.testing.faults import kill_backends
 
 IN_URL, OF_CALLABLE, OF_KEY, OF_FILE = "kn0wn-url", "kn0wn-callable", "kn0wn-key", "kn0wn-file"
 KNOWN = (IN_URL, OF_CALLABLE, OF_KEY, OF_FILE)
@@ -197,6 +214,52 @@ def test_what_one_driver_refuses_shows_no_secret(driver: str, url: str) -> None:
     assert shown(printed(error)) == []
 
 
+def with_flask(**given: Any) -> None:
+    FlaskRoom(Flask("shop"), **given)
+
+
+def with_flasks_config(url: str, **options: Any) -> None:
+    app = Flask("shop")
+    app.config["DATABASE_URL"] = url
+    FlaskRoom(app, **options)
+
+
+def with_litestar(**given: Any) -> None:
+    with LitestarClient(Litestar(plugins=[EngineRoomPlugin(**given)])):
+        pass
+
+
+def with_lifespan(**given: Any) -> None:
+    with TestClient(Starlette(lifespan=lifespan(**given))):
+        pass
+
+
+def with_clones(url: str, **_: Any) -> None:
+    with clones(url):
+        pass
+
+
+DOORS = [with_flask, with_flasks_config, with_litestar, with_lifespan, with_clones]
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_no_framework_shows_the_url_that_it_was_given(
+    door: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOME_TOKEN", OF_FILE)  # whoever looks into the environment sees it
+    for given in ({"url": f"postgresql://u:{IN_URL}@127.0.0.1:1/d?sslmod=x"},) + (
+        ({"url": f"postgresql://u:{IN_URL}@127.0.0.1:1/d", "pool_sise": 3},)
+        if door is not with_clones
+        else ()
+    ):
+        assert shown(printed(crash(partial(door, **given)))) == []
+
+
+def test_whoever_kills_backends_shows_no_secret() -> None:
+    url = f"postgresql://u:{IN_URL}@127.0.0.1:1/d"
+    assert shown(printed(crash(partial(kill_backends, url)))) == []
+
+
 def test_a_registry_shows_no_secret(pg18: PostgresServer, log: Callable[[], str]) -> None:
     registry = SessionManager()
     url = wrong_url(pg18.url())
@@ -270,3 +333,96 @@ def test_frames_of_an_error_that_was_there_before_keep_their_variables() -> None
     *_, (frame, _) = traceback.walk_tb(error.__context__.__traceback__)
     assert frame.f_locals == {"kept": "application"}
     assert shown(printed(error)) == []
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+def test_a_task_that_keeps_the_error_it_met_goes_on(driver: str, pg18: PostgresServer) -> None:
+    """Emptying its frame would end it: a token that is renewed in the background never came."""
+    met: list[Exception] = []
+    rounds = 0
+
+    async def renew() -> None:
+        nonlocal rounds
+        while True:
+            try:
+                raise ConnectionError("no vault")
+            except ConnectionError as error:
+                met.append(error)
+            rounds += 1
+            await asyncio.sleep(0.01)
+
+    async def password() -> str:
+        raise met[-1]
+
+    async def main() -> None:
+        task = asyncio.create_task(renew())
+        await asyncio.sleep(0)
+        url = pg18.url(driver=driver)
+        async with DatabaseSessionManager().init(url, password=password, pool_timeout=5) as manager:
+            with pytest.raises(CredentialsFailed):
+                async with manager.session() as db:
+                    await db.connection()
+            before = rounds
+            while rounds < before + 2:
+                assert not task.done()
+                await asyncio.sleep(0.01)
+        task.cancel()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+def test_what_the_application_handles_meanwhile_keeps_its_variables(driver: str) -> None:
+    def application() -> None:
+        kept = "application"
+        raise KeyError(kept)
+
+    async def main() -> None:
+        url = f"postgresql+{driver}://u:{IN_URL}@127.0.0.1:1/d"
+        async with DatabaseSessionManager().init(url, pool_timeout=2) as manager:
+            try:
+                application()
+            except KeyError as error:
+                with pytest.raises((OSError, DBAPIError)) as caught:
+                    async with manager.session() as db:
+                        await db.connection()
+                *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+                assert error in chain(caught.value)
+        assert frame.f_locals == {"kept": "application"}
+
+    asyncio.run(main())
+
+
+CANNOT_BE_SENT = [
+    ("CAST(:value AS integer)", BOUND),
+    ("CAST(:value AS uuid)", BOUND),  # the reason names it, too
+    ("CAST(:value AS integer[])", [BOUND]),
+    ("CAST(:value AS text)", {"for": BOUND}),
+]
+
+
+@pytest.mark.parametrize("echo", [False, True])
+@pytest.mark.parametrize(("cast", "value"), CANNOT_BE_SENT)
+def test_a_value_that_asyncpg_cannot_send_is_in_no_text(
+    cast: str, value: Any, echo: bool, pg18: PostgresServer
+) -> None:
+    def one(connection: Any) -> None:
+        connection.execute(text(f"SELECT {cast}"), {"value": value})
+
+    def several(connection: Any) -> None:
+        connection.execute(text(f"SELECT {cast}"), [{"value": None}, {"value": value}])
+
+    for work in (one, several):
+        error = crash(look, pg18.url(), "asyncpg", work, echo=echo)
+        assert "invalid input for query argument $1" in str(error)
+        assert (BOUND in str(error)) == echo
+        assert (BOUND in printed(error)) == echo
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_a_document_that_is_none_is_in_no_frame(driver: str, pg18: PostgresServer) -> None:
+    def work(connection: Any) -> None:
+        statement = text("SELECT CAST(:value AS json)").bindparams(bindparam("value", type_=JSON))
+        connection.execute(statement, {"value": {"for": BOUND, "what": object()}})
+
+    assert shown(printed(crash(look, pg18.url(), driver, work)), (BOUND,)) == []

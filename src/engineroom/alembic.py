@@ -27,6 +27,7 @@ from .errors import DriverNotInstalled, InvalidOption, NoDatabaseURL, NoMigratio
 from .manager import DatabaseSessionManager
 from .models import Base
 from .schema import Revisions, find_ini, locked, read_config, read_option, refuse_unknown
+from .secrecy import Sealed
 from .settings import read_settings
 from .urls import read_url
 
@@ -87,13 +88,13 @@ def run(
     if metadata is None:
         metadata = Base.metadata if given is None else given._room.metadata
     _see_named_schemas(metadata, options)
-    url = context.get_x_argument(as_dictionary=True).get("url")
+    url = _commanded_url()
     connection = None if url else config.attributes.get("connection")
     if url is None and MANAGER not in config.attributes:
         url = _written_url(config)
     work = partial(_migrate, metadata=metadata, options=options)
     if context.is_offline_mode():
-        _write_sql(read_url(url) if url else _url_of(given), metadata, options)
+        _write_sql(read_url(url.reveal()) if url else _url_of(given), metadata, options)
     elif connection is not None:
         settings = read_settings()
         given_connection = getattr(connection, "sync_connection", connection)
@@ -103,7 +104,7 @@ def run(
     elif url is None and given is not None:
         _on_connection(given, work)
     else:
-        own = DatabaseSessionManager().init(url or _url_of(None))
+        own = DatabaseSessionManager().init(url.reveal() if url else _url_of(None))
         try:
             _on_connection(own, work)
         finally:
@@ -160,7 +161,7 @@ def config_for(ini: Path, url: URL) -> Config:
     """Return Alembic's configuration with a URL in it, for whichever `env.py` reads it there."""
     config = read_config(ini)
     written = _written_url(config)
-    known = None if written is None else read_url(written)
+    known = None if written is None else read_url(written.reveal())
     if known is not None and known.get_backend_name() == url.get_backend_name():
         url = url.set(drivername=known.drivername)  # env.py may be written for it
     text = url.render_as_string(hide_password=False)
@@ -168,7 +169,13 @@ def config_for(ini: Path, url: URL) -> Config:
     return config
 
 
-def _written_url(config: Config) -> str | None:
+def _commanded_url() -> Sealed[str] | None:
+    """Return what the command line says."""
+    url = context.get_x_argument(as_dictionary=True).get("url")
+    return Sealed(url) if url else None
+
+
+def _written_url(config: Config) -> Sealed[str] | None:
     """Return what the ini file says; a `%` need not be doubled there, as configparser has it."""
     read = partial(
         config.file_config.get, config.config_ini_section, "sqlalchemy.url", fallback=None
@@ -177,7 +184,7 @@ def _written_url(config: Config) -> str | None:
         written = read()
     except InterpolationError:
         written = read(raw=True)
-    return None if written in (None, "", PLACEHOLDER) else written
+    return None if written in (None, "", PLACEHOLDER) else Sealed(written)
 
 
 def _url_of(manager: Manager | None) -> URL:

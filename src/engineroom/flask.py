@@ -31,6 +31,7 @@ from .ledger import REQUEST, Request
 from .refusals import BUSY, RETRY_AFTER, log_refusal
 from .retiring import ENDED
 from .scopes import triple
+from .secrecy import unseen
 from .settings import Options
 
 __all__ = ["EngineRoom"]
@@ -89,6 +90,7 @@ class EngineRoom:
         options: What `Database()` takes. They come before those in `app.config["ENGINEROOM"]`.
     """
 
+    @unseen
     def __init__(
         self,
         app: Flask | None = None,
@@ -111,6 +113,7 @@ class EngineRoom:
         if app is not None:
             self.init_app(app)
 
+    @unseen
     def init_app(self, app: Flask) -> None:
         """Open this application's database; nothing is connected yet.
 

@@ -15,11 +15,13 @@ from .arguments import mind_manager
 from .errors import AlreadyInitialized, InvalidOption
 from .hooks import is_coroutine_function
 from .manager import DatabaseSessionManager, session_manager
+from .secrecy import Sealed, unseen
 from .settings import Options, check_names
 
 Lifespan = Callable[[Any], AbstractAsyncContextManager[Any]]  # frameworks differ in what it gives
 
 
+@unseen
 def lifespan(
     manager: DatabaseSessionManager = session_manager,
     *,
@@ -51,6 +53,7 @@ def lifespan(
             f"lifespan() got wraps={wraps!r}. It takes a function of the application that gives an "
             "asynchronous context manager, or an asynchronous generator: async def …: yield"
         )
+    given: Sealed[dict[str, Any]] = Sealed({"url": url, **options})
     inner = asynccontextmanager(wraps) if isasyncgenfunction(wraps) else wraps
 
     @asynccontextmanager
@@ -61,7 +64,7 @@ def lifespan(
                 "and closes it. Give the second application a manager of its own, leave out the "
                 "other lifespan or init(), or end the first test client before the next."
             )
-        manager.init(url=url, **options)
+        manager.init(**given.reveal())
         try:
             if migrate and manager._room.sandbox is None:  # a test's database has its tables
                 from .alembic import upgrade

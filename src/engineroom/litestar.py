@@ -25,6 +25,7 @@ from .lifespans import Lifespan, lifespan
 from .manager import DatabaseSessionManager, session_manager
 from .refusals import BUSY, RETRY_AFTER, log_refusal
 from .requests import EXCHANGE_KEY, ASGIScope, Receive, Send, request_of
+from .secrecy import unseen
 from .settings import Options
 
 __all__ = ["AsyncSessionDep", "EngineRoomPlugin"]
@@ -60,6 +61,7 @@ class EngineRoomPlugin(InitPlugin):
         options: What else `init()` takes.
     """
 
+    @unseen
     def __init__(
         self,
         manager: DatabaseSessionManager = session_manager,

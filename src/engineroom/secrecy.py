@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from functools import wraps
-from inspect import iscoroutinefunction
-from traceback import clear_frames, walk_tb
-from types import TracebackType
+from inspect import CO_ASYNC_GENERATOR, CO_COROUTINE, CO_GENERATOR, iscoroutinefunction
+from opcode import opmap
+from traceback import walk_tb
+from types import FrameType, TracebackType
 from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
+
+WAITS = CO_GENERATOR | CO_COROUTINE | CO_ASYNC_GENERATOR
+YIELD = opmap["YIELD_VALUE"]  # the instruction at which it does
 
 
 class Sealed(Generic[T]):
@@ -50,7 +53,9 @@ class Unseen:
         traceback: TracebackType | None,
     ) -> None:
         for each in chain(error, self._handled):
-            clear_frames(each.__traceback__)
+            for number, (frame, _) in enumerate(walk_tb(each.__traceback__)):
+                if not emptied(frame) and number == 0 and each is not error:
+                    break  # where that is handled still: it is the application's, and not of ours
 
 
 def unseen(verb: Callable[P, R]) -> Callable[P, R]:
@@ -80,9 +85,10 @@ def unseen(verb: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-# In whose frames the values lie that are bound to a statement.
+# In whose frames the values lie that are bound to a statement: of libraries, and of what they call.
 BINDING = (
     *("sqlalchemy", "asyncpg", "psycopg", "psycopg2", "aiosqlite", "asyncmy", "pymysql"),
+    *("json", "uuid", "ipaddress", "decimal"),
     "engineroom",
 )
 
@@ -92,8 +98,22 @@ def hide_values(error: BaseException) -> None:
     for each in chain(error):
         for frame, _ in walk_tb(each.__traceback__):
             if frame.f_globals.get("__name__", "").partition(".")[0] in BINDING:
-                with suppress(RuntimeError):  # it is running
-                    frame.clear()
+                emptied(frame)
+
+
+def emptied(frame: FrameType) -> bool:
+    """Empty a frame that has ended; one that runs or waits goes on, whatever error it has met.
+
+    Before Python 3.13 `clear()` would end a coroutine that waits, as its task were cancelled.
+    """
+    code = frame.f_code
+    if code.co_flags & WAITS and code.co_code[frame.f_lasti] == YIELD:
+        return False
+    try:
+        frame.clear()
+    except RuntimeError:
+        return False
+    return True
 
 
 def chain(error: BaseException | None, end: BaseException | None = None) -> Iterator[BaseException]:

@@ -26,6 +26,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from .errors import InvalidOption, InvalidURL, NoDatabaseURL, UnknownOption
+from .secrecy import unseen
 from .urls import ACCOUNT, has_account, read_url, replace_account
 
 TRUE = {"1", "true", "t", "yes", "y", "on"}
@@ -185,6 +186,7 @@ class DatabaseSettings(BaseSettings):
         return min(self.slow_checkout, self.pool_timeout)
 
     @property
+    @unseen
     def url(self) -> URL:
         """The URL, read.
 

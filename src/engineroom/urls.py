@@ -83,7 +83,8 @@ def masked(url: str | URL) -> str:
     except InvalidURL:
         return _hidden(url)
     unknown = {name: "***" for name in parsed.query if name not in HARMLESS}
-    text = parsed.update_query_dict(unknown).render_as_string(hide_password=True)
+    shown = parsed.update_query_dict(unknown).render_as_string(hide_password=True)
+    text = shown.replace("=%2A%2A%2A", "=***")
     if "@" in f"{parsed.host}{parsed.database}":  # a password with an @ or a / that was not encoded
         return f"{parsed.drivername}://…"
     return text

@@ -26,6 +26,7 @@ from sqlalchemy.exc import DBAPIError
 
 from engineroom.backends import MYSQL
 from engineroom.errors import InvalidURL, TemplateUnusable
+from engineroom.secrecy import unseen
 from engineroom.testing.administration import KEY_LENGTH, Administrator, logged_failure
 from engineroom.testing.templates import NO_CLONE, NOT_ENTERED, Template
 from engineroom.urls import masked, read_url
@@ -37,6 +38,7 @@ logger: logging.Logger = logging.getLogger("engineroom.testing")
 CARELESS = "PRAGMA synchronous=OFF"  # nobody reads a clone after its process
 
 
+@unseen
 def clones(
     url: str | URL,
     prepare: Callable[[str], object] | None = None,

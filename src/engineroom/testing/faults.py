@@ -25,6 +25,7 @@ from sqlalchemy.engine import URL
 
 from engineroom.backends import Side, choose_driver
 from engineroom.backends.postgresql import DRIVERS
+from engineroom.secrecy import unseen
 from engineroom.testing.wire import Fault, Message, Moment, Parcel, What, Wire
 from engineroom.urls import read_url
 
@@ -322,6 +323,7 @@ class _Lane:
         await self._queue.put((due, parcel))
 
 
+@unseen
 def kill_backends(url: str | URL, *pids: int, timeout: float = 10.0) -> list[int]:
     """End backends as an administrator would (57P01), and return their process ids.
 

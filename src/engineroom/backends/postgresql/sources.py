@@ -12,6 +12,7 @@ from pathlib import Path
 from sqlalchemy.engine import URL
 
 from ...errors import InvalidURL
+from ...secrecy import unseen
 from ...urls import flaw, masked
 from .parameters import KNOWN, SYSTEM, read_parameters
 
@@ -31,6 +32,7 @@ WITHOUT_TLS = ("disable", "allow", "prefer")
 FIELDS = 5  # host, port, database, user, password
 
 
+@unseen
 def resolve(url: URL, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Return all parameters of a connection: what the URL leaves open is looked up elsewhere.
 
