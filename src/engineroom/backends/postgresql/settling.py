@@ -106,9 +106,10 @@ def _interruptible_connection() -> Any:
             except Error:
                 raise
             except BaseException as error:
-                # What the generator itself has raised has ended it.
-                is_from_outside = getattr(gen, "gi_frame", gen) is not None
-                if is_from_outside or not isinstance(error, Exception):
+                # In a pipeline a value that cannot be sent is found while BEGIN is under way; what
+                # the generator has raised itself has ended it.
+                is_its_own = self.pgconn.pipeline_status and getattr(gen, "gi_frame", gen) is None
+                if not (is_its_own and isinstance(error, Exception)):
                     self._break_off()
                 raise
 
