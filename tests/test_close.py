@@ -36,7 +36,7 @@ from sqlalchemy import insert, select, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError
 
-from engineroom import Database, DatabaseSessionManager, SessionClosed, UsageError
+from engineroom import Database, DatabaseSessionManager, SessionClosed, UsageError, drain
 from engineroom.errors import CloseInsideScope, ManagerClosed
 from engineroom.testing import PostgresServer, WireProxy
 
@@ -1151,3 +1151,62 @@ def test_close_of_a_server_at_its_limit_ends_every_backend(url: str, role: str, 
 @pytest.mark.parametrize("url", ["psycopg", "psycopg2"], indirect=True)
 def test_synchronous_close_of_a_server_at_its_limit(url: str, role: str) -> None:
     run(sync_at_its_limit, url, limit(url, role), deadline=LONG - 10)
+
+
+# -- the server's side ---------------------------------------------------------------------------
+
+
+def closed_at_once(url: str, loop: str) -> None:
+    """Look at once: a driver's `close()` may return before its server has ended the backend."""
+
+    async def use() -> None:
+        manager = DatabaseSessionManager().init(url)
+        async with manager.session() as db, manager.reader() as other:
+            await db.execute(text("SELECT 1"))
+            await other.execute(text("SELECT 1"))
+        await manager.close()
+
+    with server(url) as raw:
+        for _ in range(20):
+            run_on(loop, use())
+            assert others_of(raw, url) == []
+
+
+def others_of(raw: Any, url: str) -> list[Any]:
+    """Look by a connection that is there already: to open one would take too long."""
+    look = "SELECT pid FROM pg_stat_activity WHERE datname = %s"
+    return list(raw.execute(look, [make_url(url).database]))
+
+
+@server_driver_and_loop
+def test_no_backend_is_left_when_close_returns(url: str, loop: str) -> None:
+    run(closed_at_once, url, loop)
+
+
+@pytest.mark.parametrize("url", ["psycopg", "psycopg2"], indirect=True)
+def test_no_backend_is_left_when_synchronous_close_returns(url: str) -> None:
+    with server(url) as raw:
+        for _ in range(20):
+            with Database(url) as door, door.session() as db:
+                db.execute(text("SELECT 1"))
+            assert others_of(raw, url) == []
+
+
+@pytest.mark.soak
+def test_pools_of_a_silent_server_end_side_by_side(pg16: PostgresServer) -> None:
+    """asyncpg waits for the answer to its farewell, for as long as one pool is given."""
+
+    async def main() -> float:
+        manager = DatabaseSessionManager().init(pg16.url(driver="asyncpg"))
+        async with manager.session() as db, manager.reader() as other:
+            await db.execute(text("SELECT 1"))
+            await other.execute(text("SELECT 1"))
+        pg16.freeze()
+        began = time.monotonic()
+        try:
+            await manager.close()
+        finally:
+            pg16.thaw()
+        return time.monotonic() - began
+
+    assert asyncio.run(main()) < drain.POOL_LIMIT + 2

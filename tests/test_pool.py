@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import inspect
 import io
 import logging
 import signal
@@ -434,6 +435,30 @@ def test_a_thread_may_have_handed_on_what_it_took(postgres_url: str) -> None:
         with manager.sync_session() as db:  # in the thread that "holds", and nobody is stuck
             assert db.scalar(text("SELECT 42")) == 42
         closing.result()
+
+
+def test_a_session_without_a_scope_is_held_by_the_line_that_asked_for_it(postgres_url: str) -> None:
+    with opened(postgres_url, **ONE, pool_timeout=0.2) as manager:
+
+        def use() -> None:
+            with manager.sync_session() as db:
+                db.execute(text("SELECT 1"))
+
+        session = manager.sync.get_session()
+        session.execute(text("SELECT 1"))
+        asked_at = inspect.currentframe().f_lineno - 2  # type: ignore[union-attr]
+        with ThreadPoolExecutor(1) as others, pytest.raises(PoolExhausted) as caught:
+            others.submit(use).result()
+        [holder] = caught.value.holders
+        assert (holder.kind, holder.where.rpartition(" in ")[0]) == (
+            "get_session",
+            f"{__file__}:{asked_at}",
+        )
+        assert holder.doing.startswith("idle in transaction")
+        session.close()
+        with manager.sync_session() as db:  # the same connection is another's now
+            db.execute(text("SELECT 1"))
+            assert [one.kind for one in manager.stats().pools[0].holders] == ["session"]
 
 
 # -- growth --------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 logger: logging.Logger = logging.getLogger("engineroom.pool")
@@ -97,6 +97,26 @@ class Departures:
             os.close(descriptor)
         then()
         return True
+
+
+class Farewell:
+    """The idle connections that are about to be closed: whether their servers have let go of all."""
+
+    def __init__(self, descriptors: Iterable[int]) -> None:
+        """Take duplicates; who has said farewell hears nothing more but that the server has gone."""
+        self._descriptors: set[int] = {os.dup(descriptor) for descriptor in descriptors}
+        self._deadline = time.monotonic() + GONE_LIMIT
+
+    def is_over(self) -> bool:
+        """Whether nobody is left to be waited for."""
+        late = time.monotonic() > self._deadline
+        for descriptor in list(self._descriptors):
+            shut(descriptor)
+            os.set_blocking(descriptor, False)
+            if late or hung_up(descriptor):
+                os.close(descriptor)
+                self._descriptors.remove(descriptor)
+        return not self._descriptors
 
 
 def hung_up(descriptor: int) -> bool:

@@ -12,8 +12,10 @@ from functools import partial
 
 from sqlalchemy.util import greenlet_spawn
 
+from . import departures
 from .backends import Role, Side
 from .cancellation import settle
+from .departures import Farewell
 from .engines import END_LIMIT, EngineRoom
 from .errors import CloseInsideScope, SyncInAsync
 from .lending import Lender
@@ -41,8 +43,11 @@ def close(room: EngineRoom, timeout: float | None) -> None:
             opened_by = time.monotonic() + CONNECT_LIMIT
             while connecting(room) and time.monotonic() < opened_by:
                 time.sleep(LOOK_EVERY)
+            farewell = say_farewell(room)
             for pool in list(room.lenders()):
                 end_now(room, *pool)
+            while not farewell.is_over():
+                time.sleep(departures.LOOK_EVERY)
         finally:
             room.clear()
 
@@ -87,11 +92,30 @@ async def end_pools(room: EngineRoom) -> None:
     deadline = time.monotonic() + CONNECT_LIMIT
     while connecting(room) and time.monotonic() < deadline:  # noqa: ASYNC110  # as above
         await asyncio.sleep(LOOK_EVERY)
-    for pool in list(room.lenders()):
-        with log_failure():
-            async with asyncio.timeout(POOL_LIMIT):
-                if elsewhere := await greenlet_spawn(end_where_it_belongs, room, *pool):
-                    await asyncio.wrap_future(elsewhere)
+    farewell = say_farewell(room)
+    await asyncio.gather(*(end_one(room, *pool) for pool in list(room.lenders())))
+    while not farewell.is_over():  # noqa: ASYNC110  # as above
+        await asyncio.sleep(departures.LOOK_EVERY)
+
+
+async def end_one(
+    room: EngineRoom,
+    side: Side,
+    role: Role,
+    loop: asyncio.AbstractEventLoop | None,
+    lender: Lender,
+) -> None:
+    """End a pool, from an event loop, and wait for it."""
+    with log_failure():
+        async with asyncio.timeout(POOL_LIMIT):
+            ending = greenlet_spawn(end_where_it_belongs, room, side, role, loop, lender)
+            if elsewhere := await ending:
+                await asyncio.wrap_future(elsewhere)
+
+
+def say_farewell(room: EngineRoom) -> Farewell:
+    """Take leave of what lies idle: a driver's `close()` may return before the server has ended."""
+    return Farewell(fd for _, _, _, lender in room.lenders() for fd in lender.idle_descriptors())
 
 
 def connecting(room: EngineRoom) -> bool:

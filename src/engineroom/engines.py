@@ -43,6 +43,7 @@ from .ledger import (
     describe_held,
     line_of,
     name_of,
+    opener_of,
 )
 from .lending import ROLLING_BACK, Lender
 from .lifecycle import Life, State
@@ -339,7 +340,7 @@ class EngineRoom:
                 "held by %s. Do slow work outside of the scope, or raise the limit.",
                 idle,
                 whose,
-                entry or name_of(permit.owner),
+                opener_of(permit) or name_of(permit.owner),
             )
 
     async def _lose(self, connection: PoolProxiedConnection, cursor: DBAPICursor | None) -> None:

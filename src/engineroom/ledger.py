@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from traceback import walk_stack
 from types import CodeType, FrameType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from sqlalchemy.engine import Connection
 from sqlalchemy.pool import PoolProxiedConnection
 
 from .errors import AlreadyEntered, Holder
 
+OPENER = "engineroom_opener"  # in the `info` of a connection: who asked for it
 STATEMENT_LENGTH = 80  # characters of a statement that a report shows
 
 
@@ -352,11 +353,22 @@ def describe_held(permits: Iterable[Any], now: float) -> tuple[Holder, ...]:
     return tuple(holder for holder in holders if holder is not None)
 
 
+def opener_of(permit: Any) -> Entry | None:
+    """Return the scope that holds a permit's connection, or stands for a session without one."""
+    if permit.entry is not None:
+        return cast("Entry | None", permit.entry())
+    connection = None if permit.connection is None else permit.connection()
+    if connection is None or not connection.is_valid or OPENER not in connection.info:
+        return None
+    opener: Entry | None = connection.info[OPENER]()
+    return opener if opener is not None and opener.held() is connection else None
+
+
 def describe(permit: Any, now: float) -> Holder | None:
     """Say who holds a permit of `slots`, since when, from which line, and what it does."""
     owner, connection, statement = permit.owner, permit.connection, permit.statement
-    known, since = permit.entry, permit.since or now  # (it changes hands at any moment)
-    entry: Entry | None = None if known is None else known()
+    since = permit.since or now  # (it changes hands at any moment)
+    entry = opener_of(permit)
     if owner is None:
         return None
     seconds = max(0.0, now - (permit.statement_since if statement else since))

@@ -929,6 +929,12 @@ class Lender(QueuePool):
         self.refusal = why
         self.slots.dismiss()
 
+    def idle_descriptors(self) -> list[int]:
+        """Return the sockets of the connections that lie here."""
+        drivers = [record.driver_connection for record in list(self.rack.items)]
+        found = [self.backend.descriptor(driver) for driver in drivers if driver is not None]
+        return [descriptor for descriptor in found if descriptor is not None]
+
     def end(self) -> None:
         """Close what is idle, and from now on whatever comes back."""
         if not self.ended:

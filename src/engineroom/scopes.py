@@ -37,6 +37,7 @@ from .errors import (
 )
 from .hooks import Hooks
 from .ledger import (
+    OPENER,
     REQUEST,
     Entry,
     Request,
@@ -362,7 +363,9 @@ class LooseScope(SessionScope):
         return session
 
     def hold(self, connection: PoolProxiedConnection) -> None:
-        """Leave the connection its thread's: nobody is inside of this scope."""
+        """Leave the connection its thread's, for nobody is inside of this scope; but say whose."""
+        self.connection = weakref.ref(connection)
+        connection.info[OPENER] = weakref.ref(self)
 
 
 class AsyncSessionScope(AsyncScope[AsyncSession]):
