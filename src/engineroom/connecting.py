@@ -34,8 +34,9 @@ def watch_connects(engine: Engine, side: Side, backend: Backend, credentials: Cr
         return connect(*args, **revealed(arguments | account))
 
     def ask(arguments: dict[str, Any]) -> dict[str, Sealed[str]]:
-        own = arguments.get("connect_timeout") or arguments.get("timeout") or LIMIT
-        seconds = max(min(seconds_left(known()), float(own)) - SPARE, SPARE)
+        own = float(arguments.get("connect_timeout") or arguments.get("timeout") or 0)
+        left = seconds_left(known())
+        seconds = max((min(left, own) if own > 0 else left) - SPARE, SPARE)
         if side is Side.SYNC:
             return credentials.ask(seconds)
         account: dict[str, Sealed[str]] = await_only(credentials.ask_on_loop(seconds))
