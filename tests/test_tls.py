@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,8 +102,47 @@ def test_the_name_is_verified_by_verify_full_alone(
         assert logins(proxy) == []
 
 
-def test_the_authorities_of_the_machine_do_not_know_ours(driver: str, url: str) -> None:
+def test_the_authorities_of_the_machine_do_not_know_ours(
+    driver: str, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fails(f"{url}?sslrootcert=system", driver)
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    fails(f"{url}?sslrootcert=system", driver)
+
+
+@pytest.mark.parametrize("place", ["environment", "file", "folder"])
+def test_an_authority_that_the_machine_trusts_is_trusted(
+    driver: str,
+    place: str,
+    url: str,
+    pg18: PostgresServer,
+    certificates: Certificates,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By libpq of a wheel as well, whose OpenSSL would look in a folder of whoever built it.
+
+    Where the machine keeps them only its owner can change: what Python says of that is replaced.
+    """
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    if driver == "asyncpg" or place == "environment":  # Python's own OpenSSL is told so
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificates.root))
+    else:
+        roots = certificates.root
+        if place == "folder":
+            roots = tmp_path / "ca-certificates.crt"
+            shutil.copyfile(certificates.root, roots)
+        real = ssl.get_default_verify_paths()
+        paths = real._replace(
+            cafile=str(roots) if place == "file" else None, capath=str(roots.parent)
+        )
+        monkeypatch.setattr(ssl, "get_default_verify_paths", lambda: paths)
+    assert look(f"{url}?sslrootcert=system", driver) == 1
+    with TLSProxy(pg18.host, pg18.port, certificates.elsewhere) as proxy:
+        fails(f"{proxy.url(pg18.url())}?sslrootcert=system", driver)  # by its name
+        assert logins(proxy) == []
 
 
 def test_a_client_shows_its_certificate(

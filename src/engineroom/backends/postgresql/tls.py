@@ -23,6 +23,7 @@ FILES = {  # and what libpq calls them in that folder
 VERIFIES = ("verify-ca", "verify-full")
 OWNERS_ONLY, ROOTS = 0o077, 0o027  # what a key's file must not let others do
 PROTOCOL = "postgresql"  # for ALPN
+BUNDLES = ("ca-certificates.crt", "ca-bundle.crt")  # in the folder of authorities, as systems have it
 
 
 def uses_files(parameters: Mapping[str, str]) -> bool:
@@ -61,6 +62,20 @@ def is_home_closed() -> bool:
     except OSError:
         pass
     return False
+
+
+def find_authorities() -> str | None:
+    """Return the file of the authorities that this machine trusts; None where OpenSSL finds them.
+
+    For a libpq that came in a wheel brings an OpenSSL that looks where that wheel was built, so
+    nobody is trusted, unless the environment says where to look.
+    """
+    paths = ssl.get_default_verify_paths()
+    if os.environ.get(paths.openssl_cafile_env) or os.environ.get(paths.openssl_capath_env):
+        return None
+    folder = Path(paths.capath or os.devnull)
+    bundles = [paths.cafile, *(str(folder / name) for name in BUNDLES)]
+    return next((path for path in bundles if path and os.access(path, os.R_OK)), None)
 
 
 def make_context(parameters: Mapping[str, str]) -> ssl.SSLContext:

@@ -10,9 +10,9 @@ from urllib.parse import urlencode
 from ...errors import InvalidURL, UnsupportedByDriver
 from ...secrecy import Sealed
 from ...urls import HARMLESS
-from .parameters import CACHES, DEFAULT_PORT, read_integer
+from .parameters import CACHES, DEFAULT_PORT, SYSTEM, read_integer
 from .reaching import Reach
-from .tls import FILES, is_home_closed, make_context
+from .tls import FILES, find_authorities, is_home_closed, make_context
 
 SECRETS = ("password", "sslpassword", "oauth_client_secret", "scram_client_key", "scram_server_key")
 PLAIN = ("allow", "prefer")  # of sslmode: without TLS, too
@@ -113,6 +113,8 @@ def _psycopg2_knows(name: str) -> bool:
 
 def for_libpq(parameters: Mapping[str, str]) -> dict[str, Any]:
     """Return the arguments of psycopg and psycopg2, which speak libpq; secrets are sealed."""
+    if parameters.get("sslrootcert") == SYSTEM and (authorities := find_authorities()):
+        parameters = {**parameters, "sslrootcert": authorities}  # (the mode is verify-full)
     return {
         name: Sealed(value) if name in SECRETS else value
         for name, value in parameters.items()
