@@ -9,6 +9,9 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
+import signal
+import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -426,3 +429,55 @@ def test_a_document_that_is_none_is_in_no_frame(driver: str, pg18: PostgresServe
         connection.execute(statement, {"value": {"for": BOUND, "what": object()}})
 
     assert shown(printed(crash(look, pg18.url(), driver, work)), (BOUND,)) == []
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("door", ["session", "connect"])
+def test_a_statement_that_is_cut_off_shows_no_bound_value(
+    driver: str, door: str, pg18: PostgresServer
+) -> None:
+    """By a timeout of asyncio, or by Ctrl-C: no `Exception`, and of errors the commonest."""
+    statement, given = text("SELECT pg_sleep(60), CAST(:value AS text)"), {"value": BOUND}
+    url = f"{pg18.url(driver=driver.partition(' ')[0])}?application_name=struck"
+    struck = "FROM pg_stat_activity WHERE application_name = 'struck' AND state = 'active'"
+
+    def wait_until_it_runs() -> None:
+        while pg18.execute(f"SELECT count(*) {struck}") != [["1"]]:
+            time.sleep(0.01)
+
+    async def time_out() -> None:
+        async with DatabaseSessionManager().init(url) as manager, asyncio.timeout(None) as limit:
+
+            async def strike() -> None:
+                await asyncio.to_thread(wait_until_it_runs)
+                limit.reschedule(0)
+
+            task = asyncio.create_task(strike())
+            async with getattr(manager, door)() as db:
+                await db.execute(statement, given)
+            await task
+
+    def interrupt() -> None:
+        main = threading.get_ident()
+
+        def strike() -> None:
+            wait_until_it_runs()
+            signal.pthread_kill(main, signal.SIGINT)
+            pg18.execute(f"SELECT pg_cancel_backend(pid) {struck}")  # psycopg2 hears only that
+
+        striking = threading.Thread(target=strike)
+        striking.start()
+        try:
+            with Database(url) as database, getattr(database, door)() as db:
+                db.execute(statement, given)
+        except KeyboardInterrupt as error:
+            raise RuntimeError("struck") from error
+        finally:
+            striking.join()
+
+    if driver in ("psycopg", "psycopg2"):
+        error = crash(interrupt)
+    else:
+        error = crash(lambda: asyncio.run(time_out()))
+    assert any(not isinstance(each, Exception) for each in chain(error))
+    assert shown(printed(error), (BOUND,)) == []
