@@ -10,6 +10,7 @@ import asyncio
 import io
 import logging
 import signal
+import socket
 import threading
 import time
 import traceback
@@ -481,3 +482,23 @@ def test_a_statement_that_is_cut_off_shows_no_bound_value(
         error = crash(lambda: asyncio.run(time_out()))
     assert any(not isinstance(each, Exception) for each in chain(error))
     assert shown(printed(error), (BOUND,)) == []
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
+def test_a_connect_that_is_struck_shows_no_secret(driver: str) -> None:
+    """psycopg2 hears of Ctrl-C when its connect has failed: just where that is made unseen."""
+
+    def connect() -> None:
+        striking = threading.Timer(0.2, signal.pthread_kill, [threading.get_ident(), signal.SIGINT])
+        striking.start()
+        try:
+            look(f"postgresql://u:{IN_URL}@127.0.0.1:{silent.getsockname()[1]}/d", driver, pool_timeout=2)
+        except KeyboardInterrupt as error:
+            raise RuntimeError("struck") from error
+        finally:
+            striking.join()
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        error = crash(connect)
+    assert isinstance(error.__cause__, KeyboardInterrupt)
+    assert shown(printed(error)) == []

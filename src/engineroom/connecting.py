@@ -14,7 +14,7 @@ from .backends import Backend, Side
 from .credentials import Credentials
 from .lending import Lender
 from .pool import LoopPool
-from .secrecy import Sealed, Unseen
+from .secrecy import Sealed, unseen
 
 LIMIT = 30.0  # seconds for credentials, where no pool counts them
 SPARE = 0.05  # seconds that they get less than the connect: so that theirs is the error
@@ -44,24 +44,23 @@ def watch_connects(engine: Engine, side: Side, backend: Backend, credentials: Cr
 
     def connect_by_asking(*args: Any, **arguments: Any) -> Any:
         """Connect; where the answers were refused and are others by now, once more."""
-        with Unseen():
-            account = ask(arguments)
-            try:
-                return connect_as(account, *args, **arguments)
-            except Exception as error:
-                if not backend.may_be_refused(error):
-                    raise
-                again = ask(arguments)
-                if revealed(again) == revealed(account):
-                    raise
-            return connect_as(again, *args, **arguments)
+        account = ask(arguments)
+        try:
+            return connect_as(account, *args, **arguments)
+        except Exception as error:
+            if not backend.may_be_refused(error):
+                raise
+            again = ask(arguments)
+            if revealed(again) == revealed(account):
+                raise
+        return connect_as(again, *args, **arguments)
 
     def connect_plainly(*args: Any, **arguments: Any) -> Any:
-        with Unseen():
-            return connect_as({}, *args, **arguments)
+        return connect_as({}, *args, **arguments)
 
     way: Callable[..., Any] = connect_by_asking if credentials else connect_plainly
-    dialect.connect = way
+    # Twice: a Ctrl-C that psycopg2 hears of late strikes just where the first begins to empty.
+    dialect.connect = unseen(unseen(way))
 
 
 def limit(arguments: dict[str, Any], engine: Engine | None, side: Side, backend: Backend) -> None:
