@@ -492,7 +492,11 @@ def test_a_connect_that_is_struck_shows_no_secret(driver: str) -> None:
         striking = threading.Timer(0.2, signal.pthread_kill, [threading.get_ident(), signal.SIGINT])
         striking.start()
         try:
-            look(f"postgresql://u:{IN_URL}@127.0.0.1:{silent.getsockname()[1]}/d", driver, pool_timeout=2)
+            look(
+                f"postgresql://u:{IN_URL}@127.0.0.1:{silent.getsockname()[1]}/d",
+                driver,
+                pool_timeout=2,
+            )
         except KeyboardInterrupt as error:
             raise RuntimeError("struck") from error
         finally:
