@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncGenerator
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from scenario import backends, run, run_on, server, settled, until
@@ -164,27 +164,48 @@ def test_a_cancelled_connect_leaves_no_backend(driver_url: str, loop: str, how: 
     run(connect_cancelled, driver_url, loop, how)
 
 
-def interrupted(url: str) -> None:
+class SoftLimit(Exception):  # as Celery's, which a signal's handler raises
+    pass
+
+
+def interrupted(url: str, what: str, how: str, pipeline: Literal["on", "off"]) -> None:
+    kind: type[BaseException] = KeyboardInterrupt if what == "Ctrl-C" else SoftLimit
+
+    def handler(*_: object) -> None:
+        raise kind
+
     def press() -> None:
         until(lambda: at_work(url), bool)
         os.kill(os.getpid(), signal.SIGINT)
 
-    with Database(url, pool_size=1, max_overflow=0) as door:
-        threading.Thread(target=press).start()
-        try:
-            with door.session() as db:
-                db.execute(text("SELECT pg_sleep(100)"))
-        except KeyboardInterrupt:
-            pass
+    def unit(door: Database) -> None:
+        if how == "by hand":
+            held = door.get_session()
+            try:
+                held.execute(text("SELECT pg_sleep(100)"))
+            finally:
+                held.close()
         else:
-            raise AssertionError("Ctrl-C was lost")
+            with getattr(door, how)() as db:
+                db.execute(text("SELECT pg_sleep(100)"))
+
+    signal.signal(signal.SIGINT, handler)
+    with Database(url, pool_size=1, max_overflow=0, pipeline=pipeline) as door:
+        threading.Thread(target=press).start()
+        with pytest.raises(kind):
+            unit(door)
         until(lambda: at_work(url), lambda busy: not busy)
         assert door.stats().pools[0].lent == 0
         assert door.check().seconds > 0
 
 
-def test_ctrl_c_in_a_statement_leaves_nothing_running(postgres_url: str) -> None:
-    run(interrupted, postgres_url.replace("://", "+psycopg://"))
+@pytest.mark.parametrize("pipeline", ["on", "off"])
+@pytest.mark.parametrize("how", ["session", "reader", "by hand"])
+@pytest.mark.parametrize("what", ["Ctrl-C", "limit"])
+def test_a_signal_in_a_statement_leaves_nothing_running(
+    what: str, how: str, pipeline: str, postgres_url: str
+) -> None:
+    run(interrupted, postgres_url.replace("://", "+psycopg://"), what, how, pipeline)
 
 
 def interrupted_commit(url: str) -> None:
