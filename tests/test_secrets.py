@@ -508,3 +508,27 @@ def test_a_connect_that_is_struck_shows_no_secret(driver: str) -> None:
         error = crash(connect)
     assert isinstance(error.__cause__, KeyboardInterrupt)
     assert shown(printed(error)) == []
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_the_server_quotes_a_value_where_the_docs_say_so(driver: str, pg18: PostgresServer) -> None:
+    def work(connection: Any) -> None:
+        connection.execute(text("SELECT * FROM nothing WHERE it = :value"), {"value": BOUND})
+
+    assert (BOUND in str(crash(look, pg18.url(), driver, work))) == (driver == "psycopg2")
+
+
+@pytest.mark.parametrize("driver", ["asyncmy", "pymysql"])
+def test_a_server_of_mysql_quotes_a_value_as_the_docs_say(driver: str, mysql_url: str) -> None:
+    statement = text("SELECT SELECT :value")
+
+    async def main() -> None:
+        async with DatabaseSessionManager().init(mysql_url) as manager, manager.connect() as db:
+            await db.execute(statement, {"value": BOUND})
+
+    def work() -> None:
+        with Database(mysql_url) as database, database.connect() as db:
+            db.execute(statement, {"value": BOUND})
+
+    error = crash(work if driver == "pymysql" else lambda: asyncio.run(main()))
+    assert BOUND in str(error)
