@@ -319,6 +319,17 @@ def test_a_function_that_is_not_asked_in_time_for_connect_timeout(
         look(f"{vault.url()}?connect_timeout=2", driver, password=hanging)
 
 
+@each_driver
+def test_a_function_is_given_time_where_connect_timeout_is_none(driver: str, vault: Vault) -> None:
+    """As 0 is to libpq."""
+
+    def slow() -> str:
+        time.sleep(0.2)
+        return "first"
+
+    assert look(f"{vault.url()}?connect_timeout=0", driver, password=slow) == 1
+
+
 # --- rotation -------------------------------------------------------------------------------------
 
 

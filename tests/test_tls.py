@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,6 +91,47 @@ def test_a_certificate_of_another_authority_is_refused(
     assert logins(tls) == []
 
 
+@pytest.mark.parametrize("mode", ["allow", "prefer"])
+def test_a_root_that_does_not_fit_is_taken_as_the_docs_say(
+    driver: str,
+    mode: str,
+    url: str,
+    certificates: Certificates,
+    tls: TLSProxy,
+    pg18: PostgresServer,
+) -> None:
+    """By modes that protect from nobody: libpq gives TLS up, and asyncpg goes on unverified."""
+    query = f"?sslmode={mode}&sslrootcert={certificates.other_root}"
+    assert look(url + query, driver) == 1
+    assert tls.seen[-1].tls == (driver == "asyncpg" and mode == "prefer")
+    with TLSProxy(pg18.host, pg18.port, certificates.server, refuses_plain=True) as proxy:
+        if driver == "asyncpg":
+            assert look(proxy.url(pg18.url()) + query, driver) == 1
+        else:
+            fails(proxy.url(pg18.url()) + query, driver)
+
+
+@pytest.mark.parametrize("version", ["tlsv1.2", "TLSv1.3"])
+def test_a_version_of_tls_may_be_asked_for(
+    driver: str, version: str, url: str, tls: TLSProxy
+) -> None:
+    limits = f"ssl_min_protocol_version={version}&ssl_max_protocol_version={version}"
+    for mode in ("prefer", "require"):
+        assert look(f"{url}?sslmode={mode}&{limits}", driver) == 1
+        assert tls.seen[-1].version.lower() == version.lower()
+
+
+def test_a_host_without_tls_is_passed_over_as_the_docs_say(
+    driver: str, tls: TLSProxy, pg18: PostgresServer
+) -> None:
+    place = f"127.0.0.1:{pg18.port}"
+    hosts = pg18.url().replace(place, f"{place},127.0.0.1:{tls.port}")
+    if driver == "psycopg2":
+        fails(f"{hosts}?sslmode=require", driver)
+    else:
+        assert look(f"{hosts}?sslmode=require", driver) == 1
+
+
 def test_the_name_is_verified_by_verify_full_alone(
     driver: str, pg18: PostgresServer, certificates: Certificates
 ) -> None:
@@ -101,8 +143,47 @@ def test_the_name_is_verified_by_verify_full_alone(
         assert logins(proxy) == []
 
 
-def test_the_authorities_of_the_machine_do_not_know_ours(driver: str, url: str) -> None:
+def test_the_authorities_of_the_machine_do_not_know_ours(
+    driver: str, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fails(f"{url}?sslrootcert=system", driver)
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    fails(f"{url}?sslrootcert=system", driver)
+
+
+@pytest.mark.parametrize("place", ["environment", "file", "folder"])
+def test_an_authority_that_the_machine_trusts_is_trusted(
+    driver: str,
+    place: str,
+    url: str,
+    pg18: PostgresServer,
+    certificates: Certificates,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By libpq of a wheel as well, whose OpenSSL would look in a folder of whoever built it.
+
+    Where the machine keeps them only its owner can change: what Python says of that is replaced.
+    """
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    if driver == "asyncpg" or place == "environment":  # Python's own OpenSSL is told so
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificates.root))
+    else:
+        roots = certificates.root
+        if place == "folder":
+            roots = tmp_path / "ca-certificates.crt"
+            shutil.copyfile(certificates.root, roots)
+        real = ssl.get_default_verify_paths()
+        paths = real._replace(
+            cafile=str(roots) if place == "file" else None, capath=str(roots.parent)
+        )
+        monkeypatch.setattr(ssl, "get_default_verify_paths", lambda: paths)
+    assert look(f"{url}?sslrootcert=system", driver) == 1
+    with TLSProxy(pg18.host, pg18.port, certificates.elsewhere) as proxy:
+        fails(f"{proxy.url(pg18.url())}?sslrootcert=system", driver)  # by its name
+        assert logins(proxy) == []
 
 
 def test_a_client_shows_its_certificate(

@@ -52,6 +52,7 @@ class Seen:
     """One connection, as the proxy saw it."""
 
     tls: bool = False
+    version: str = ""
     client: str = ""
     """The common name of the client's certificate."""
     startup: dict[str, str] = field(default_factory=dict)
@@ -161,6 +162,8 @@ class TLSProxy:
                 for name, value in zip(words[::2], words[1::2], strict=False)
                 if name
             }
+            if seen.tls:
+                seen.version = writer.get_extra_info("ssl_object").version()
             certificate: Any = writer.get_extra_info("peercert") or {}
             subject = dict(pair for (pair,) in certificate.get("subject", ()))
             seen.client = subject.get("commonName", "")

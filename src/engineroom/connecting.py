@@ -14,7 +14,7 @@ from .backends import Backend, Side
 from .credentials import Credentials
 from .lending import Lender
 from .pool import LoopPool
-from .secrecy import Sealed, Unseen
+from .secrecy import Sealed, unseen
 
 LIMIT = 30.0  # seconds for credentials, where no pool counts them
 SPARE = 0.05  # seconds that they get less than the connect: so that theirs is the error
@@ -34,8 +34,9 @@ def watch_connects(engine: Engine, side: Side, backend: Backend, credentials: Cr
         return connect(*args, **revealed(arguments | account))
 
     def ask(arguments: dict[str, Any]) -> dict[str, Sealed[str]]:
-        own = arguments.get("connect_timeout") or arguments.get("timeout") or LIMIT
-        seconds = max(min(seconds_left(known()), float(own)) - SPARE, SPARE)
+        own = float(arguments.get("connect_timeout") or arguments.get("timeout") or 0)
+        left = seconds_left(known())
+        seconds = max((min(left, own) if own > 0 else left) - SPARE, SPARE)
         if side is Side.SYNC:
             return credentials.ask(seconds)
         account: dict[str, Sealed[str]] = await_only(credentials.ask_on_loop(seconds))
@@ -43,24 +44,23 @@ def watch_connects(engine: Engine, side: Side, backend: Backend, credentials: Cr
 
     def connect_by_asking(*args: Any, **arguments: Any) -> Any:
         """Connect; where the answers were refused and are others by now, once more."""
-        with Unseen():
-            account = ask(arguments)
-            try:
-                return connect_as(account, *args, **arguments)
-            except Exception as error:
-                if not backend.may_be_refused(error):
-                    raise
-                again = ask(arguments)
-                if revealed(again) == revealed(account):
-                    raise
-            return connect_as(again, *args, **arguments)
+        account = ask(arguments)
+        try:
+            return connect_as(account, *args, **arguments)
+        except Exception as error:
+            if not backend.may_be_refused(error):
+                raise
+            again = ask(arguments)
+            if revealed(again) == revealed(account):
+                raise
+        return connect_as(again, *args, **arguments)
 
     def connect_plainly(*args: Any, **arguments: Any) -> Any:
-        with Unseen():
-            return connect_as({}, *args, **arguments)
+        return connect_as({}, *args, **arguments)
 
     way: Callable[..., Any] = connect_by_asking if credentials else connect_plainly
-    dialect.connect = way
+    # Twice: a Ctrl-C that psycopg2 hears of late strikes just where the first begins to empty.
+    dialect.connect = unseen(unseen(way))
 
 
 def limit(arguments: dict[str, Any], engine: Engine | None, side: Side, backend: Backend) -> None:

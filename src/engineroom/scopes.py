@@ -146,9 +146,12 @@ class Scope(Entry):
         return error is not None or self.is_rollback_only or bool(self.obituary)
 
     def _hide_values(self) -> None:
-        """Empty the frames of an error that has the values of its statement, unless echo is on."""
+        """Empty the frames that have the values of a statement, unless echo is on.
+
+        Those of a cancellation or Ctrl-C as well, which struck while it ran.
+        """
         error = sys.exception()
-        if isinstance(error, Exception) and not self._room.settings.shows_statements:
+        if error is not None and not self._room.settings.shows_statements:
             hide_values(error)
 
     def _take_hooks(self) -> Any:

@@ -181,16 +181,16 @@ class PostgreSQL:
             unsendable.watch(engine)
 
     def limit_connect(self, arguments: dict[str, Any], seconds: float) -> None:
-        """Set libpq's parameter, unless it is given: whole seconds for each host, from two on."""
+        """Set libpq's parameter, unless it is less: whole seconds for each host, from two on."""
         limit = max(LEAST_TIMEOUT, math.ceil(seconds / _turns(arguments)))
-        arguments.setdefault("connect_timeout", limit)
+        _shorten(arguments, "connect_timeout", limit)
 
     def limit_each_host(self, arguments: dict[str, Any], seconds: float) -> None:
         """Set the parameter where there are several; asyncpg, which has them listed, its own."""
         if (turns := _turns(arguments)) == 1:
             return  # the pool keeps the time, and its error says so
-        if isinstance(arguments["host"], list):
-            arguments.setdefault("timeout", seconds / turns)
+        if isinstance(arguments.get("host"), list):
+            _shorten(arguments, "timeout", seconds / turns)
         else:
             self.limit_connect(arguments, seconds)
 
@@ -401,6 +401,12 @@ def _turns(arguments: Mapping[str, Any]) -> int:
     turns = len(hosts) if isinstance(hosts, list) else hosts.count(",") + 1
     again = turns > 1 and arguments.get("target_session_attrs") == "prefer-standby"
     return turns * 2 if again else turns
+
+
+def _shorten(arguments: dict[str, Any], name: str, limit: float) -> None:
+    """Set a time to a limit, unless a shorter one is given; to libpq, 0 is none at all."""
+    if not 0 < float(arguments.get(name) or 0) <= limit:
+        arguments[name] = limit
 
 
 def _has_begun(driver: Any) -> bool | None:

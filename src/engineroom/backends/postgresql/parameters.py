@@ -13,6 +13,9 @@ from ..sockets import ARRIVES_WITHIN, KEEPALIVE_COUNT, KEEPALIVE_IDLE, KEEPALIVE
 SSLMODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 WISHES = ("disable", "prefer", "require")
 TARGETS = ("any", "read-write", "read-only", "primary", "standby", "prefer-standby")
+OLDEST = "TLSv1.2"  # where nobody says otherwise
+LIMITS = ("ssl_min_protocol_version", "ssl_max_protocol_version")
+VERSIONS = ("TLSv1.3", "TLSv1.2", "TLSv1.1", "TLSv1", "")  # of TLS, from new to old; then: no limit
 FLAG = ("0", "1", "")  # libpq takes the last like none
 HOST_AND_PORT = re.compile(r"[A-Za-z0-9.-]+:[0-9]+")
 NUMBER = re.compile(r"\s*[+-]?[0-9]+\s*")
@@ -75,8 +78,8 @@ KNOWN: dict[str, Parameter] = {
     "sslsni": Parameter("PGSSLSNI", FLAG),
     "sslkeylogfile": Parameter(),
     "requirepeer": Parameter("PGREQUIREPEER"),
-    "ssl_min_protocol_version": Parameter("PGSSLMINPROTOCOLVERSION"),
-    "ssl_max_protocol_version": Parameter("PGSSLMAXPROTOCOLVERSION"),
+    "ssl_min_protocol_version": Parameter("PGSSLMINPROTOCOLVERSION", VERSIONS),
+    "ssl_max_protocol_version": Parameter("PGSSLMAXPROTOCOLVERSION", VERSIONS),
     "min_protocol_version": Parameter("PGMINPROTOCOLVERSION"),
     "max_protocol_version": Parameter("PGMAXPROTOCOLVERSION"),
     "krbsrvname": Parameter("PGKRBSRVNAME"),
@@ -99,6 +102,7 @@ NEVER_BLANK = (
 # What others call them: SQLAlchemy, JDBC and asyncpg.
 ALIASES = {"username": "user", "database": "dbname", "ssl": "sslmode"}
 SSL = {"true": "require", "false": "disable"}
+ANY_CASE = {version.lower(): version for version in VERSIONS}  # libpq reads these so
 # Not libpq's, but in many a URL: SQLAlchemy's and asyncpg's caches. They concern no other driver.
 CACHES = ("prepared_statement_cache_size", "statement_cache_size")
 # What belongs to other tools, and how the same is said here.
@@ -130,6 +134,8 @@ def read_parameters(given: Mapping[str, str | tuple[str, ...]], origin: str) -> 
             raise _unknown(name, value, origin)
         text = ",".join(value) if isinstance(value, tuple) else value
         text = SSL.get(text, text) if name == "ssl" else text
+        if known in LIMITS:
+            text = ANY_CASE.get(text.lower(), text)
         _mind_value(name, known, text, origin)
         read[known] = text
     hosts = given.get("host", ())
@@ -142,6 +148,12 @@ def read_integer(parameters: Mapping[str, str], name: str) -> int | None:
     """Return a number, which `read_parameters` has seen to be one; None if it was not given."""
     text = parameters.get(name)
     return None if text is None else int(text)
+
+
+def read_limits(parameters: Mapping[str, str]) -> tuple[str, str]:
+    """Return the oldest and the newest version of TLS; a blank is no limit."""
+    oldest, newest = LIMITS
+    return parameters.get(oldest, OLDEST), parameters.get(newest, "")
 
 
 def _unknown(name: str, value: str | tuple[str, ...], origin: str) -> InvalidURL:

@@ -14,7 +14,7 @@ from sqlalchemy.engine import URL
 from ...errors import InvalidURL
 from ...secrecy import unseen
 from ...urls import flaw, masked
-from .parameters import KNOWN, SYSTEM, read_parameters
+from .parameters import KNOWN, OLDEST, SYSTEM, VERSIONS, read_limits, read_parameters
 
 logger: logging.Logger = logging.getLogger("engineroom")
 
@@ -59,6 +59,7 @@ def resolve(url: URL, environment: Mapping[str, str] = os.environ) -> dict[str, 
         _mind_system(parameters, shown)
     if parameters.get("sslnegotiation") == "direct":
         _mind_direct(parameters, shown)
+    _mind_versions(parameters, shown)
     for name, value in parameters.items():
         _mind_text(value, f"{name} of {shown}")
     return parameters
@@ -92,6 +93,16 @@ def _mind_direct(parameters: Mapping[str, str], shown: str) -> None:
         raise InvalidURL(
             f"{shown} has sslnegotiation=direct with sslmode={mode}, which may do without TLS. "
             "Write sslmode=require or one that verifies."
+        )
+
+
+def _mind_versions(parameters: Mapping[str, str], shown: str) -> None:
+    """Refuse limits between which there is no version of TLS, as libpq does."""
+    oldest, newest = read_limits(parameters)
+    if newest and oldest and VERSIONS.index(oldest) < VERSIONS.index(newest):
+        raise InvalidURL(
+            f"{shown} has ssl_min_protocol_version={oldest} (which is {OLDEST} where it is not "
+            f"given) with ssl_max_protocol_version={newest}: no version lies between. Correct one."
         )
 
 

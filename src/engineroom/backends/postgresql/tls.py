@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ...errors import InvalidCertificate
 from ..certificates import explained
-from .parameters import SYSTEM
+from .parameters import SYSTEM, read_limits
 from .sources import in_home
 
 FOLDER = Path(".postgresql")  # in the home directory
@@ -23,6 +23,10 @@ FILES = {  # and what libpq calls them in that folder
 VERIFIES = ("verify-ca", "verify-full")
 OWNERS_ONLY, ROOTS = 0o077, 0o027  # what a key's file must not let others do
 PROTOCOL = "postgresql"  # for ALPN
+BUNDLES = (
+    "ca-certificates.crt",
+    "ca-bundle.crt",
+)  # in the folder of authorities, as systems have it
 
 
 def uses_files(parameters: Mapping[str, str]) -> bool:
@@ -61,6 +65,20 @@ def is_home_closed() -> bool:
     except OSError:
         pass
     return False
+
+
+def find_authorities() -> str | None:
+    """Return the file of the authorities that this machine trusts; None where OpenSSL finds them.
+
+    For a libpq that came in a wheel brings an OpenSSL that looks where that wheel was built, so
+    nobody is trusted, unless the environment says where to look.
+    """
+    paths = ssl.get_default_verify_paths()
+    if os.environ.get(paths.openssl_cafile_env) or os.environ.get(paths.openssl_capath_env):
+        return None
+    folder = Path(paths.capath or os.devnull)
+    bundles = [paths.cafile, *(str(folder / name) for name in BUNDLES)]
+    return next((path for path in bundles if path and os.access(path, os.R_OK)), None)
 
 
 def make_context(parameters: Mapping[str, str]) -> ssl.SSLContext:
@@ -108,19 +126,11 @@ def _load_own(context: ssl.SSLContext, files: Mapping[str, str], password: str) 
 
 
 def _limit_versions(context: ssl.SSLContext, parameters: Mapping[str, str]) -> None:
-    for name, attribute, default in (
-        ("ssl_min_protocol_version", "minimum_version", "TLSv1.2"),
-        ("ssl_max_protocol_version", "maximum_version", ""),
-    ):
-        version = parameters.get(name, default)
-        if not version:
-            continue
-        try:
-            setattr(context, attribute, ssl.TLSVersion[version.replace(".", "_")])
-        except KeyError:
-            raise InvalidCertificate(
-                f"{name}={version} is no version of TLS. Write TLSv1.2 or TLSv1.3."
-            ) from None
+    oldest, newest = (version.replace(".", "_") for version in read_limits(parameters))
+    if oldest:
+        context.minimum_version = ssl.TLSVersion[oldest]
+    if newest:
+        context.maximum_version = ssl.TLSVersion[newest]
 
 
 def _mind_key(path: str) -> None:

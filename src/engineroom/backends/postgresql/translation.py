@@ -10,14 +10,13 @@ from urllib.parse import urlencode
 from ...errors import InvalidURL, UnsupportedByDriver
 from ...secrecy import Sealed
 from ...urls import HARMLESS
-from .parameters import CACHES, DEFAULT_PORT, read_integer
+from .parameters import CACHES, DEFAULT_PORT, LIMITS, SYSTEM, read_integer
 from .reaching import Reach
-from .tls import FILES, is_home_closed, make_context
+from .tls import FILES, find_authorities, is_home_closed, make_context
 
 SECRETS = ("password", "sslpassword", "oauth_client_secret", "scram_client_key", "scram_server_key")
 PLAIN = ("allow", "prefer")  # of sslmode: without TLS, too
 VERIFIERS = ("sslrootcert", "sslcrl")  # which those do not ask
-VERSIONS = ("ssl_min_protocol_version", "ssl_max_protocol_version")
 # What asyncpg takes by the same name.
 ALIKE = ("user", "krbsrvname", "gsslib", "target_session_attrs")
 LEAST_TIMEOUT = 2  # seconds, of libpq's `connect_timeout`
@@ -113,6 +112,8 @@ def _psycopg2_knows(name: str) -> bool:
 
 def for_libpq(parameters: Mapping[str, str]) -> dict[str, Any]:
     """Return the arguments of psycopg and psycopg2, which speak libpq; secrets are sealed."""
+    if parameters.get("sslrootcert") == SYSTEM and (authorities := find_authorities()):
+        parameters = {**parameters, "sslrootcert": authorities}  # (the mode is verify-full)
     return {
         name: Sealed(value) if name in SECRETS else value
         for name, value in parameters.items()
@@ -167,7 +168,7 @@ def _tls(parameters: Mapping[str, str]) -> dict[str, Any]:
         return tls | {"ssl": (context, False) if mode == "prefer" else (False, context)}
     # asyncpg tries both ways in its own modes only, and takes certificates for them in a DSN.
     texts = {
-        name: parameters[name] for name in (*FILES, "sslpassword", *VERSIONS) if name in parameters
+        name: parameters[name] for name in (*FILES, "sslpassword", *LIMITS) if name in parameters
     }
     return (
         tls
