@@ -47,8 +47,8 @@ def permit_of(connection: PoolProxiedConnection) -> Any:
 def begin_anew(cursor: Any, context: ExecutionContext, error: Exception) -> bool:
     """Take another connection where the first BEGIN of a holder met a dead one.
 
-    It travels as a message of its own, and was not answered: so the statement was never sent, and
-    nothing was done that could be done twice.
+    It was not answered: so the statement was not sent or, in a pipeline, sent with it in vain; and
+    no COMMIT was, so nothing that stays could be done twice.
 
     Returns:
         Whether `context` has another cursor, to execute the statement with.
