@@ -151,6 +151,18 @@ def test_what_no_pipeline_takes_begins_as_ever(opened: Callable[..., Units], wor
     assert units(lambda db: db.execute(FIRST))[0] == 2
 
 
+@pytest.mark.parametrize("direction", ["TO STDOUT", "FROM STDIN"])
+def test_the_text_of_a_copy_is_refused_as_ever(
+    opened: Callable[..., Units], direction: str
+) -> None:
+    """There is no way out of a pipeline then; what is raised says what was wrong."""
+    units = opened()
+    with pytest.raises(ProgrammingError, match="COPY cannot be used with this method"):
+        units(lambda db: db.execute(text(f"COPY item {direction}")))
+    units(lambda db: db.execute(FIRST))
+    assert units(lambda db: db.execute(FIRST))[0] == 2
+
+
 def test_a_savepoint_may_come_first(opened: Callable[..., Units]) -> None:
     def nest(db: Session) -> None:
         with db.begin_nested():

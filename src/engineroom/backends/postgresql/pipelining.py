@@ -235,12 +235,20 @@ def _pipeline_of(cursor: Any) -> Generator[Any]:
     pipeline.command_queue = Burst(pipeline)
     try:
         yield pipeline
-    finally:
-        driver._pipeline = driver.course.beginning = None
-        if driver.pgconn.status == CONNECTED:
-            driver.pgconn.exit_pipeline_mode()
-        elif cursor.pgresult is None:
+    except BaseException:
+        with suppress(Exception):  # a COPY has no way out; the pool ends its connection
+            _leave_pipeline(driver)
+        if driver.pgconn.status != CONNECTED and cursor.pgresult is None:
             forget_what_is_sent(cursor)
+        raise
+    _leave_pipeline(driver)
+
+
+def _leave_pipeline(driver: Any) -> None:
+    """Have a connection in no pipeline, if it is not lost."""
+    driver._pipeline = driver.course.beginning = None
+    if driver.pgconn.status == CONNECTED:
+        driver.pgconn.exit_pipeline_mode()
 
 
 def _send_begin(cursor: Any, pipeline: Any) -> None:
