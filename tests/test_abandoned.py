@@ -187,6 +187,43 @@ def test_ctrl_c_in_a_statement_leaves_nothing_running(postgres_url: str) -> None
     run(interrupted, postgres_url.replace("://", "+psycopg://"))
 
 
+def interrupted_on_a_silent_server(url: str, pipeline: Any) -> float:
+    logging.getLogger("psycopg").setLevel(logging.ERROR)  # it warns that nobody took the request
+    address: Any = make_url(url)
+    with WireProxy(address.host, address.port) as proxy:
+        door = Database(proxy.url(url), pool_size=1, max_overflow=0, pipeline=pipeline)
+        with door.session() as db:
+            db.execute(text("SELECT 1"))
+        fault = proxy.freeze_before("pg_sleep")
+        pressed: list[float] = []
+
+        def press() -> None:
+            until(lambda: fault.happened, bool)
+            time.sleep(0.1)
+            pressed.append(time.monotonic())
+            os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Thread(target=press).start()
+        try:
+            with door.session() as db:
+                db.execute(text("SELECT pg_sleep(100)"))
+        except KeyboardInterrupt:
+            took = time.monotonic() - pressed[0]
+        proxy.thaw()
+        with door.session() as db:
+            db.execute(text("SELECT 1"))
+        door.close()
+    return took
+
+
+@pytest.mark.parametrize("pipeline", ["off", "on"])
+def test_ctrl_c_in_a_statement_does_not_wait_for_a_silent_server(
+    postgres_url: str, pipeline: str
+) -> None:
+    url = postgres_url.replace("://", "+psycopg://")
+    assert run(interrupted_on_a_silent_server, url, pipeline) < 1 + 2  # psycopg's own ways take 10
+
+
 def interrupted_commit(url: str) -> None:
     def press() -> None:
         until(lambda: [row[1:] for row in at_work(url)], lambda busy: ("active", "COMMIT") in busy)

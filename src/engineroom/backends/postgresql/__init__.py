@@ -14,6 +14,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
+from sqlalchemy import event
 from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from sqlalchemy.util import await_only
@@ -42,7 +43,7 @@ from .guards import at_start, for_transaction, struck
 from .looking import look
 from .parameters import ALIVE
 from .schema_lock import AdvisoryLock, stands_alone, without_literals
-from .settling import settling_connection
+from .settling import hurry, settling_connection
 from .sockets import asyncpg_transport, descriptor_of, is_closed
 from .sources import resolve
 from .sqlstates import PROTOCOL_VIOLATION, sqlstate
@@ -176,6 +177,8 @@ class PostgreSQL:
         if dialect.driver == "psycopg":
             dialect.do_rollback = _rolling_back(dialect.do_rollback, dialect.is_async)
             dialect.connect = sealing(dialect.connect)
+            if not dialect.is_async:
+                event.listen(engine, "connect", hurry)
         elif dialect.driver == "asyncpg":
             unsendable.watch(engine)
             lost.watch(engine)

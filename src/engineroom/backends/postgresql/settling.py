@@ -1,14 +1,16 @@
-"""psycopg's connection, which stops its statement on the server however often it is cancelled."""
+"""psycopg's connections, which stop a statement on the server however they are interrupted."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from functools import cache
 from traceback import clear_frames
 from typing import Any
+from weakref import ref
 
 from ...cancellation import settle
 from .cancelling import BREAK_OFF_LIMIT
@@ -69,6 +71,30 @@ def settling_connection() -> Any:
             return _owes_answer(self.pgconn)
 
     return SettlingConnection
+
+
+def hurry(driver: Any, record: object) -> None:
+    """Have Ctrl-C end psycopg's synchronous connection on a silent server as well.
+
+    psycopg gives the server 5 s to take the cancel request, and 5 s more to answer.
+    """
+    from psycopg.errors import CancellationTimeout
+
+    cancel, known = type(driver).cancel_safe, ref(driver)
+
+    def cancel_safe(*, timeout: float = 30.0) -> None:
+        driver: Any = known()
+        interruption = sys.exception()
+        if not isinstance(interruption, KeyboardInterrupt):
+            cancel(driver, timeout=timeout)
+            return
+        try:
+            cancel(driver, timeout=min(timeout, BREAK_OFF_LIMIT))
+        except CancellationTimeout:
+            driver.pgconn.finish()
+            raise interruption from None  # nothing is left that could be waited for
+
+    driver.cancel_safe = cancel_safe
 
 
 def _synchronize(pgconn: Any) -> None:
