@@ -198,8 +198,19 @@ async def test_a_cancelled_commit_calls_nothing(
             assert calls == []
 
 
-def interrupted_in_commit(url: str, way: str) -> list[str]:
+class SoftLimit(Exception):  # as Celery's, which a signal's handler raises
+    pass
+
+
+KINDS: dict[str, type[BaseException]] = {"Ctrl-C": KeyboardInterrupt, "limit": SoftLimit}
+
+
+def interrupted_in_commit(url: str, way: str, what: str) -> list[str]:
     calls: list[str] = []
+    kind = KINDS[what]
+
+    def handler(*_: object) -> None:
+        raise kind
 
     def interrupt() -> None:
         question = (
@@ -210,22 +221,31 @@ def interrupted_in_commit(url: str, way: str) -> list[str]:
                 pass
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
+    signal.signal(signal.SIGINT, handler)
     thread = threading.Thread(target=interrupt)
     with Database(url) as door:
         thread.start()
         try:
-            sleep_in_commit(door, way, calls, KeyboardInterrupt)
-        except KeyboardInterrupt:
-            calls.append("interrupted")
+            sleep_in_commit(door, way, calls, kind)
+        except kind as error:
+            calls.append("interrupted: " + error.__notes__[0])
     thread.join()
     return calls
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("way", WAYS)
-def test_a_commit_that_ctrl_c_interrupts_calls_nothing(way: str, lazy_url: str) -> None:
-    calls = run(interrupted_in_commit, lazy_url.replace("postgresql:", "postgresql+psycopg:"), way)
-    went_on = way in {"commit, then rollback", "begin, and on"}
-    assert calls == (["+next"] if went_on else ["interrupted"])
+def test_a_commit_that_a_signal_interrupts_calls_nothing(
+    way: str, kind: str, lazy_url: str
+) -> None:
+    url = lazy_url.replace("postgresql:", "postgresql+psycopg:")
+    calls = run(interrupted_in_commit, url, way, kind)
+    if way in {"commit, then rollback", "begin, and on"}:
+        assert calls == ["+next"]
+    else:
+        [told] = calls
+        assert told.startswith("interrupted: ")
+        assert "whether the transaction was committed is unknown" in told
 
 
 def test_an_error_of_another_sessions_commit_is_no_doubt_here(
@@ -623,3 +643,45 @@ def test_a_callback_that_exits_lets_the_others_run(side: str, sqlite_url: str) -
         with Database(sqlite_url) as db, db.session() as session:
             register(session)
     assert called == ["the next"]
+
+
+AFTER_COMMIT = "after COMMIT: what was committed stays committed"
+
+
+@pytest.mark.parametrize("way", ["end", "commit"])
+@pytest.mark.parametrize("kind", ["commit", "rollback"])
+def test_a_timeout_that_strikes_the_callbacks_says_that_all_is_committed(
+    way: str, kind: str, postgres_url: str
+) -> None:
+    async def publish() -> None:
+        await asyncio.sleep(0.3)
+
+    async def main() -> BaseException | None:
+        register = on_commit if kind == "commit" else on_rollback
+        async with DatabaseSessionManager().init(postgres_url) as manager:
+            with pytest.raises(TimeoutError) as caught:
+                async with asyncio.timeout(0.2), manager.session() as db:
+                    await db.execute(text("SELECT 1"))
+                    register(db, publish)
+                    if way == "commit":
+                        await (db.commit() if kind == "commit" else db.rollback())
+                    elif kind == "rollback":
+                        raise TimeoutError
+        return caught.value.__cause__ or caught.value.__context__
+
+    notes = getattr(asyncio.run(main()), "__notes__", [])
+    assert any(AFTER_COMMIT in note for note in notes) == (kind == "commit")
+
+
+def struck_in_a_callback(url: str) -> None:
+    def callback() -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    with Database(url) as door, pytest.raises(KeyboardInterrupt) as caught, door.session() as db:
+        db.execute(text("SELECT 1"))
+        on_commit(db, callback)
+    assert AFTER_COMMIT in caught.value.__notes__[0]
+
+
+def test_ctrl_c_in_a_callback_says_that_all_is_committed(postgres_url: str) -> None:
+    run(struck_in_a_callback, postgres_url.replace("://", "+psycopg://"))

@@ -29,7 +29,7 @@ from sandboxed import (
     opened,
     sync_add,
 )
-from scenario import fork
+from scenario import fork, run
 from sqlalchemy import ForeignKey, MetaData, func, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -45,7 +45,7 @@ from engineroom.errors import (
     TemplateUnusable,
 )
 from engineroom.fastapi import lifespan, session_dependency
-from engineroom.testing import PostgresServer, outer, sandbox
+from engineroom.testing import PostgresServer, clones, outer, sandbox
 
 pytestmark = pytest.mark.anyio
 
@@ -637,7 +637,11 @@ def test_a_fork_inside_leaves_every_manager_alone(driver_url: str) -> None:
 
         def child() -> None:
             assert not pids() & mine, "the child uses its parent's connections"
-            with database.session() as db:
+            for door in (database.session, database.reader):  # the latter's engine is made here
+                with pytest.raises(NotInSandbox, match="forked inside"), door() as db:
+                    db.scalar(COUNT)
+            database.close()  # nothing, as inside
+            with Database(url) as own, own.session() as db:
                 assert db.scalar(COUNT) == 0
 
         fork(child)()
@@ -646,6 +650,33 @@ def test_a_fork_inside_leaves_every_manager_alone(driver_url: str) -> None:
             assert db.scalar(COUNT) == 1
     for other in others:
         other.close()
+
+
+def forked_in_a_clone(url: str) -> None:
+    with Database(url, metadata=Model.metadata) as database:
+        database.create_all()
+        with clones(url, create_tables) as template:
+            with database.session() as db:  # the database's own pool is warm at the fork
+                assert db.scalar(COUNT) == 0
+            with sandbox(database, isolation="database", template=template):
+                with database.session() as db:
+                    db.add(Item(id=1))
+
+                def child() -> None:
+                    with database.session() as db:
+                        assert db.scalar(COUNT) == 1
+                        db.add(Item(id=2))
+
+                fork(child, "return")()
+                with database.session() as db:
+                    assert db.scalar(COUNT) == 2
+                    db.add(Item(id=3))
+            with database.session() as db:
+                assert db.scalar(COUNT) == 0
+
+
+def test_a_fork_shares_a_clone(url: str) -> None:
+    run(forked_in_a_clone, url)
 
 
 async def test_what_is_left_open_is_named(manager: DatabaseSessionManager) -> None:

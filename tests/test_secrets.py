@@ -383,11 +383,12 @@ def test_what_the_application_handles_meanwhile_keeps_its_variables(driver: str)
             try:
                 application()
             except KeyError as error:
+                handled = error
                 with pytest.raises((OSError, DBAPIError)) as caught:
                     async with manager.session() as db:
                         await db.connection()
-                *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-                assert error in chain(caught.value)
+        assert handled in chain(caught.value)
+        *_, (frame, _) = traceback.walk_tb(handled.__traceback__)
         assert frame.f_locals == {"kept": "application"}
 
     asyncio.run(main())

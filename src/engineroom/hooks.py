@@ -236,7 +236,8 @@ class Hooks:
             hook = self.due.pop(0)
             try:
                 result = _call(hook)
-            except BaseException:  # SystemExit, Ctrl-C: not before the others have run
+            except BaseException as error:  # SystemExit, Ctrl-C: not before the others have run
+                _note_outcome(error, hook)
                 self._call_all()
                 raise
             if inspect.iscoroutine(result):
@@ -249,7 +250,8 @@ class Hooks:
             hook = self.due.pop(0)
             try:
                 result = _call(hook)
-            except BaseException:
+            except BaseException as error:
+                _note_outcome(error, hook)
                 await self._await_all()
                 raise
             if inspect.isawaitable(result):
@@ -257,8 +259,16 @@ class Hooks:
                     await settle(_finish(hook, result), SETTLE_LIMIT if cancelled else None)
                 except asyncio.CancelledError as error:
                     cancelled = error
+                    _note_outcome(error, hook)
         if cancelled is not None:
             raise cancelled
+
+
+def _note_outcome(error: BaseException, hook: Hook) -> None:
+    if hook.kind == "commit":
+        error.add_note(
+            f"It struck while {hook.name} ran, after COMMIT: what was committed stays committed."
+        )
 
 
 def _call(hook: Hook) -> object:

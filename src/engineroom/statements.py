@@ -16,7 +16,7 @@ from .lending import ROLLING_BACK, berth_of
 from .slots import NO_OPTIONS
 
 UNKNOWN_OUTCOME = (
-    "The cancellation struck while COMMIT was under way: whether the transaction was committed is "
+    "The interruption struck while COMMIT was under way: whether the transaction was committed is "
     "unknown. Look for what it wrote, or make the work such that it may be done again."
 )
 
@@ -31,7 +31,7 @@ def note_statements(dialect: Dialect) -> None:
     overridden.do_executemany = noting(dialect.do_executemany)
     overridden.do_execute_no_params = noting_no_parameters(dialect.do_execute_no_params)
     overridden.execution_ctx_cls = streaming(overridden.execution_ctx_cls)
-    overridden.do_commit = noting_commit(dialect.do_commit)
+    overridden.do_commit = noting_commit(dialect.do_commit, dialect)
     overridden.do_rollback = noting_rollback(dialect.do_rollback)
 
 
@@ -196,8 +196,11 @@ def noting_no_parameters(execute: Callable[..., None]) -> Callable[..., None]:
     return lambda cursor, statement, context=None: noted(cursor, statement, None, context)
 
 
-def noting_commit(commit: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Wrap COMMIT, which leaves its caller without an answer where it is interrupted."""
+def noting_commit(commit: Callable[[Any], None], dialect: Dialect) -> Callable[[Any], None]:
+    """Wrap COMMIT, which leaves its caller without an answer where it is interrupted.
+
+    By a cancellation, or by what a signal's handler raises, which may be any `Exception`.
+    """
 
     def noted(connection: Any) -> None:
         permit = permit_of(connection)
@@ -209,10 +212,10 @@ def noting_commit(commit: Callable[[Any], None]) -> Callable[[Any], None]:
         try:
             commit(connection)
         except BaseException as error:
-            if not isinstance(error, Exception):
-                error.add_note(UNKNOWN_OUTCOME)
-            elif permit is not None and permit.epitaph:
+            if permit is not None and permit.epitaph and isinstance(error, Exception):
                 error.add_note(permit.epitaph)
+            elif not isinstance(error, dialect.loaded_dbapi.Error):
+                error.add_note(UNKNOWN_OUTCOME)
             elif permit is not None:
                 note_failure(permit, before)
             raise

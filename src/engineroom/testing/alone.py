@@ -15,6 +15,8 @@ from sqlalchemy.engine import URL, Engine, make_url
 from .. import drain
 from ..backends import MYSQL, Role
 from ..engines import EngineRoom
+from ..lending import Lender
+from ..pool import LoopPool
 from .clones import CARELESS, Template, clones
 
 
@@ -107,6 +109,16 @@ class Alone:
         if dialect.name in MYSQL:  # where a schema is a database, whose name the dialect keeps
             dialect.default_schema_name = self._database
         engine.pool = engine.pool.recreate()
+
+    def disown(self) -> None:
+        """Go on in a forked child: the clone is the parent's to drop, and it serves both."""
+        self._stack.pop_all()
+        for engine, (pool, connect) in self._before.items():
+            behind = pool.shelves.values() if isinstance(pool, LoopPool) else [pool]
+            for lender in behind:
+                if isinstance(lender, Lender):
+                    lender.disown()
+            self._before[engine] = pool.recreate(), connect
 
     def restore(self) -> None:
         """Have the engines connect to their own database again."""

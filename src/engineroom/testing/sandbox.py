@@ -118,9 +118,8 @@ class Sandbox:
         self._refuse_open(left, error)
 
     def disown(self) -> None:
-        """Leave the manager to a forked child as it is without a sandbox."""
-        self._inside.restore()
-        self._forget()
+        """Go on in a forked child, as far as what is undone can be shared with it."""
+        self._inside.disown()
 
     def take_in(self, engine: Engine, role: Role) -> None:
         """Have an engine work inside: the manager makes one at its first use."""

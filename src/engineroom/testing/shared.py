@@ -10,6 +10,7 @@ from sqlalchemy.engine import Engine
 
 from ..backends import Role
 from ..engines import EngineRoom
+from ..errors import NotInSandbox
 from . import background
 from .facade import RawDriver, Stage
 from .outer import OuterTransaction
@@ -23,6 +24,7 @@ class Shared:
         self._room = room
         self._outer = OuterTransaction(engine)
         self._before: dict[Engine, tuple[Any, Any]] = {}  # pool and dialect, as they were
+        self._is_parents = False
 
     def begin(self) -> None:
         """Begin, from a thread."""
@@ -38,6 +40,8 @@ class Shared:
 
     def end(self) -> None:
         """Roll back, from a thread."""
+        if self._is_parents:
+            return
         try:
             background.submit(self._outer.end()).result()
         finally:
@@ -45,6 +49,8 @@ class Shared:
 
     async def aend(self) -> None:
         """Roll back, from an event loop."""
+        if self._is_parents:
+            return
         try:
             await background.wait(self._outer.end())
         finally:
@@ -52,10 +58,20 @@ class Shared:
 
     def take_in(self, engine: Engine, role: Role) -> None:
         """Have an engine's connections be facades of the one."""
-        if engine not in self._before:
+        if self._is_parents:
+            engine.dialect.connect = _refuse  # type: ignore[method-assign]
+        elif engine not in self._before:
             self._before[engine] = (engine.pool, engine.dialect)
             self._replace(engine, twin(self._outer.connection.dialect, engine))
             engine.pool = Stage(engine, self._room, role, self._outer)
+
+    def disown(self) -> None:
+        """Serve nobody in a forked child: the connection is the parent's, and another's work stays."""
+        inside = list(self._before)
+        self.restore()
+        self._is_parents = True
+        for engine in inside:
+            self.take_in(engine, Role.PRIMARY)
 
     def restore(self) -> None:
         """Have the engines work as they did before."""
@@ -77,6 +93,15 @@ class Shared:
 # Kept from sandbox to sandbox: SQLAlchemy's compiled statements are remembered by dialect.
 _twins: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, Any]]
 _twins = weakref.WeakKeyDictionary()
+
+
+def _refuse(*_: object, **__: object) -> Any:
+    raise NotInSandbox(
+        "This process was forked inside of a sandbox, whose one transaction it cannot share: what it "
+        'did would stay. Give the sandbox a database of its own, sandbox(manager, '
+        'isolation="database") or the fixture db_clone, which a child shares; or open a manager of '
+        "its own in the child, for what is to stay."
+    )
 
 
 def twin(dialect: Any, engine: Engine) -> Any:

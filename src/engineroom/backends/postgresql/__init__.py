@@ -14,7 +14,6 @@ from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
-from sqlalchemy import event
 from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from sqlalchemy.util import await_only
@@ -43,7 +42,7 @@ from .guards import at_start, for_transaction, struck
 from .looking import look
 from .parameters import ALIVE
 from .schema_lock import AdvisoryLock, stands_alone, without_literals
-from .settling import hurry, settling_connection
+from .settling import interruptible, settling_connection
 from .sockets import asyncpg_transport, descriptor_of, is_closed
 from .sources import resolve
 from .sqlstates import PROTOCOL_VIOLATION, sqlstate
@@ -176,9 +175,8 @@ class PostgreSQL:
         dialect: Any = engine.dialect
         if dialect.driver == "psycopg":
             dialect.do_rollback = _rolling_back(dialect.do_rollback, dialect.is_async)
-            dialect.connect = sealing(dialect.connect)
-            if not dialect.is_async:
-                event.listen(engine, "connect", hurry)
+            connect = dialect.connect if dialect.is_async else interruptible(dialect.connect)
+            dialect.connect = sealing(connect)
         elif dialect.driver == "asyncpg":
             unsendable.watch(engine)
             lost.watch(engine)
@@ -425,7 +423,9 @@ def _rolling_back(rollback: Callable[[Any], None], is_async: bool) -> Callable[[
         if is_async and driver is not None:
             driver = driver.driver_connection
         pgconn = None if driver is None else driver.pgconn
-        if pgconn is None or pgconn.transaction_status != IDLE or pgconn.pipeline_status:
+        if (
+            pgconn is None or pgconn.transaction_status != IDLE or pgconn.pipeline_status
+        ) and not getattr(driver, "was_broken_off", False):  # (where the server does it)
             rollback(connection)
 
     return roll_back_what_has_begun

@@ -1,19 +1,18 @@
-"""psycopg's connections, which stop a statement on the server however they are interrupted."""
+"""psycopg's connections, which stop their statement on the server however they are interrupted."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import sys
-from collections.abc import Generator
+import time
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import cache
 from traceback import clear_frames
 from typing import Any
-from weakref import ref
 
 from ...cancellation import settle
-from .cancelling import BREAK_OFF_LIMIT
+from .cancelling import BREAK_OFF_LIMIT, request_cancel
 
 logger: logging.Logger = logging.getLogger("engineroom")
 
@@ -73,28 +72,68 @@ def settling_connection() -> Any:
     return SettlingConnection
 
 
-def hurry(driver: Any, record: object) -> None:
-    """Have Ctrl-C end psycopg's synchronous connection on a silent server as well.
+def interruptible(connect: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a way to connect: psycopg's connections become such that a signal can interrupt."""
+    from psycopg import Connection
 
-    psycopg gives the server 5 s to take the cancel request, and 5 s more to answer.
+    kind = _interruptible_connection()
+
+    def connect_interruptible(*args: Any, **kw: Any) -> Any:
+        opened = connect(*args, **kw)
+        if type(opened) is Connection:  # and not what some instrumentation has made of it
+            opened.__class__ = kind
+        return opened
+
+    return connect_interruptible
+
+
+@cache
+def _interruptible_connection() -> Any:
+    """Make psycopg's synchronous connection a class that stops its statement for any signal.
+
+    psycopg does so for Ctrl-C alone, for up to ten seconds, while others raise what they like in
+    the handler of a signal, as Celery does its `SoftTimeLimitExceeded`.
     """
-    from psycopg.errors import CancellationTimeout
+    from psycopg import Connection, Error, waiting
+    from psycopg.pq import TransactionStatus
 
-    cancel, known = type(driver).cancel_safe, ref(driver)
+    class InterruptibleConnection(Connection[Any]):
+        was_broken_off = False
 
-    def cancel_safe(*, timeout: float = 30.0) -> None:
-        driver: Any = known()
-        interruption = sys.exception()
-        if not isinstance(interruption, KeyboardInterrupt):
-            cancel(driver, timeout=timeout)
-            return
-        try:
-            cancel(driver, timeout=min(timeout, BREAK_OFF_LIMIT))
-        except CancellationTimeout:
-            driver.pgconn.finish()
-            raise interruption from None  # nothing is left that could be waited for
+        def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
+            try:
+                return waiting.wait(gen, self.pgconn.socket, interval, timeout)
+            except Error:
+                raise
+            except BaseException as error:
+                # In a pipeline a value that cannot be sent is found while BEGIN is under way; what
+                # the generator has raised itself has ended it.
+                is_its_own = self.pgconn.pipeline_status and getattr(gen, "gi_frame", gen) is None
+                if not (is_its_own and isinstance(error, Exception)):
+                    self._break_off()
+                raise
 
-    driver.cancel_safe = cancel_safe
+        def _break_off(self) -> None:
+            if self.pgconn.transaction_status != TransactionStatus.ACTIVE:
+                return
+            deadline = time.monotonic() + BREAK_OFF_LIMIT
+            try:
+                _synchronize(self.pgconn)
+                request_cancel(self)
+                while self._is_at_work() and time.monotonic() < deadline:
+                    time.sleep(CANCEL_EVERY)
+                    request_cancel(self)
+            except Error as error:
+                logger.info("An interrupted statement may run on: %r", error)
+            finally:
+                self.was_broken_off = True
+                self.pgconn.finish()
+
+        def _is_at_work(self) -> bool:
+            self.pgconn.consume_input()
+            return _owes_answer(self.pgconn)
+
+    return InterruptibleConnection
 
 
 def _synchronize(pgconn: Any) -> None:
