@@ -243,7 +243,7 @@ def interrupted_on_a_silent_server(
 
 
 @pytest.mark.parametrize("pipeline", ["on", "off"])
-@pytest.mark.parametrize("what", ["Ctrl-C"])
+@pytest.mark.parametrize("what", ["Ctrl-C", "limit"])
 def test_a_signal_does_not_wait_for_a_silent_server(
     what: str, pipeline: str, postgres_url: str
 ) -> None:

@@ -59,6 +59,8 @@ def begin_anew(cursor: Any, context: ExecutionContext, error: Exception) -> bool
     lender = None if berth is None else berth.lender()
     if (
         lender is None
+        # (A signal's handler may raise anything; asyncpg raises what its socket has, as it is.)
+        or not (isinstance(error, dialect.loaded_dbapi.Error) or dialect.is_async)
         # (SQLAlchemy has a batch of rows go through the cursor that it knows already.)
         or context.execute_style is ExecuteStyle.INSERTMANYVALUES
         or type(connection.get_transaction()) is not RootTransaction
