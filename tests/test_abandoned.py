@@ -208,9 +208,7 @@ def test_a_signal_in_a_statement_leaves_nothing_running(
     run(interrupted, postgres_url.replace("://", "+psycopg://"), what, how, pipeline)
 
 
-def interrupted_on_a_silent_server(
-    url: str, what: str, pipeline: Literal["on", "off"]
-) -> float:
+def interrupted_on_a_silent_server(url: str, what: str, pipeline: Literal["on", "off"]) -> float:
     kind: type[BaseException] = KeyboardInterrupt if what == "Ctrl-C" else SoftLimit
 
     def handler(*_: object) -> None:
