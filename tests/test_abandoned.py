@@ -208,6 +208,48 @@ def test_a_signal_in_a_statement_leaves_nothing_running(
     run(interrupted, postgres_url.replace("://", "+psycopg://"), what, how, pipeline)
 
 
+def interrupted_on_a_silent_server(url: str, what: str, pipeline: Literal["on", "off"]) -> float:
+    kind: type[BaseException] = KeyboardInterrupt if what == "Ctrl-C" else SoftLimit
+
+    def handler(*_: object) -> None:
+        raise kind
+
+    signal.signal(signal.SIGINT, handler)
+    address: Any = make_url(url)
+    with WireProxy(address.host, address.port) as proxy:
+        door = Database(proxy.url(url), pool_size=1, max_overflow=0, pipeline=pipeline)
+        with door.session() as db:
+            db.execute(text("SELECT 1"))
+        fault = proxy.freeze_before("BEGIN")
+        pressed: list[float] = []
+
+        def press() -> None:
+            until(lambda: fault.happened, bool)
+            time.sleep(0.1)
+            pressed.append(time.monotonic())
+            os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Thread(target=press).start()
+        with pytest.raises(kind), door.session() as db:
+            db.execute(text("SELECT 1"))
+        took = time.monotonic() - pressed[0]
+        proxy.thaw()
+        with door.session() as db:
+            db.execute(text("SELECT 1"))
+        door.close()
+    return took
+
+
+@pytest.mark.parametrize("pipeline", ["on", "off"])
+@pytest.mark.parametrize("what", ["Ctrl-C", "limit"])
+def test_a_signal_does_not_wait_for_a_silent_server(
+    what: str, pipeline: str, postgres_url: str
+) -> None:
+    """Nor is BEGIN repeated for that: psycopg gives a cancel request 5 s, and the answer 5 more."""
+    url = postgres_url.replace("://", "+psycopg://")
+    assert run(interrupted_on_a_silent_server, url, what, pipeline) < 1 + 2
+
+
 def interrupted_commit(url: str) -> None:
     def press() -> None:
         until(lambda: [row[1:] for row in at_work(url)], lambda busy: ("active", "COMMIT") in busy)

@@ -98,6 +98,12 @@ def test_a_session_has_its_own_until_its_end(
 
 
 @every_driver
+def test_the_isolation_level_may_be_set_behind_them(opened: Callable[..., Door]) -> None:
+    guards = {"statement_timeout": 2, "lock_timeout": 1}
+    opened().run(say("SET TRANSACTION ISOLATION LEVEL SERIALIZABLE"), **guards)
+
+
+@every_driver
 def test_one_that_was_never_sent_is_not_the_next_sessions(opened: Callable[..., Door]) -> None:
     door = opened()
     door.run(lambda connection: None, statement_timeout=2)

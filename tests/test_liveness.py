@@ -160,6 +160,39 @@ def test_killed_backends_cost_no_synchronous_unit_an_error(
     run(killed_sync, pg18.url(database, driver))
 
 
+@pytest.mark.parametrize("ends_at", ["a statement", "COMMIT"])
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_a_connection_that_is_lost_is_not_said_to_be_in_use(
+    pg18: PostgresServer, database: str, loop: str, ends_at: str
+) -> None:
+    """asyncpg has read the server's last words, and not yet that nothing comes behind them."""
+    url = pg18.url(database, "asyncpg")
+    pg18.execute("CREATE TABLE kept (id int)", database)
+    noted: list[str] = []
+
+    async def unit(manager: DatabaseSessionManager, turns: int) -> None:
+        async with manager.session() as db:
+            await db.execute(text("INSERT INTO kept VALUES (1)"))
+            kill(url)  # and the loop stands still
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            if ends_at == "a statement":
+                await db.execute(text("SELECT 1"))
+
+    async def main() -> None:
+        async with DatabaseSessionManager().init(url) as manager:
+            for turns in range(5):
+                with pytest.raises(DBAPIError) as caught:
+                    await unit(manager, turns)
+                if "another operation" in str(caught.value):
+                    noted.extend(getattr(caught.value, "__notes__", [""]))
+
+    run_on(loop, main())
+    assert noted
+    assert all("lost in the middle of its work" in note for note in noted)
+    assert pg18.execute("SELECT count(*) FROM kept", database) == [["0"]]
+
+
 # -- a server that starts again ----------------------------------------------------------------
 
 

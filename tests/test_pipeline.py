@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import psycopg
@@ -150,6 +151,18 @@ def test_what_no_pipeline_takes_begins_as_ever(opened: Callable[..., Units], wor
     assert units(lambda db: db.execute(FIRST))[0] == 2
 
 
+@pytest.mark.parametrize("direction", ["TO STDOUT", "FROM STDIN"])
+def test_the_text_of_a_copy_is_refused_as_ever(
+    opened: Callable[..., Units], direction: str
+) -> None:
+    """There is no way out of a pipeline then; what is raised says what was wrong."""
+    units = opened()
+    with pytest.raises(ProgrammingError, match="COPY cannot be used with this method"):
+        units(lambda db: db.execute(text(f"COPY item {direction}")))
+    units(lambda db: db.execute(FIRST))
+    assert units(lambda db: db.execute(FIRST))[0] == 2
+
+
 def test_a_savepoint_may_come_first(opened: Callable[..., Units]) -> None:
     def nest(db: Session) -> None:
         with db.begin_nested():
@@ -188,6 +201,96 @@ def test_a_connection_that_ends_with_its_first_statement_is_replaced(
         units(lambda db: db.execute(text("SELECT pg_terminate_backend(pg_backend_pid())")))
     units(lambda db: db.execute(FIRST))
     assert units(lambda db: db.execute(FIRST))[0] == 2
+
+
+def plainly(db: Session, number: int) -> None:
+    db.execute(insert(Item).values(id=number))
+
+
+def nested(db: Session, number: int) -> None:
+    with db.begin_nested():
+        db.execute(insert(Item).values(id=number))
+
+
+@pytest.mark.parametrize("side", ["sync", "async"])
+def test_a_backend_that_was_gone_before_begin_came_costs_no_unit_an_error(
+    pg18: PostgresServer, database: str, side: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What it said last is on its way for 100 ms: who looks at the socket sees nothing."""
+    units = [(plainly, {}), (nested, {}), (plainly, {"statement_timeout": 9.0})]
+    gone = f"SELECT count(*) = 0 FROM pg_stat_activity WHERE datname = '{database}'"
+    kill = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{database}'"
+    everyone = range(20)
+
+    def unit(number: int) -> None:
+        work, options = units[number % 3]
+        with manager.sync_session(**options) as db:
+            work(db, number)
+
+    async def unit_on_loop(number: int) -> None:
+        work, options = units[number % 3]
+        async with manager.session(**options) as db:
+            await db.run_sync(work, number)
+
+    async def warm_on_loop(number: int) -> None:
+        async with manager.session() as db:
+            await db.execute(text("SELECT pg_sleep(0.5)"))
+
+    def warm(number: int) -> None:
+        with manager.sync_session() as db:
+            db.execute(text("SELECT pg_sleep(0.5)"))
+
+    def end_all() -> None:
+        proxy.delay = 0.2
+        with psycopg.connect(pg18.url("postgres"), autocommit=True) as looking:
+            looking.execute(kill)
+            while looking.execute(gone).fetchone() != (True,):
+                pass
+        time.sleep(0.012)
+
+    async def main() -> None:
+        async with manager:
+            await asyncio.gather(*map(warm_on_loop, everyone))
+            end_all()
+            await asyncio.gather(*map(unit_on_loop, everyone))
+
+    caplog.set_level("INFO", "engineroom.pool")
+    with WireProxy(pg18.host, pg18.port) as proxy:
+        manager = DatabaseSessionManager().init(
+            proxy.url(pg18.url(database, "psycopg")), metadata=Model.metadata, pool_size=20,
+            pool_ping_after=60, pipeline="on",
+        )  # fmt: skip
+        with Database(pg18.url(database, "psycopg"), metadata=Model.metadata) as beside:
+            beside.create_all()
+        if side == "async":
+            asyncio.run(main())
+        else:
+            with manager.sync, ThreadPoolExecutor(20) as threads:
+                list(threads.map(warm, everyone))
+                end_all()
+                list(threads.map(unit, everyone))
+    assert "A connection was dead before anything was done" in caplog.text
+    assert pg18.execute("SELECT count(*) FROM item", database) == [["20"]]
+
+
+def test_what_was_on_its_way_with_an_answered_begin_is_not_repeated(
+    opened: Callable[..., Units], pg18: PostgresServer, database: str
+) -> None:
+    pg18.execute("CREATE SEQUENCE drawn", database)
+    runs = f"SELECT pid FROM pg_stat_activity WHERE datname = '{database}' AND query ~ 'pg_sleep'"
+    units = opened()
+
+    def kill() -> None:
+        while not (found := pg18.execute(runs)):
+            pass
+        pg18.execute(f"SELECT pg_terminate_backend({found[0][0]})")
+
+    with ThreadPoolExecutor(1) as thread:
+        killed = thread.submit(kill)
+        with pytest.raises(OperationalError):
+            units(lambda db: db.execute(text("SELECT nextval('drawn'), pg_sleep(9)")))
+        killed.result()
+    assert pg18.execute("SELECT last_value FROM drawn", database) == [["1"]]
 
 
 def test_who_is_idle_after_the_first_statement_is_ended(opened: Callable[..., Units]) -> None:

@@ -602,17 +602,20 @@ def test_psycopg_looks_for_a_pipeline_and_its_answers_where_we_put_them(
         with driver.pipeline() as pipeline:
             assert driver._pipeline is pipeline
             driver.pgconn.send_query_params(b"BEGIN", None)
-            pipeline.result_queue.append(None)
-            cursor = driver.execute("SELECT 3")  # (it begins nothing)
+            cursor = driver.cursor()
+            pipeline.result_queue.append((cursor, None))
+            cursor.execute("SELECT 1 / 0")  # (it begins nothing)
             begun, (asked, _) = pipeline.result_queue
-            assert (begun, asked) == (None, cursor)
+            assert (begun, asked) == ((cursor, None), cursor)
             assert not pipeline.command_queue  # it was sent
+            assert cursor.pgresult is None
             driver.pgconn.pipeline_sync()
             pipeline.result_queue.append(None)
-            driver.wait(pipeline._fetch_gen(flush=False))
+            with pytest.raises(psycopg.errors.DivisionByZero):
+                driver.wait(pipeline._fetch_gen(flush=False))
             assert not pipeline.result_queue
+            assert cursor.statusmessage == "BEGIN"
             driver.wait(pipeline._sync_gen())
-        assert cursor.fetchone() == (3,)
 
 
 def test_an_isolation_level_is_reset_by_what_the_record_keeps(engine: Engine) -> None:

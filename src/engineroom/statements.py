@@ -47,8 +47,8 @@ def permit_of(connection: PoolProxiedConnection) -> Any:
 def begin_anew(cursor: Any, context: ExecutionContext, error: Exception) -> bool:
     """Take another connection where the first BEGIN of a holder met a dead one.
 
-    It travels as a message of its own, and was not answered: so the statement was never sent, and
-    nothing was done that could be done twice.
+    It was not answered: so the statement was not sent or, in a pipeline, sent with it in vain; and
+    no COMMIT was, so nothing that stays could be done twice.
 
     Returns:
         Whether `context` has another cursor, to execute the statement with.
@@ -59,6 +59,8 @@ def begin_anew(cursor: Any, context: ExecutionContext, error: Exception) -> bool
     lender = None if berth is None else berth.lender()
     if (
         lender is None
+        # (A signal's handler may raise anything; asyncpg raises what its socket has, as it is.)
+        or not (isinstance(error, dialect.loaded_dbapi.Error) or dialect.is_async)
         # (SQLAlchemy has a batch of rows go through the cursor that it knows already.)
         or context.execute_style is ExecuteStyle.INSERTMANYVALUES
         or type(connection.get_transaction()) is not RootTransaction

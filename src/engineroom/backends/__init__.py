@@ -162,7 +162,8 @@ class Backend(Protocol):
     def awaits_begin(self, connection: PoolProxiedConnection, cursor: Any) -> bool:
         """Whether a statement has not been sent, for the BEGIN before it was not answered.
 
-        Asked while it runs, and after it failed.
+        Asked while it runs, and after it failed. One that was sent with a BEGIN that nobody will
+        answer any more, for its connection is gone, counts as not sent.
 
         Args:
             cursor: What it was to be executed with.

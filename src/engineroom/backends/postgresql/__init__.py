@@ -33,7 +33,7 @@ from .. import (
     refuse_unknown_driver,
 )
 from ..sockets import shut
-from . import leavings, pipelining, undeclared, unsendable
+from . import leavings, lost, pipelining, undeclared, unsendable
 from .beginning import has_sent, tell_what_is_sent
 from .cancelling import BREAK_OFF_LIMIT, request_cancel
 from .diagnosing import REFUSED, diagnose
@@ -179,6 +179,7 @@ class PostgreSQL:
             dialect.connect = sealing(connect)
         elif dialect.driver == "asyncpg":
             unsendable.watch(engine)
+            lost.watch(engine)
 
     def limit_connect(self, arguments: dict[str, Any], seconds: float) -> None:
         """Set libpq's parameter, unless it is less: whole seconds for each host, from two on."""

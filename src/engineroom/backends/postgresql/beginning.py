@@ -23,6 +23,11 @@ def has_sent(cursor: Any) -> bool:
     return getattr(cursor, "_cursor", cursor)._query is not None
 
 
+def forget_what_is_sent(cursor: Any) -> None:
+    """Have a cursor look as if it had sent nothing: no BEGIN was answered, and none will be."""
+    cursor._query = None
+
+
 @cache
 def _telling(base: Any) -> Any:
     """Make a class of cursors that have their `_query` as soon as BEGIN was answered.

@@ -29,7 +29,11 @@ def at_start(guards: Mapping[str, float]) -> str:
 
 
 def for_transaction(guards: Mapping[str, float]) -> list[str]:
-    """Write down the statements that set them until the transaction ends."""
+    """Write down the statements that set them until the transaction ends.
+
+    One `SELECT set_config(…)` would do for all, but it is a query: its snapshot would be that of
+    the transaction, whose isolation level could not be set any more.
+    """
     return [f"SET LOCAL {NAMES[name]} = {milliseconds(guards[name])}" for name in guards]
 
 

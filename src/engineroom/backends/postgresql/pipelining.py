@@ -20,6 +20,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 from ...errors import InvalidOption
+from .beginning import forget_what_is_sent
 
 Setting = Literal["auto", "on", "off"]
 
@@ -29,7 +30,6 @@ FAR = 0.002
 LOOKS = 10  # transactions that begin in two trips, and slowly, before one does in one
 IDLE = 0  # libpq's PQTRANS_IDLE
 CONNECTED = 0  # and CONNECTION_OK
-BEGIN = None  # stands for it among those who wait for answers
 
 
 def attach(engine: Engine, setting: Setting) -> None:
@@ -69,7 +69,7 @@ class Course:
     def __init__(self, plain: Any, ours: Any, *, is_sure: bool) -> None:
         self.is_near: bool = False
         self.pipelines: bool = is_sure
-        self.pipeline: Any = None  # in which a transaction begins just now
+        self.beginning: Any = None  # the cursor by which a transaction begins just now
         self._plain = plain  # the cursors that it would have without us
         self._ours = ours
         self._is_sure = is_sure
@@ -94,8 +94,8 @@ class Course:
     @property
     def awaits_begin(self) -> bool:
         """Whether a BEGIN that travels with a statement was not answered yet."""
-        awaited = [] if self.pipeline is None else list(self.pipeline.result_queue)
-        return awaited[:1] == [BEGIN]
+        cursor = self.beginning
+        return cursor is not None and cursor.pgresult is None
 
 
 @cache
@@ -108,7 +108,7 @@ def _beginning_cursor(base: Any, is_async: bool) -> Any:
             return base.execute(self, query, *arguments, **options)
         began = time.perf_counter()
         if driver.course.pipelines:
-            _in_one_trip(driver, partial(base.execute, self, query, *arguments, **options))
+            _in_one_trip(self, partial(base.execute, self, query, *arguments, **options))
         else:
             base.execute(self, query, *arguments, **options)
         driver.course.learn(driver, time.perf_counter() - began)
@@ -121,7 +121,7 @@ def _beginning_cursor(base: Any, is_async: bool) -> Any:
         began = time.perf_counter()
         if driver.course.pipelines:
             await _in_one_trip_on_loop(
-                driver, partial(base.execute, self, query, *arguments, **options)
+                self, partial(base.execute, self, query, *arguments, **options)
             )
         else:
             await base.execute(self, query, *arguments, **options)
@@ -145,11 +145,12 @@ def _may_begin(driver: Any, query: Any) -> bool:
     )
 
 
-def _in_one_trip(driver: Any, execute: Callable[[], Any]) -> None:
+def _in_one_trip(cursor: Any, execute: Callable[[], Any]) -> None:
     """Begin with a statement; both are answered then, and psycopg in no pipeline any more."""
-    with _pipeline_of(driver) as pipeline:
+    driver = cursor.connection
+    with _pipeline_of(cursor) as pipeline:
         try:
-            _send_begin(driver, pipeline)
+            _send_begin(cursor, pipeline)
             execute()
             driver.wait(_rest_of(pipeline))
         except BaseException:
@@ -158,11 +159,12 @@ def _in_one_trip(driver: Any, execute: Callable[[], Any]) -> None:
             raise
 
 
-async def _in_one_trip_on_loop(driver: Any, execute: Callable[[], Any]) -> None:
+async def _in_one_trip_on_loop(cursor: Any, execute: Callable[[], Any]) -> None:
     """Begin with a statement, as above."""
-    with _pipeline_of(driver) as pipeline:
+    driver = cursor.connection
+    with _pipeline_of(cursor) as pipeline:
         try:
-            _send_begin(driver, pipeline)
+            _send_begin(cursor, pipeline)
             await execute()
             await driver.wait(_rest_of(pipeline))
         except BaseException:
@@ -215,7 +217,7 @@ def _rest_of(pipeline: Any) -> Generator[Any, Any, None]:
 
 
 @contextmanager
-def _pipeline_of(driver: Any) -> Generator[Any]:
+def _pipeline_of(cursor: Any) -> Generator[Any]:
     """Have a connection in a pipeline, which the caller synchronizes.
 
     `Connection.pipeline()` sends a Flush behind its Sync, and with that the server forgets that who
@@ -225,28 +227,40 @@ def _pipeline_of(driver: Any) -> Generator[Any]:
     """
     from psycopg import AsyncPipeline, Pipeline
 
+    driver = cursor.connection
     kind = AsyncPipeline if iscoroutinefunction(driver.rollback) else Pipeline
     driver.pgconn.enter_pipeline_mode()
-    driver._pipeline = driver.course.pipeline = pipeline = kind(driver)
+    driver._pipeline = pipeline = kind(driver)
+    driver.course.beginning = cursor
     pipeline.command_queue = Burst(pipeline)
     try:
         yield pipeline
-    finally:
-        driver._pipeline = driver.course.pipeline = None
-        if driver.pgconn.status == CONNECTED:
-            driver.pgconn.exit_pipeline_mode()
+    except BaseException:
+        with suppress(Exception):  # a COPY has no way out; the pool ends its connection
+            _leave_pipeline(driver)
+        if driver.pgconn.status != CONNECTED and cursor.pgresult is None:
+            forget_what_is_sent(cursor)
+        raise
+    _leave_pipeline(driver)
 
 
-def _send_begin(driver: Any, pipeline: Any) -> None:
-    """Send BEGIN; from then on psycopg sees no need for its own.
+def _leave_pipeline(driver: Any) -> None:
+    """Have a connection in no pipeline, if it is not lost."""
+    driver._pipeline = driver.course.beginning = None
+    if driver.pgconn.status == CONNECTED:
+        driver.pgconn.exit_pipeline_mode()
 
-    `Pipeline.result_queue` is in no documentation: there psycopg looks whom an answer is for; None
-    stands for a command of which only an error matters. A test in `tests/test_private_names.py`
-    fails when it goes.
+
+def _send_begin(cursor: Any, pipeline: Any) -> None:
+    """Send BEGIN, whose answer is the cursor's first result; psycopg sees no need for its own then.
+
+    `Pipeline.result_queue` is in no documentation: there psycopg looks whom an answer is for. A
+    test in `tests/test_private_names.py` fails when it goes.
     """
+    driver = cursor.connection
     text = _begin_text(driver.isolation_level, driver.read_only, driver.deferrable)
     driver.pgconn.send_query_params(text, None)
-    pipeline.result_queue.append(BEGIN)
+    pipeline.result_queue.append((cursor, None))
 
 
 @cache
