@@ -100,10 +100,10 @@ class Departures:
 
 
 class Farewell:
-    """The idle connections that are about to be closed: whether their servers have let go of all."""
+    """Idle connections that are about to be closed: whether their servers have let go of all."""
 
     def __init__(self, descriptors: Iterable[int]) -> None:
-        """Take duplicates; who has said farewell hears nothing more but that the server has gone."""
+        """Take duplicates: who has said farewell hears only that the server has gone."""
         self._descriptors: set[int] = {os.dup(descriptor) for descriptor in descriptors}
         self._deadline = time.monotonic() + GONE_LIMIT
 

@@ -97,8 +97,8 @@ _twins = weakref.WeakKeyDictionary()
 
 def _refuse(*_: object, **__: object) -> Any:
     raise NotInSandbox(
-        "This process was forked inside of a sandbox, whose one transaction it cannot share: what it "
-        "did would stay. Give the sandbox a database of its own, sandbox(manager, "
+        "This process was forked inside of a sandbox, whose one transaction it cannot share: what "
+        "it did would stay. Give the sandbox a database of its own, sandbox(manager, "
         'isolation="database") or the fixture db_clone, which a child shares; or open a manager of '
         "its own in the child, for what is to stay."
     )
