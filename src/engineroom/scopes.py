@@ -367,7 +367,7 @@ class LooseScope(SessionScope):
 
     def hold(self, connection: PoolProxiedConnection) -> None:
         """Leave the connection its thread's, for nobody is inside of this scope; but say whose."""
-        self.connection = weakref.ref(connection)
+        self.connection: weakref.ref[Any] | None = weakref.ref(connection)
         connection.info[OPENER] = weakref.ref(self)
 
 
