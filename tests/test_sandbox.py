@@ -667,7 +667,7 @@ def forked_in_a_clone(url: str) -> None:
                         assert db.scalar(COUNT) == 1
                         db.add(Item(id=2))
 
-                fork(child, "return")()
+                fork(child)()
                 with database.session() as db:
                     assert db.scalar(COUNT) == 2
                     db.add(Item(id=3))

@@ -115,7 +115,12 @@ async def end_one(
 
 def say_farewell(room: EngineRoom) -> Farewell:
     """Take leave of what lies idle: a driver's `close()` may return before the server has ended."""
-    return Farewell(fd for _, _, _, lender in room.lenders() for fd in lender.idle_descriptors())
+    return Farewell(
+        descriptor
+        for _, _, loop, lender in room.lenders()
+        if loop is None or not loop.is_closed()  # (their sockets are closed, or will be)
+        for descriptor in lender.idle_descriptors()
+    )
 
 
 def connecting(room: EngineRoom) -> bool:

@@ -91,8 +91,8 @@ class DatabaseSessionManager:
     def reader(self) -> AsyncSessionScope:
         """Open a session without a transaction: each statement stands alone, in one round trip.
 
-        The server refuses writes. On PostgreSQL nothing can be streamed (`yield_per`): its cursors
-        need a transaction, such as that of `session(read_only=True)`.
+        The server refuses writes. What needs a transaction needs `session(read_only=True)`:
+        savepoints, `SET LOCAL`, locks, and on PostgreSQL streams (`yield_per`).
         """
         return AsyncSessionScope(self._room, "reader", Role.READER)
 

@@ -116,3 +116,40 @@ def test_check_raises_what_the_driver_says(open_door: Any, url: str, tmp_path: A
         nowhere = open_door(f"{url.partition(':')[0]}://nobody@127.0.0.1:1/nothing")
     with pytest.raises((DBAPIError, OSError)):
         nowhere.check()
+
+
+def has_no_transaction(request: pytest.FixtureRequest) -> bool:
+    """Whether it is PostgreSQL, and no pooler stands before it: there a reader has one."""
+    return "postgresql" in request.node.name
+
+
+INSTEAD = [
+    ("SAVEPOINT one", "session(read_only=True)"),
+    ("LOCK TABLE pg_class IN ACCESS SHARE MODE", "session(read_only=True)"),
+    ("DECLARE c CURSOR FOR SELECT 1", "session(read_only=True)"),
+    ("CREATE TEMPORARY TABLE t (id int)", "Take session()."),
+]
+
+
+@pytest.mark.parametrize(("statement", "instead"), INSTEAD)
+def test_an_error_says_what_to_take_instead_of_a_reader(
+    shop: Any, statement: str, instead: str, request: pytest.FixtureRequest
+) -> None:
+    if not has_no_transaction(request):
+        return
+    with pytest.raises(DBAPIError) as caught, shop.reader() as db:
+        db.execute(text(statement))
+    assert instead in caught.value.__notes__[-1]
+    with shop.session(read_only=True) as db:
+        if "TEMPORARY" not in statement:
+            db.execute(text(statement))
+
+
+def test_an_error_of_a_stream_says_what_to_take_instead_of_a_reader(
+    shop: Any, request: pytest.FixtureRequest
+) -> None:
+    if not has_no_transaction(request):
+        return
+    with pytest.raises(DBAPIError) as caught, shop.reader() as db:
+        db.scalars(select(Item).execution_options(yield_per=10)).all()
+    assert "session(read_only=True)" in caught.value.__notes__[-1]

@@ -33,7 +33,7 @@ from .. import (
     refuse_unknown_driver,
 )
 from ..sockets import shut
-from . import leavings, lost, pipelining, undeclared, unsendable
+from . import leavings, lost, pipelining, readers, undeclared, unsendable
 from .beginning import has_sent, tell_what_is_sent
 from .cancelling import BREAK_OFF_LIMIT, request_cancel
 from .diagnosing import REFUSED, diagnose
@@ -166,6 +166,8 @@ class PostgreSQL:
         undeclared.watch(engine, backend_pid)
         if role is Role.PRIMARY:
             pipelining.attach(engine, self._pipeline)
+        else:
+            readers.watch(engine)
 
     def tune(self, engine: Engine) -> None:
         """Name what is connected to; spare psycopg a rollback where nothing has begun, and hide
