@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -191,7 +192,8 @@ class Slots:
         self.permits: tuple[Permit, ...] = tuple(
             self.permit_class() for _ in range(size + overflow)
         )
-        self.connecting: set[object] = set()  # one for each connection that is being opened
+        # One for each connection that is being opened; weakly, for Ctrl-C may strike anywhere.
+        self.connecting: weakref.WeakSet[Any] = weakref.WeakSet()
         self.reserved: dict[object, list[Reservation]] = {}  # by the thread that takes them next
         self.came_back: float | None = None  # when a connection last was ready for the next
         self._free = deque(self.permits[:size])
