@@ -328,7 +328,8 @@ def test_no_more_connects_at_once_than_a_server_likes() -> None:
     taken(slots)
     slots.connected()
     tickets = [slots.queue(None, nothing) for _ in range(10)]
-    slots.connecting.update(range(CONNECTS_AT_ONCE - 1))
+    opening = [threading.Event() for _ in range(CONNECTS_AT_ONCE - 1)]  # (any objects)
+    slots.connecting.update(opening)
     time.sleep(GROW_AFTER)
     assert slots.grow()
     assert sum(granted(tickets)) == 1
