@@ -53,9 +53,12 @@ class Unseen:
         traceback: TracebackType | None,
     ) -> None:
         for each in chain(error, self._handled):
-            for number, (frame, _) in enumerate(walk_tb(each.__traceback__)):
-                if not emptied(frame) and number == 0 and each is not error:
-                    break  # where that is handled still: it is the application's, and not of ours
+            frames = [frame for frame, _ in walk_tb(each.__traceback__)]
+            # Where that is handled still, it may be the application's own.
+            is_handled = each is not error and frames and not emptied(frames[0])
+            for frame in frames:
+                if not is_handled or is_ours(frame):
+                    emptied(frame)
 
 
 def unseen(verb: Callable[P, R]) -> Callable[P, R]:
@@ -97,8 +100,13 @@ def hide_values(error: BaseException) -> None:
     """Empty the frames through which an error's statement has gone, and leave the application's."""
     for each in chain(error):
         for frame, _ in walk_tb(each.__traceback__):
-            if frame.f_globals.get("__name__", "").partition(".")[0] in BINDING:
+            if is_ours(frame):
                 emptied(frame)
+
+
+def is_ours(frame: FrameType) -> bool:
+    """Whether it is of a library that has to do with a statement, and not the application's."""
+    return frame.f_globals.get("__name__", "").partition(".")[0] in BINDING
 
 
 def emptied(frame: FrameType) -> bool:
