@@ -37,7 +37,7 @@ from sqlalchemy.orm import Session
 
 from engineroom import Database, DatabaseSessionManager, SessionClosed, UsageError
 from engineroom.registry import SessionManager
-from engineroom.testing import PostgresServer
+from engineroom.testing import PostgresServer, clones, sandbox
 
 GHOST = 13  # the row that the parent rolls back
 CHILD = 100  # the rows that a child writes begin here
@@ -768,3 +768,40 @@ def outlived(url: str, loop: str) -> None:
 @every_server_and_loop
 def test_a_child_that_outlives_its_parent_keeps_no_backend_alive(url: str, loop: str) -> None:
     run(outlived, url, loop)
+
+
+# -- inside of a test's sandbox ----------------------------------------------------------------
+
+COUNT = select(func.count()).select_from(Item)
+
+
+def make_tables(url: str) -> None:
+    with Database(url, metadata=Model.metadata) as door:
+        door.create_all()
+
+
+def forked_in_a_clone(url: str) -> None:
+    make_tables(url)
+    with Database(url) as door, clones(url, make_tables) as template:
+        with door.session() as db:  # the database's own pool is warm at the fork
+            assert db.scalar(COUNT) == 0
+        with sandbox(door, isolation="database", template=template):
+            with door.session() as db:
+                db.add(Item(id=1))
+
+            def child() -> None:
+                with door.session() as db:
+                    assert db.scalar(COUNT) == 1
+                    db.add(Item(id=2))
+
+            fork(child)()
+            with door.session() as db:
+                assert db.scalar(COUNT) == 2
+                db.add(Item(id=3))
+        with door.session() as db:
+            assert db.scalar(COUNT) == 0
+
+
+@pytest.mark.parametrize("url", ["psycopg", "sqlite"], indirect=True)
+def test_a_fork_shares_a_clone(url: str) -> None:
+    run(forked_in_a_clone, url)

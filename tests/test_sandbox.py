@@ -29,7 +29,7 @@ from sandboxed import (
     opened,
     sync_add,
 )
-from scenario import fork, run
+from scenario import fork
 from sqlalchemy import ForeignKey, MetaData, func, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -45,7 +45,7 @@ from engineroom.errors import (
     TemplateUnusable,
 )
 from engineroom.fastapi import lifespan, session_dependency
-from engineroom.testing import PostgresServer, clones, outer, sandbox
+from engineroom.testing import PostgresServer, outer, sandbox
 
 pytestmark = pytest.mark.anyio
 
@@ -650,33 +650,6 @@ def test_a_fork_inside_leaves_every_manager_alone(driver_url: str) -> None:
             assert db.scalar(COUNT) == 1
     for other in others:
         other.close()
-
-
-def forked_in_a_clone(url: str) -> None:
-    with Database(url, metadata=Model.metadata) as database:
-        database.create_all()
-        with clones(url, create_tables) as template:
-            with database.session() as db:  # the database's own pool is warm at the fork
-                assert db.scalar(COUNT) == 0
-            with sandbox(database, isolation="database", template=template):
-                with database.session() as db:
-                    db.add(Item(id=1))
-
-                def child() -> None:
-                    with database.session() as db:
-                        assert db.scalar(COUNT) == 1
-                        db.add(Item(id=2))
-
-                fork(child)()
-                with database.session() as db:
-                    assert db.scalar(COUNT) == 2
-                    db.add(Item(id=3))
-            with database.session() as db:
-                assert db.scalar(COUNT) == 0
-
-
-def test_a_fork_shares_a_clone(url: str) -> None:
-    run(forked_in_a_clone, url)
 
 
 async def test_what_is_left_open_is_named(manager: DatabaseSessionManager) -> None:
