@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import inspect
 import io
 import logging
 import signal
@@ -446,7 +445,7 @@ def test_a_session_without_a_scope_is_held_by_the_line_that_asked_for_it(postgre
 
         session = manager.sync.get_session()
         session.execute(text("SELECT 1"))
-        asked_at = inspect.currentframe().f_lineno - 2  # type: ignore[union-attr]
+        asked_at = sys._getframe().f_lineno - 2
         with ThreadPoolExecutor(1) as others, pytest.raises(PoolExhausted) as caught:
             others.submit(use).result()
         [holder] = caught.value.holders

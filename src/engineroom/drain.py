@@ -92,25 +92,17 @@ async def end_pools(room: EngineRoom) -> None:
     deadline = time.monotonic() + CONNECT_LIMIT
     while connecting(room) and time.monotonic() < deadline:  # noqa: ASYNC110  # as above
         await asyncio.sleep(LOOK_EVERY)
+
+    async def end_one(pool: tuple[Side, Role, asyncio.AbstractEventLoop | None, Lender]) -> None:
+        with log_failure():
+            async with asyncio.timeout(POOL_LIMIT):
+                if elsewhere := await greenlet_spawn(end_where_it_belongs, room, *pool):
+                    await asyncio.wrap_future(elsewhere)
+
     farewell = say_farewell(room)
-    await asyncio.gather(*(end_one(room, *pool) for pool in list(room.lenders())))
+    await asyncio.gather(*(end_one(pool) for pool in list(room.lenders())))
     while not farewell.is_over():  # noqa: ASYNC110  # as above
         await asyncio.sleep(departures.LOOK_EVERY)
-
-
-async def end_one(
-    room: EngineRoom,
-    side: Side,
-    role: Role,
-    loop: asyncio.AbstractEventLoop | None,
-    lender: Lender,
-) -> None:
-    """End a pool, from an event loop, and wait for it."""
-    with log_failure():
-        async with asyncio.timeout(POOL_LIMIT):
-            ending = greenlet_spawn(end_where_it_belongs, room, side, role, loop, lender)
-            if elsewhere := await ending:
-                await asyncio.wrap_future(elsewhere)
 
 
 def say_farewell(room: EngineRoom) -> Farewell:

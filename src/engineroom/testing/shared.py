@@ -59,7 +59,8 @@ class Shared:
     def take_in(self, engine: Engine, role: Role) -> None:
         """Have an engine's connections be facades of the one."""
         if self._is_parents:
-            engine.dialect.connect = _refuse  # type: ignore[method-assign]
+            dialect: Any = engine.dialect
+            dialect.connect = _refuse
         elif engine not in self._before:
             self._before[engine] = (engine.pool, engine.dialect)
             self._replace(engine, twin(self._outer.connection.dialect, engine))

@@ -57,17 +57,13 @@ def settling_connection() -> Any:
                     _synchronize(self.pgconn)
                     async with asyncio.timeout(BREAK_OFF_LIMIT):
                         await self.cancel_safe(timeout=BREAK_OFF_LIMIT)
-                        while self._is_at_work():
+                        while _is_at_work(self.pgconn):
                             await asyncio.sleep(CANCEL_EVERY)
                             await self.cancel_safe(timeout=BREAK_OFF_LIMIT)
             except (TimeoutError, Error) as error:
                 logger.info("A cancelled statement may run on: %r", error)
             finally:
                 self.pgconn.finish()
-
-        def _is_at_work(self) -> bool:
-            self.pgconn.consume_input()
-            return _owes_answer(self.pgconn)
 
     return SettlingConnection
 
@@ -120,7 +116,7 @@ def _interruptible_connection() -> Any:
             try:
                 _synchronize(self.pgconn)
                 request_cancel(self)
-                while self._is_at_work() and time.monotonic() < deadline:
+                while _is_at_work(self.pgconn) and time.monotonic() < deadline:
                     time.sleep(CANCEL_EVERY)
                     request_cancel(self)
             except Error as error:
@@ -128,10 +124,6 @@ def _interruptible_connection() -> Any:
             finally:
                 self.was_broken_off = True
                 self.pgconn.finish()
-
-        def _is_at_work(self) -> bool:
-            self.pgconn.consume_input()
-            return _owes_answer(self.pgconn)
 
     return InterruptibleConnection
 
@@ -142,10 +134,11 @@ def _synchronize(pgconn: Any) -> None:
         pgconn.pipeline_sync()
 
 
-def _owes_answer(pgconn: Any) -> bool:
+def _is_at_work(pgconn: Any) -> bool:
     """Whether the server still works; in a pipeline, the answer to Sync says that it does not."""
     from psycopg.pq import ConnStatus, ExecStatus
 
+    pgconn.consume_input()
     while pgconn.pipeline_status and pgconn.status == ConnStatus.OK and not pgconn.is_busy():
         result = pgconn.get_result()  # (None parts those of two commands)
         if result is not None and result.status == ExecStatus.PIPELINE_SYNC:
