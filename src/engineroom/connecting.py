@@ -27,7 +27,7 @@ def watch_connects(engine: Engine, side: Side, backend: Backend, credentials: Cr
     must not keep engine and manager for as long.
     """
     dialect: Any = engine.dialect
-    connect, known = dialect.connect, weakref.ref(engine)
+    connect, known = backend.way_to_connect(dialect), weakref.ref(engine)
 
     def connect_as(account: dict[str, Sealed[str]], *args: Any, **arguments: Any) -> Any:
         limit(arguments, known(), side, backend)

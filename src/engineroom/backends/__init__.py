@@ -10,7 +10,7 @@ from enum import IntEnum, StrEnum
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
-from sqlalchemy.engine import URL, Connection, Engine
+from sqlalchemy.engine import URL, Connection, Dialect, Engine
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from ..errors import DriverNotInstalled, InvalidOption, InvalidURL
@@ -122,6 +122,9 @@ class Backend(Protocol):
         Args:
             before_write: asked before a transaction that excludes every other writer.
         """
+
+    def way_to_connect(self, dialect: Dialect) -> Callable[..., Any]:
+        """Return what opens a connection of the driver, below all that is added to it."""
 
     def limit_connect(self, arguments: dict[str, Any], seconds: float) -> None:
         """Add to the arguments of a synchronous driver how long it may take to connect."""

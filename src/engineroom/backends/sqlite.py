@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from sqlalchemy import event
-from sqlalchemy.engine import URL, Connection, Engine
+from sqlalchemy.engine import URL, Connection, Dialect, Engine
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from sqlalchemy.schema import DropTable
 
@@ -276,6 +276,10 @@ class SQLite:
                 "transactions, start the child with the spawn method, or only read in it: "
                 "session(read_only=True)."
             )
+
+    def way_to_connect(self, dialect: Dialect) -> Callable[..., Any]:
+        """Leave it to SQLAlchemy."""
+        return dialect.connect
 
     def limit_connect(self, arguments: dict[str, Any], seconds: float) -> None:
         """Opening a file does not wait."""

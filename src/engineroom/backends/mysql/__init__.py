@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from sqlalchemy.engine import URL, Connection, Engine
+from sqlalchemy.engine import URL, Connection, Dialect, Engine
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from ...errors import InvalidOption, UnsupportedByDriver
@@ -136,6 +136,10 @@ class MySQL:
         if role is not Role.READER:
             known = dialect.connection_characteristics
             dialect.connection_characteristics = {**known, READ_ONLY: ReadOnly()}
+
+    def way_to_connect(self, dialect: Dialect) -> Callable[..., Any]:
+        """Leave it to SQLAlchemy."""
+        return dialect.connect
 
     def limit_connect(self, arguments: dict[str, Any], seconds: float) -> None:
         """Limit connecting, and each answer of the server on the way to that."""

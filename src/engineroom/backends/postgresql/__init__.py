@@ -14,7 +14,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
-from sqlalchemy.engine import URL, Connection, Engine
+from sqlalchemy.engine import URL, Connection, Dialect, Engine
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from sqlalchemy.util import await_only
 
@@ -177,11 +177,16 @@ class PostgreSQL:
         dialect: Any = engine.dialect
         if dialect.driver == "psycopg":
             dialect.do_rollback = _rolling_back(dialect.do_rollback, dialect.is_async)
-            connect = dialect.connect if dialect.is_async else interruptible(dialect.connect)
-            dialect.connect = sealing(connect)
+            dialect.connect = sealing(dialect.connect)
         elif dialect.driver == "asyncpg":
             unsendable.watch(engine)
             lost.watch(engine)
+
+    def way_to_connect(self, dialect: Dialect) -> Callable[..., Any]:
+        """Have psycopg's synchronous connections be such that a signal can interrupt."""
+        connect = dialect.connect
+        is_theirs = dialect.driver == "psycopg" and not dialect.is_async
+        return interruptible(connect) if is_theirs else connect
 
     def limit_connect(self, arguments: dict[str, Any], seconds: float) -> None:
         """Set libpq's parameter, unless it is less: whole seconds for each host, from two on."""

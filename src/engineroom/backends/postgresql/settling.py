@@ -70,13 +70,15 @@ def settling_connection() -> Any:
 
 def interruptible(connect: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a way to connect: psycopg's connections become such that a signal can interrupt."""
-    from psycopg import Connection
+    import psycopg
 
     kind = _interruptible_connection()
 
     def connect_interruptible(*args: Any, **kw: Any) -> Any:
-        opened = connect(*args, **kw)
-        if type(opened) is Connection:  # and not what some instrumentation has made of it
+        if psycopg.connect == psycopg.Connection.connect:
+            return kind.connect(*args, **kw)
+        opened = connect(*args, **kw)  # some instrumentation's
+        if type(opened) is psycopg.Connection:  # (Python 3.13 finds its attributes slowly then)
             opened.__class__ = kind
         return opened
 
