@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -256,6 +258,21 @@ async def ahanging() -> str:
     return "first"
 
 
+async def ahanging_on() -> str:
+    with suppress(asyncio.CancelledError):
+        await asyncio.sleep(60)
+    await asyncio.sleep(0.5)
+    return "first"
+
+
+def leaving() -> str:
+    sys.exit("the vault is sealed")
+
+
+async def aleaving() -> str:
+    sys.exit("the vault is sealed")
+
+
 def returning_bytes() -> Any:
     return b"first"
 
@@ -277,6 +294,9 @@ WRONG: dict[Callable[[], Any], str] = {
     araising: r"password= raised PermissionError, so nothing was connected",
     hanging: r"password= did not answer within 0\.\d s, which is what was left of pool_timeout",
     ahanging: r"password= did not answer within 0\.\d s, which is what was left of pool_timeout",
+    ahanging_on: r"password= did not answer within 0\.\d s, which is what was left of pool_timeout",
+    leaving: r"password= raised SystemExit, so nothing was connected",
+    aleaving: r"password= raised SystemExit, so nothing was connected",
     returning_bytes: r"password= returned bytes, where a text \(str\) is needed. Decode them",
     stopping: r"password= raised RuntimeError, so nothing was connected",
     cancelled: r"password= raised CancelledError, so nothing was connected",

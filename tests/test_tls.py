@@ -331,10 +331,9 @@ def test_a_home_that_cannot_be_looked_into_is_none(
     with stranger():
         if mode != "?sslmode=require":
             assert look(plain + mode, driver) == 1
-        if driver == "asyncpg":  # libpq does without TLS, or fails, where HOME is another's
-            assert look(url + mode, driver) == 1
-            assert tls.seen[-1].tls == (mode != "?sslmode=allow")
             fails(plain.replace(pg18.password, "wrong") + mode, driver)
+        assert look(url + mode, driver) == 1
+        assert tls.seen[-1].tls == (mode != "?sslmode=allow")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else for a while")

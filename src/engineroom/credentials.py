@@ -16,6 +16,7 @@ from .secrecy import Sealed
 from .urls import flaw
 
 ARGUMENTS = {"username": "user", "password": "password"}  # what the drivers call them
+ITS_OWN = (Exception, asyncio.CancelledError, SystemExit)  # what a function may raise; Ctrl-C not
 
 
 class Credentials:
@@ -51,7 +52,7 @@ class Credentials:
             answer = in_thread(function)
             try:
                 value = answer.result(seconds)
-            except (Exception, asyncio.CancelledError) as error:  # the function's own
+            except ITS_OWN as error:
                 raise (_raised(name, error) if answer.done() else _late(name, seconds)) from error
             if inspect.iscoroutine(value):
                 value.close()
@@ -67,27 +68,35 @@ class Credentials:
         """
         account: dict[str, Sealed[str]] = {}
         for name, function in self._functions.items():
-            deadline = asyncio.timeout(seconds)
+            # In a task of its own, for it may swallow its cancellation.
+            asking = asyncio.ensure_future(_answer(name, function))
+            asking.add_done_callback(_hear)
             try:
-                async with deadline:
-                    value: Any = (
-                        function()
-                        if is_coroutine_function(function)
-                        else await asyncio.wrap_future(in_thread(function))
-                    )
-                    if inspect.isawaitable(value):
-                        value = await value
-            except asyncio.CancelledError as error:
-                task = asyncio.current_task()
-                if task is None or task.cancelling():
-                    raise
-                raise _raised(name, error) from error  # the function's own
-            except Exception as error:
-                raise (
-                    _late(name, seconds) if deadline.expired() else _raised(name, error)
-                ) from error
-            account[ARGUMENTS[name]] = _sealed(name, value)
+                await asyncio.wait({asking}, timeout=seconds)
+            finally:
+                asking.cancel()
+            if not asking.done():
+                raise _late(name, seconds) from TimeoutError()
+            account[ARGUMENTS[name]] = _sealed(name, asking.result())
         return account
+
+
+async def _answer(name: str, function: Callable[[], Any]) -> Any:
+    try:
+        value = (
+            function()
+            if is_coroutine_function(function)
+            else await asyncio.wrap_future(in_thread(function))
+        )
+        return await value if inspect.isawaitable(value) else value
+    except ITS_OWN as error:
+        raise _raised(name, error) from error
+
+
+def _hear(asked: asyncio.Future[Any]) -> None:
+    """Take the error of one that was given up on, or asyncio would log that nobody did."""
+    if not asked.cancelled():
+        asked.exception()
 
 
 def in_thread(function: Callable[[], Any]) -> Future[Any]:

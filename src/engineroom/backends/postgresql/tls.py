@@ -57,7 +57,7 @@ def find_files(parameters: Mapping[str, str]) -> dict[str, str]:
 
 
 def is_home_closed() -> bool:
-    """Whether this user may not look for files in HOME, which is another's: asyncpg fails there."""
+    """Whether this user may not look for files in HOME, which is another's: drivers fail there."""
     try:
         os.stat(in_home(FOLDER / FILES["sslkey"]) or os.devnull)  # noqa: PTH116
     except PermissionError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from itertools import filterfalse
 from typing import Any
@@ -19,6 +20,7 @@ PLAIN = ("allow", "prefer")  # of sslmode: without TLS, too
 VERIFIERS = ("sslrootcert", "sslcrl")  # which those do not ask
 # What asyncpg takes by the same name.
 ALIKE = ("user", "krbsrvname", "gsslib", "target_session_attrs")
+NO_FILE = f"{os.devnull}/none"
 LEAST_TIMEOUT = 2  # seconds, of libpq's `connect_timeout`
 # What libpq tells the server at the start, for these variables.
 AT_START = {"PGTZ": "timezone", "PGDATESTYLE": "datestyle", "PGGEQO": "geqo"}
@@ -114,6 +116,9 @@ def for_libpq(parameters: Mapping[str, str]) -> dict[str, Any]:
     """Return the arguments of psycopg and psycopg2, which speak libpq; secrets are sealed."""
     if parameters.get("sslrootcert") == SYSTEM and (authorities := find_authorities()):
         parameters = {**parameters, "sslrootcert": authorities}  # (the mode is verify-full)
+    if not parameters.get("sslcert") and is_home_closed():
+        # libpq takes what it may not look for as an error, and does without TLS then, or fails.
+        parameters = {**parameters, "sslcert": NO_FILE}
     return {
         name: Sealed(value) if name in SECRETS else value
         for name, value in parameters.items()
