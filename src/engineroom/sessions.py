@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Sequence
 from functools import cache
@@ -17,6 +18,8 @@ from sqlalchemy.orm.attributes import set_committed_value
 from .errors import SessionInUse, WrongThread
 from .ledger import Entry, current_owner, is_inside, name_of
 from .retiring import ENDED, retire
+
+logger: logging.Logger = logging.getLogger("engineroom")
 
 
 class Guarded(Session):
@@ -82,6 +85,18 @@ class Guarded(Session):
         if self._scope is not None:
             self._check_caller(self._scope)
 
+    def _mind_unsent(self) -> None:
+        """Say what its user loses who closes a session before its scope would have committed."""
+        scope, unsent = self._scope, len(self.new) + len(self.dirty) + len(self.deleted)
+        if unsent and scope is not None and scope.is_open:
+            logger.warning(
+                "The %s opened at %s was closed with %d changed objects that it had not sent: "
+                "they are not stored. Do not close it: its scope commits at the end.",
+                scope.kind,
+                scope.where,
+                unsent,
+            )
+
     def _tell_hooks(self) -> None:
         if self._hooks is not None:
             self._hooks.roll_back(self)
@@ -131,6 +146,8 @@ class Guarded(Session):
         self._check_thread()
         if self._greenlet is not None:
             self._refuse_overlap()
+        if not self._ending:
+            self._mind_unsent()
         was_ending, self._ending = self._ending, True
         try:
             super().close()

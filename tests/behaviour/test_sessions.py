@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -57,6 +58,24 @@ def test_a_session_is_closed_and_its_connection_returned_either_way(shop: Any, f
     assert sum(pool.lent for pool in shop.stats().pools) == 0
     with pytest.raises(SessionClosed):
         kept[0].scalar(text("SELECT 1"))
+
+
+@pytest.mark.parametrize("loses", [True, False])
+def test_who_closes_a_session_too_early_hears_what_is_lost(
+    shop: Any, loses: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As an endpoint does whose recipe had it: it would answer 201, and nothing is stored."""
+    with shop.session() as db:
+        db.add(Item(sku="a"))
+        if not loses:
+            db.commit()
+        db.close()
+    assert skus(shop) == ([] if loses else ["a"])
+    said = [r.getMessage() for r in caplog.records if "had not sent" in r.getMessage()]
+    assert len(said) == loses
+    assert not loses or re.match(
+        r"The session opened at .*\.py:\d+ in .* was closed with 1 ", said[0]
+    )
 
 
 def test_a_commit_that_fails_raises_and_stores_nothing(shop: Any) -> None:
