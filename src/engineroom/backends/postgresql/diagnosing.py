@@ -14,7 +14,7 @@ from itertools import cycle
 
 from .. import ASK_FOR, Diagnosis
 from .finished import options_of
-from .knocking import NoPostgreSQL, NoTLS, ask_again, knock
+from .knocking import NoPostgreSQL, NoTLS, Silent, ask_again, knock
 from .parameters import DEFAULT_PORT
 from .sources import default_folder
 from .sqlstates import PROTOCOL_VIOLATION, sqlstate
@@ -119,6 +119,15 @@ def _not_reached(error: BaseException, place: str) -> Diagnosis:
             f"the name {place} does not resolve",
             "See that it is spelled right; that of a container is known once it runs.",
             is_reached=False,
+        )
+    if isinstance(error, Silent):
+        return Diagnosis(
+            True,
+            f"what listens at {place} does not answer",
+            "See that it is not stopped or overloaded. A pooler does not while it waits for a "
+            "server behind it: its log says why.",
+            is_reached=False,
+            is_silent=True,
         )
     return Diagnosis(
         True,

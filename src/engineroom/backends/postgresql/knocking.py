@@ -32,6 +32,10 @@ class NoTLS(Exception):
     """The server does not speak TLS."""
 
 
+class Silent(TimeoutError):
+    """Somebody listens there, and says nothing."""
+
+
 def knock(host: str, port: int, seconds: float, *, needs_tls: bool) -> str | None:
     """Say hello as a stranger, and return the SQLSTATE of the refusal; None if there was none.
 
@@ -100,8 +104,12 @@ def _left(end: float) -> float:
 def _read(line: socket.socket, size: int, end: float) -> bytes:
     read = b""
     while len(read) < size:
-        line.settimeout(_left(end))
-        if not (some := line.recv(size - len(read))):
+        try:
+            line.settimeout(_left(end))
+            some = line.recv(size - len(read))
+        except TimeoutError:
+            raise Silent from None
+        if not some:
             raise ConnectionResetError("The server hung up")
         read += some
     return read
