@@ -208,6 +208,64 @@ def test_a_signal_in_a_statement_leaves_nothing_running(
     run(interrupted, postgres_url.replace("://", "+psycopg://"), what, how, pipeline)
 
 
+def caught(url: str, how: str, pipeline: Literal["on", "off"]) -> None:
+    """What one does at a soft limit: note that the work has failed, in the same session."""
+
+    def handler(*_: object) -> None:
+        raise SoftLimit
+
+    def press() -> None:
+        until(lambda: at_work(url), bool)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    signal.signal(signal.SIGINT, handler)
+    with Database(url, pool_size=1, max_overflow=0, pipeline=pipeline) as door:
+        for _ in range(5):  # it may be lent again in the next moment, or after a while
+            threading.Thread(target=press).start()
+            with door.session() if how != "by hand" else door.get_session() as db:
+                with pytest.raises(SoftLimit):
+                    if how == "savepoint":
+                        with db.begin_nested():
+                            db.execute(text("SELECT pg_sleep(100)"))
+                    db.execute(text("SELECT pg_sleep(100)"))
+                db.rollback()
+                assert db.scalar(text("SELECT 1")) == 1
+        assert door.stats().pools[0].lent == 0
+
+
+@pytest.mark.parametrize("pipeline", ["on", "off"])
+@pytest.mark.parametrize("how", ["session", "savepoint", "by hand"])
+def test_what_a_signal_raises_may_be_caught_and_the_session_used(
+    how: str, pipeline: str, postgres_url: str
+) -> None:
+    run(caught, postgres_url.replace("://", "+psycopg://"), how, pipeline)
+
+
+def interrupted_ping(url: str) -> None:
+    def handler(*_: object) -> None:
+        raise SoftLimit
+
+    signal.signal(signal.SIGINT, handler)
+    address: Any = make_url(url)
+    with WireProxy(address.host, address.port) as proxy:
+        door = Database(proxy.url(url), pool_size=1, max_overflow=0, pool_pre_ping=True)
+        door.check()
+        proxy.freeze()
+        pressing = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+        pressing.start()
+        with pytest.raises(SoftLimit), door.session() as db:
+            db.execute(text("SELECT 1"))
+        proxy.thaw()
+        with door.session() as db:
+            db.execute(text("SELECT 1"))
+        door.close()
+
+
+def test_a_signal_while_a_connection_is_asked_whether_it_lives(postgres_url: str) -> None:
+    """It is no answer of the server's: the work would go on as if nobody had struck."""
+    run(interrupted_ping, postgres_url.replace("://", "+psycopg://"))
+
+
 def interrupted_on_a_silent_server(url: str, what: str, pipeline: Literal["on", "off"]) -> float:
     kind: type[BaseException] = KeyboardInterrupt if what == "Ctrl-C" else SoftLimit
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
+import signal
 import sys
 import threading
 import time
@@ -15,6 +18,7 @@ from typing import Any
 import pytest
 from looking import look
 from pgbouncer import PgBouncer
+from scenario import run
 from sqlalchemy import Engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError
 
@@ -269,10 +273,6 @@ def leaving() -> str:
     sys.exit("the vault is sealed")
 
 
-async def aleaving() -> str:
-    sys.exit("the vault is sealed")
-
-
 def returning_bytes() -> Any:
     return b"first"
 
@@ -295,8 +295,7 @@ WRONG: dict[Callable[[], Any], str] = {
     hanging: r"password= did not answer within 0\.\d s, which is what was left of pool_timeout",
     ahanging: r"password= did not answer within 0\.\d s, which is what was left of pool_timeout",
     ahanging_on: r"password= did not answer within 0\.\d s, which is what was left of pool_timeout",
-    leaving: r"password= raised SystemExit, so nothing was connected",
-    aleaving: r"password= raised SystemExit, so nothing was connected",
+    leaving: r"password= raised RuntimeError, so nothing was connected",
     returning_bytes: r"password= returned bytes, where a text \(str\) is needed. Decode them",
     stopping: r"password= raised RuntimeError, so nothing was connected",
     cancelled: r"password= raised CancelledError, so nothing was connected",
@@ -328,6 +327,63 @@ def test_what_goes_wrong_is_one_clear_error(
     assert isinstance(caught.value.__cause__, PermissionError) == ("raising" in str(given))
     assert "secret" not in repr(caught.value) + repr(caught.value.__cause__)
     assert proxy.connections == 0
+
+
+def signalled(url: str) -> None:
+    def handler(*_: object) -> None:
+        sys.exit("told to stop")
+
+    signal.signal(signal.SIGTERM, handler)
+    with Database(url, password=hanging) as door:
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        with pytest.raises(SystemExit, match="told to stop"), door.session() as db:
+            db.execute(text("SELECT 1"))
+
+
+def test_what_a_signal_raises_meanwhile_is_not_the_functions(vault: Vault) -> None:
+    run(signalled, f"{vault.url()}".replace("postgresql:", "postgresql+psycopg:"))
+
+
+def ended_meanwhile(url: str, how: str) -> None:
+    cleaned: list[bool] = []
+
+    async def password() -> str:
+        try:
+            return await ahanging()
+        finally:
+            await asyncio.sleep(0.05)
+            cleaned.append(True)
+
+    async def connect(manager: DatabaseSessionManager) -> None:
+        async with manager.session() as db:
+            await db.execute(text("SELECT 1"))
+
+    async def main() -> None:
+        manager = DatabaseSessionManager().init(url, password=password)
+        connecting = asyncio.create_task(connect(manager))
+        await asyncio.sleep(0.2)
+        if how == "cancelled":
+            connecting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await connecting
+            assert cleaned == [True]
+            await manager.close()
+
+    logged: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("asyncio").addHandler(handler)
+    asyncio.run(main())
+    assert cleaned == [True]
+    assert logged == []
+
+
+@pytest.mark.parametrize("how", ["cancelled", "the loop ends"])
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+def test_a_function_whose_caller_is_cancelled_cleans_up(
+    driver: str, how: str, vault: Vault
+) -> None:
+    run(ended_meanwhile, f"{vault.url()}".replace("postgresql:", f"postgresql+{driver}:"), how)
 
 
 @each_driver

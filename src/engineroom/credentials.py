@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextvars import copy_context
 from typing import Any
 
@@ -16,7 +16,7 @@ from .secrecy import Sealed
 from .urls import flaw
 
 ARGUMENTS = {"username": "user", "password": "password"}  # what the drivers call them
-ITS_OWN = (Exception, asyncio.CancelledError, SystemExit)  # what a function may raise; Ctrl-C not
+CLEAN_UP = 0.5  # seconds that a function has when its caller was cancelled
 
 
 class Credentials:
@@ -50,10 +50,12 @@ class Credentials:
         account: dict[str, Sealed[str]] = {}
         for name, function in self._functions.items():
             answer = in_thread(function)
-            try:
-                value = answer.result(seconds)
-            except ITS_OWN as error:
-                raise (_raised(name, error) if answer.done() else _late(name, seconds)) from error
+            wait([answer], seconds)  # (what a signal's handler raises here is not the function's)
+            if not answer.done():
+                raise _late(name, seconds) from TimeoutError()
+            if (error := answer.exception()) is not None:
+                raise _raised(name, error) from error
+            value = answer.result()
             if inspect.iscoroutine(value):
                 value.close()
                 raise _not_here(name)
@@ -73,9 +75,11 @@ class Credentials:
             asking.add_done_callback(_hear)
             try:
                 await asyncio.wait({asking}, timeout=seconds)
-            finally:
+            except asyncio.CancelledError:
                 asking.cancel()
-            if not asking.done():
+                await asyncio.wait({asking}, timeout=CLEAN_UP)
+                raise
+            if asking.cancel():
                 raise _late(name, seconds) from TimeoutError()
             account[ARGUMENTS[name]] = _sealed(name, asking.result())
         return account
@@ -89,7 +93,12 @@ async def _answer(name: str, function: Callable[[], Any]) -> Any:
             else await asyncio.wrap_future(in_thread(function))
         )
         return await value if inspect.isawaitable(value) else value
-    except ITS_OWN as error:
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise _raised(name, error) from error  # the function's own
+    except Exception as error:
         raise _raised(name, error) from error
 
 
@@ -107,9 +116,10 @@ def in_thread(function: Callable[[], Any]) -> Future[Any]:
         if answer.set_running_or_notify_cancel():
             try:
                 answer.set_result(function())
-            except StopIteration as error:  # which no future may have: as generators do
-                answer.set_exception(ended := RuntimeError("it raised StopIteration"))
+            except (StopIteration, SystemExit) as error:  # no future may have it; no process ends
+                ended = RuntimeError(f"it raised {type(error).__name__}")
                 ended.__cause__ = error
+                answer.set_exception(ended)
             except BaseException as error:  # noqa: BLE001  # whoever waits hears of it
                 answer.set_exception(error)
 

@@ -500,7 +500,10 @@ class Lender(QueuePool):
         self.ask_in_time(clean, berth, CLEAN_LIMIT)
 
     def _end(self, record: ConnectionPoolEntry) -> None:
-        """End a connection that came back while it does something, or is in a transaction."""
+        """End a connection that came back at work or in a transaction; a closed one is gone."""
+        if self.backend.is_closed(record.driver_connection):
+            self._drop(record)
+            return
         logger.info("A connection was returned in the middle of its work, and is ended")
         try:
             self.end_apart([record])
@@ -549,8 +552,12 @@ class Lender(QueuePool):
             # The other half of the time is for opening another one.
             limit = min(self.seconds_left() / 2, self.answer_within, SETTLE_LIMIT)
             self.ask_in_time(ping, connection.info["berth"], limit)
-        except Exception as error:  # noqa: BLE001  # whatever it says, it is dead
-            self.suspicion = time.monotonic()
+        except Exception as error:
+            known = (self.engine.dialect.loaded_dbapi.Error, OSError, ConnectTimeout)
+            if not (self._is_asyncio or isinstance(error, known)):  # of a signal's handler
+                self._discard(connection)
+                raise
+            self.suspicion = time.monotonic()  # whatever it says, it is dead
             if isinstance(error, (TimeoutError, ConnectTimeout)):
                 self.silence = self.suspicion
                 self._hang_up(connection.info["berth"])

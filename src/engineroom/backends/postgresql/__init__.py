@@ -42,7 +42,7 @@ from .guards import at_start, for_transaction, struck
 from .looking import look
 from .parameters import ALIVE
 from .schema_lock import AdvisoryLock, stands_alone, without_literals
-from .settling import interruptible, settling_connection
+from .settling import interruptible, settling_connection, watch_broken_off
 from .sockets import asyncpg_transport, descriptor_of, is_closed
 from .sources import resolve
 from .sqlstates import PROTOCOL_VIOLATION, sqlstate
@@ -70,7 +70,6 @@ READ_ONLY = "default_transaction_read_only"
 
 IDLE = 0  # libpq's PQTRANS_IDLE
 READY = 1  # psycopg2's STATUS_READY: it has begun nothing
-AT_REST = (IDLE, 4)  # and PQTRANS_UNKNOWN: it is closed
 
 
 class PostgreSQL:
@@ -178,6 +177,8 @@ class PostgreSQL:
         if dialect.driver == "psycopg":
             dialect.do_rollback = _rolling_back(dialect.do_rollback, dialect.is_async)
             dialect.connect = sealing(dialect.connect)
+            if not dialect.is_async:
+                watch_broken_off(engine)
         elif dialect.driver == "asyncpg":
             unsendable.watch(engine)
             lost.watch(engine)
@@ -238,9 +239,10 @@ class PostgreSQL:
     def is_at_rest(self, driver: Any) -> bool:
         """Ask the driver, which knows what the server said last."""
         if hasattr(driver, "pgconn"):
-            return driver.pgconn.transaction_status in AT_REST
+            pgconn = driver.pgconn
+            return pgconn.transaction_status == IDLE and not pgconn.pipeline_status
         if hasattr(driver, "get_transaction_status"):  # psycopg2
-            return driver.get_transaction_status() in AT_REST
+            return bool(driver.get_transaction_status() == IDLE)
         if getattr(driver, "with_begin", ""):
             driver.with_begin = ""  # no BEGIN took it along: it goes with its session
         return not _has_begun(driver)

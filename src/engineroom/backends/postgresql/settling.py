@@ -11,6 +11,9 @@ from functools import cache
 from traceback import clear_frames
 from typing import Any
 
+from sqlalchemy import event
+from sqlalchemy.engine import Engine, ExceptionContext
+
 from ...cancellation import settle
 from .cancelling import BREAK_OFF_LIMIT, request_cancel
 
@@ -128,6 +131,23 @@ def _interruptible_connection() -> Any:
                 self.pgconn.finish()
 
     return InterruptibleConnection
+
+
+def watch_broken_off(engine: Engine) -> None:
+    """Have SQLAlchemy part with a connection that a signal has interrupted, whatever was raised.
+
+    By itself it does so for Ctrl-C, and would go on with what is closed for any `Exception`.
+    """
+    event.listen(engine, "handle_error", _part)
+
+
+def _part(context: ExceptionContext) -> None:
+    connection = context.connection
+    if connection is None or connection.closed or connection.invalidated:
+        return
+    if getattr(connection.connection.driver_connection, "was_broken_off", False):
+        context.is_disconnect = True
+        context.invalidate_pool_on_disconnect = False  # the others are as they were
 
 
 def _synchronize(pgconn: Any) -> None:
