@@ -20,7 +20,7 @@ SIGNS = (
 # Strings and comments, but for those that are carried out (/*! … */); names keep what they say.
 UNSPOKEN = re.compile(
     r"""
-    '(?:[^'\\]++|\\.|'')*+' | "(?:[^"\\]++|\\.|"")*+" | (`[^`]*+`)
+    '(?>(?:[^'\\]++|\\.|'')*)' | "(?>(?:[^"\\]++|\\.|"")*)" | (`[^`]*+`)
     | /\*(?!M?!).*?\*/ | \#[^\n]* | --(?=[\x00-\x20]|\Z)[^\n]*
     """,
     FLAGS,

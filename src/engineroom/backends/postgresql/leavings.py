@@ -39,10 +39,11 @@ IN_TEMPORARY = re.compile(r"pg_temp(?!_)")  # (who asks for all schemas writes p
 PLAIN = re.compile(r"\s*+(?:select|insert|update|delete|with|begin|commit|rollback)\b")
 
 # The others are read without their comments and what is in quotes. No expression looks at a
-# character more than a few times, whatever the text.
+# character more than a few times, whatever the text. `(?>(?:…)*)` stands for `(?:…)*+`, which
+# Python before 3.11.5 gets wrong.
 QUOTED = re.compile(
     r"""
-    '[^']*+' | "[^"]*+" | --[^\r\n]*+ | /\*[^*/]*+ (?: (?:\*(?!/)|/(?!\*)) [^*/]*+ )*+ \*/
+    '[^']*+' | "[^"]*+" | --[^\r\n]*+ | /\*[^*/]*+ (?> (?: (?:\*(?!/)|/(?!\*)) [^*/]*+ )* ) \*/
     """,
     re.VERBOSE,
 )
@@ -54,7 +55,8 @@ MAKES_TEMPORARY = re.compile(
     re.VERBOSE,
 )
 DROPS_AT_COMMIT = re.compile(
-    rf"\s*+ create\s++ {TEMPORARY} \s++table\b [^o]*+ (?:o(?!n\s++commit\s++drop\b)[^o]*+)*+ o",
+    rf"\s*+ create\s++ {TEMPORARY} \s++table\b"
+    r" [^o]*+ (?> (?:o(?!n\s++commit\s++drop\b)[^o]*+)* ) o",
     re.VERBOSE,
 )
 # What drivers have prepared is gone then, and some do not know; or a library is there.
@@ -79,7 +81,7 @@ SETS_WITHIN = re.compile(
 SETS_LOCALLY = re.compile(
     r"""
     set_config \s*+ \(
-    (?: (?: [^(),] | \((?:[^()]|\([^()]*+\))*+\) )*+ , ){2} \s*+ true \s*+ \)
+    (?: (?> (?: [^(),] | \((?>(?:[^()]|\([^()]*+\))*)\) )* ) , ){2} \s*+ true \s*+ \)
     """,
     re.VERBOSE,
 )

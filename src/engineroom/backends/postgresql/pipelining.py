@@ -21,6 +21,7 @@ from sqlalchemy.engine import Engine
 
 from ...errors import InvalidOption
 from .beginning import forget_what_is_sent
+from .settling import break_off
 
 Setting = Literal["auto", "on", "off"]
 
@@ -147,13 +148,17 @@ def _may_begin(driver: Any, query: Any) -> bool:
 
 def _in_one_trip(cursor: Any, execute: Callable[[], Any]) -> None:
     """Begin with a statement; both are answered then, and psycopg in no pipeline any more."""
+    from psycopg import Error
+
     driver = cursor.connection
     with _pipeline_of(cursor) as pipeline:
         try:
             _send_begin(cursor, pipeline)
             execute()
             driver.wait(_rest_of(pipeline))
-        except BaseException:
+        except BaseException as error:
+            if pipeline.command_queue.is_sent and not isinstance(error, Error):
+                break_off(driver)  # a signal struck, and Sync may not be sent: nobody would answer
             with suppress(Exception):  # an error may come early; and the connection be lost
                 driver.wait(_rest_of(pipeline))
             raise

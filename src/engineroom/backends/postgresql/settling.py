@@ -110,13 +110,12 @@ def _interruptible_connection() -> Any:
                 # In a pipeline a value that cannot be sent is found while BEGIN is under way; what
                 # the generator has raised itself has ended it.
                 is_its_own = self.pgconn.pipeline_status and getattr(gen, "gi_frame", gen) is None
-                if not (is_its_own and isinstance(error, Exception)):
-                    self._break_off()
+                is_at_work = self.pgconn.transaction_status == TransactionStatus.ACTIVE
+                if is_at_work and not (is_its_own and isinstance(error, Exception)):
+                    self.break_off()
                 raise
 
-        def _break_off(self) -> None:
-            if self.pgconn.transaction_status != TransactionStatus.ACTIVE:
-                return
+        def break_off(self) -> None:
             deadline = time.monotonic() + BREAK_OFF_LIMIT
             try:
                 _synchronize(self.pgconn)
@@ -131,6 +130,13 @@ def _interruptible_connection() -> Any:
                 self.pgconn.finish()
 
     return InterruptibleConnection
+
+
+def break_off(driver: Any) -> None:
+    """End what a connection does, and the connection."""
+    if hasattr(driver, "break_off"):
+        driver.break_off()
+    driver.pgconn.finish()
 
 
 def watch_broken_off(engine: Engine) -> None:
