@@ -399,12 +399,12 @@ class EngineRoom:
             elif isinstance(pool, Lender):
                 yield side, role, None, pool
 
-    def stats(self) -> Stats:
-        """Take a snapshot of the ledger and the pools."""
-        now = time.monotonic()
+    def stats(self, at: float | None = None) -> Stats:
+        """Take a snapshot of the ledger and the pools; several are compared at one time."""
+        now = time.monotonic() if at is None else at
         return Stats(
             state=self.life.state.value,
-            scopes=self.ledger.scopes(),
+            scopes=self.ledger.scopes(now),
             pools=tuple(
                 PoolInfo(
                     side=side.value,

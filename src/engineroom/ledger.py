@@ -211,9 +211,8 @@ class Ledger:
         for entry in self:
             self.leave(entry)
 
-    def scopes(self) -> tuple[ScopeInfo, ...]:
+    def scopes(self, now: float) -> tuple[ScopeInfo, ...]:
         """Return the open scopes, oldest first."""
-        now = time.monotonic()
         return tuple(
             ScopeInfo(
                 kind=entry.kind,

@@ -244,7 +244,8 @@ class SessionManager:
 
     def stats(self) -> Stats:
         """Take a snapshot of the ledgers and the pools of every URL; each pool names its own."""
-        each = [tenant.stats() for tenant in list(self._rooms)]
+        now = time.monotonic()
+        each = [tenant.stats(now) for tenant in list(self._rooms)]
         scopes = [scope for one in each for scope in one.scopes]
         return Stats(
             state=(State.CLOSED if self._is_closed else State.OPEN).value,
