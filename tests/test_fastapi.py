@@ -260,12 +260,12 @@ def test_one_session_under_every_spelling_and_no_success_before_commit(
             for name in SPELLINGS:
                 for kind in ("plain", "streaming", "background"):
                     path = f"{prefix}/{kind}/{name}"
-                    before = names(tables)
+                    before = sorted(names(tables))  # a vacuum may have freed a place for the next
                     assert client.post(path, params={"parent": WRONG}).status_code == 500, path
-                    assert names(tables) == before, path
+                    assert sorted(names(tables)) == before, path
                     answer = client.post(path, params={"parent": RIGHT})
                     assert answer.status_code == 200, path
-                    assert names(tables) == [*before, name], path  # it is there by now
+                    assert sorted(names(tables)) == sorted([*before, name]), path  # by now
                     if kind == "streaming":
                         assert "inside it). [session-closed]" in answer.text, path
         until(lambda: len(TOLD), lambda told: told == 2 * len(SPELLINGS))

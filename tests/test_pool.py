@@ -802,7 +802,9 @@ def crowd(url: str, callers: int) -> None:
             if number % 2:
                 asyncio.get_running_loop().call_later((number * 7919 % 1000) / 1000, task.cancel)
         await asyncio.gather(*tasks, return_exceptions=True)
-        assert sum(task.cancelled() for task in tasks) + len(served) == callers
+        # (Who gives up at the end of his turn is served and cancelled.)
+        stayed = {number for number, task in enumerate(tasks) if not task.cancelled()}
+        assert stayed - set(served) == set()
         (pool,) = manager.stats().pools
         assert (pool.lent, pool.waiting) == (0, 0)
         # Whoever came earlier got a connection earlier, but for those whose was opened anew after a
