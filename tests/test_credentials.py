@@ -345,9 +345,10 @@ def test_what_a_signal_raises_meanwhile_is_not_the_functions(vault: Vault) -> No
 
 
 def ended_meanwhile(url: str, how: str) -> None:
-    cleaned: list[bool] = []
+    asked, cleaned = asyncio.Event(), list[bool]()
 
     async def password() -> str:
+        asked.set()
         try:
             return await ahanging()
         finally:
@@ -361,7 +362,7 @@ def ended_meanwhile(url: str, how: str) -> None:
     async def main() -> None:
         manager = DatabaseSessionManager().init(url, password=password)
         connecting = asyncio.create_task(connect(manager))
-        await asyncio.sleep(0.2)
+        await asked.wait()
         if how == "cancelled":
             connecting.cancel()
             with pytest.raises(asyncio.CancelledError):

@@ -12,7 +12,13 @@ import psycopg
 import pytest
 from scenario import Item, Model
 from sqlalchemy import event, insert, text
-from sqlalchemy.exc import DataError, DBAPIError, OperationalError, ProgrammingError
+from sqlalchemy.exc import (
+    DataError,
+    DBAPIError,
+    NotSupportedError,
+    OperationalError,
+    ProgrammingError,
+)
 from sqlalchemy.orm import Session
 
 from engineroom import Database, DatabaseSessionManager
@@ -155,9 +161,12 @@ def test_what_no_pipeline_takes_begins_as_ever(opened: Callable[..., Units], wor
 def test_the_text_of_a_copy_is_refused_as_ever(
     opened: Callable[..., Units], direction: str
 ) -> None:
-    """There is no way out of a pipeline then; what is raised says what was wrong."""
+    """There is no way out of a pipeline then; what is raised says what was wrong.
+
+    psycopg says it in one way where the server answers at once, and in another where it does not.
+    """
     units = opened()
-    with pytest.raises(ProgrammingError, match="COPY cannot be used with this method"):
+    with pytest.raises((ProgrammingError, NotSupportedError), match="COPY cannot be used"):
         units(lambda db: db.execute(text(f"COPY item {direction}")))
     units(lambda db: db.execute(FIRST))
     assert units(lambda db: db.execute(FIRST))[0] == 2
