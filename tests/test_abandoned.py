@@ -249,7 +249,9 @@ def interrupted_ping(url: str) -> None:
     address: Any = make_url(url)
     with WireProxy(address.host, address.port) as proxy:
         door = Database(proxy.url(url), pool_size=1, max_overflow=0, pool_pre_ping=True)
-        door.check()
+        with door.session() as db:
+            db.execute(text("SELECT 1"))
+        time.sleep(0.01)  # at once, nobody would ask
         proxy.freeze()
         pressing = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
         pressing.start()
