@@ -168,15 +168,21 @@ class SoftLimit(Exception):  # as Celery's, which a signal's handler raises
     pass
 
 
-def interrupted(url: str, what: str, how: str, pipeline: Literal["on", "off"]) -> None:
-    kind: type[BaseException] = KeyboardInterrupt if what == "Ctrl-C" else SoftLimit
-
+def raise_at_signal(kind: type[BaseException]) -> None:
     def handler(*_: object) -> None:
         raise kind
 
-    def press() -> None:
-        until(lambda: at_work(url), bool)
-        os.kill(os.getpid(), signal.SIGINT)
+    signal.signal(signal.SIGINT, handler)
+
+
+def press_at_work(url: str) -> None:
+    """Send the signal once a statement runs on the server."""
+    until(lambda: at_work(url), bool)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def interrupted(url: str, what: str, how: str, pipeline: Literal["on", "off"]) -> None:
+    kind: type[BaseException] = KeyboardInterrupt if what == "Ctrl-C" else SoftLimit
 
     def unit(door: Database) -> None:
         if how == "by hand":
@@ -189,9 +195,9 @@ def interrupted(url: str, what: str, how: str, pipeline: Literal["on", "off"]) -
             with getattr(door, how)() as db:
                 db.execute(text("SELECT pg_sleep(100)"))
 
-    signal.signal(signal.SIGINT, handler)
+    raise_at_signal(kind)
     with Database(url, pool_size=1, max_overflow=0, pipeline=pipeline) as door:
-        threading.Thread(target=press).start()
+        threading.Thread(target=press_at_work, args=[url]).start()
         with pytest.raises(kind):
             unit(door)
         until(lambda: at_work(url), lambda busy: not busy)
@@ -211,17 +217,10 @@ def test_a_signal_in_a_statement_leaves_nothing_running(
 def caught(url: str, how: str, pipeline: Literal["on", "off"]) -> None:
     """What one does at a soft limit: note that the work has failed, in the same session."""
 
-    def handler(*_: object) -> None:
-        raise SoftLimit
-
-    def press() -> None:
-        until(lambda: at_work(url), bool)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    signal.signal(signal.SIGINT, handler)
+    raise_at_signal(SoftLimit)
     with Database(url, pool_size=1, max_overflow=0, pipeline=pipeline) as door:
         for _ in range(5):  # it may be lent again in the next moment, or after a while
-            threading.Thread(target=press).start()
+            threading.Thread(target=press_at_work, args=[url]).start()
             with door.session() if how != "by hand" else door.get_session() as db:
                 with pytest.raises(SoftLimit):
                     if how == "savepoint":
@@ -242,10 +241,7 @@ def test_what_a_signal_raises_may_be_caught_and_the_session_used(
 
 
 def interrupted_ping(url: str) -> None:
-    def handler(*_: object) -> None:
-        raise SoftLimit
-
-    signal.signal(signal.SIGINT, handler)
+    raise_at_signal(SoftLimit)
     address: Any = make_url(url)
     with WireProxy(address.host, address.port) as proxy:
         door = Database(proxy.url(url), pool_size=1, max_overflow=0, pool_pre_ping=True)
@@ -271,10 +267,7 @@ def test_a_signal_while_a_connection_is_asked_whether_it_lives(postgres_url: str
 def interrupted_on_a_silent_server(url: str, what: str, pipeline: Literal["on", "off"]) -> float:
     kind: type[BaseException] = KeyboardInterrupt if what == "Ctrl-C" else SoftLimit
 
-    def handler(*_: object) -> None:
-        raise kind
-
-    signal.signal(signal.SIGINT, handler)
+    raise_at_signal(kind)
     address: Any = make_url(url)
     with WireProxy(address.host, address.port) as proxy:
         door = Database(proxy.url(url), pool_size=1, max_overflow=0, pipeline=pipeline)

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from logging.handlers import QueueHandler
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -370,13 +372,11 @@ def ended_meanwhile(url: str, how: str) -> None:
             assert cleaned == [True]
             await manager.close()
 
-    logged: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("asyncio").addHandler(handler)
+    logged = SimpleQueue[Any]()
+    logging.getLogger("asyncio").addHandler(QueueHandler(logged))
     asyncio.run(main())
     assert cleaned == [True]
-    assert logged == []
+    assert logged.empty()
 
 
 @pytest.mark.parametrize("how", ["cancelled", "the loop ends"])

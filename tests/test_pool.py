@@ -805,6 +805,7 @@ def crowd(url: str, callers: int) -> None:
         # (Who gives up at the end of his turn is served and cancelled.)
         stayed = {number for number, task in enumerate(tasks) if not task.cancelled()}
         assert stayed - set(served) == set()
+        assert len(served) == len(set(served))
         (pool,) = manager.stats().pools
         assert (pool.lent, pool.waiting) == (0, 0)
         # Whoever came earlier got a connection earlier, but for those whose was opened anew after a

@@ -331,7 +331,7 @@ def test_a_home_that_cannot_be_looked_into_is_none(
     with stranger():
         if mode != "?sslmode=require":
             assert look(plain + mode, driver) == 1
-            fails(plain.replace(pg18.password, "wrong") + mode, driver)
+        fails(plain.replace(pg18.password, "wrong") + mode, driver)
         assert look(url + mode, driver) == 1
         assert tls.seen[-1].tls == (mode != "?sslmode=allow")
 
