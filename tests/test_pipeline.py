@@ -175,6 +175,18 @@ def test_the_text_of_a_copy_is_refused_as_ever(
     assert units(lambda db: db.execute(FIRST))[0] == 2
 
 
+def test_a_connection_that_comes_back_in_a_pipeline_is_not_lent_again(
+    pg18: PostgresServer, database: str
+) -> None:
+    """As one does where a signal strikes between two lines."""
+    with Database(pg18.url(database, "psycopg"), pool_size=1, max_overflow=0) as door:
+        left: Any = door.get_engine().raw_connection()
+        left.driver_connection.pgconn.enter_pipeline_mode()
+        left.close()
+        with door.session() as db:
+            assert db.scalar(FIRST) == 1
+
+
 def test_a_savepoint_may_come_first(opened: Callable[..., Units]) -> None:
     def nest(db: Session) -> None:
         with db.begin_nested():
