@@ -308,7 +308,7 @@ class Units:
         else:
             pool = self.manager.sync_engine.pool
         (record,) = pool.rack.items
-        return record.info["berth"]
+        return record.record_info["berth"]
 
     def close(self) -> None:
         self.runner.run(self.manager.close())

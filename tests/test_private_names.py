@@ -36,7 +36,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import AsyncAdaptedQueuePool, QueuePool
 from sqlalchemy.util import await_only, greenlet_spawn
 
-from engineroom import DatabaseSessionManager
+from engineroom import Database, DatabaseSessionManager
 from engineroom.backends.mysql.sparing import is_unread
 from engineroom.backends.postgresql.beginning import has_sent, tell_what_is_sent
 from engineroom.backends.sqlite import _thread_of
@@ -144,34 +144,65 @@ def test_the_dialect_closes_each_connection(engine: Engine, end: str) -> None:
     assert closed == [driver]
 
 
-def test_info_outlives_invalidation_until_the_next_connection(engine: Engine) -> None:
+def test_record_info_outlives_invalidation(engine: Engine) -> None:
     """The berth is kept there, and asked for its permit when an invalidated connection returns."""
     connection = engine.raw_connection()
-    connection.info["berth"] = "mine"
+    assert connection.record_info is not None
+    connection.record_info["berth"] = "mine"
     record = connection._connection_record  # type: ignore[attr-defined]
     connection.invalidate()
-    assert record.info == {"berth": "mine"}
+    assert record.record_info == {"berth": "mine"}
     connection = engine.raw_connection()
-    assert "berth" not in connection.info
+    assert connection.record_info == {"berth": "mine"}
+    assert not hasattr(connection, "__dict__") or not vars(connection)  # it keeps nothing itself
+    connection.detach()
+    assert connection.record_info is None
     connection.close()
 
 
-def test_the_creator_may_write_into_info(engine: Engine) -> None:
+def test_the_creator_may_write_into_record_info(engine: Engine) -> None:
     """Relied on by `lending.Opener`: what it writes belongs to the connection that it opens."""
     opened: list[Any] = []
 
     def creator(record: Any) -> sqlite3.Connection:
-        record.info["berth"] = len(opened)
+        record.record_info["berth"] = len(opened)
         opened.append(record)
         return sqlite3.connect(":memory:")
 
     pool = QueuePool(creator)
     connection = pool.connect()
-    assert connection.info == {"berth": 0}
+    assert connection.record_info == {"berth": 0}
     connection.invalidate()
     connection = pool.connect()
-    assert connection.info == {"berth": 1}
+    assert connection.record_info == {"berth": 1}
     connection.invalidate()
+
+
+def test_what_the_hot_path_asks_python_finds_without_a_search(postgres_url: str) -> None:
+    """CPython keeps 30 attributes of an object in line, and finds no method of it fast beyond.
+
+    Nor one of SQLAlchemy's proxy once anything was stored on that.
+    """
+    database = Database(postgres_url, pool_size=1, max_overflow=1, pool_min=1)
+    with database, database.session() as db:
+        assert db.scalar(text("SELECT 1")) == 1
+        assert len(vars(database.engine.pool)) <= 30
+        assert not vars(db.connection().connection)
+
+    async def main() -> None:
+        manager = DatabaseSessionManager()
+        manager.init(postgres_url, pool_size=1, max_overflow=1, pool_min=1)
+        async with manager, manager.session() as session, manager.session() as other:
+            assert await session.scalar(text("SELECT 1")) == 1
+            assert await other.scalar(text("SELECT 1")) == 1  # it grows for that
+            loops: Any = manager.engine.pool
+            (shelf,) = loops.shelves.values()
+            assert len(vars(shelf)) <= 30
+            assert {"_growth", "_filling"} <= vars(shelf).keys()  # that come and go
+            connection = await session.connection()
+            assert not vars(await connection.get_raw_connection())
+
+    asyncio.run(main())
 
 
 def test_queue_class_makes_the_queue_of_a_pool() -> None:

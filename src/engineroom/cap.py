@@ -195,7 +195,7 @@ class Stay:
             and self.kept is None
             and record is not None
             and record.dbapi_connection is not None
-            and record.info.get("berth") is berth
+            and record.record_info.get("berth") is berth
         )
 
     @property

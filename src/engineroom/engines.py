@@ -44,6 +44,7 @@ from .ledger import (
     line_of,
     name_of,
     opener_of,
+    permit_of,
 )
 from .lending import ROLLING_BACK, Lender
 from .lifecycle import Life, State
@@ -54,7 +55,7 @@ from .secrecy import Sealed, unseen
 from .sessions import Guarded, guarded
 from .settings import DatabaseSettings, Options, read_settings
 from .slots import WAITING
-from .statements import note_statements, permit_of
+from .statements import note_statements
 from .urls import masked
 
 logger: logging.Logger = logging.getLogger("engineroom")
@@ -390,7 +391,7 @@ class EngineRoom:
         for known in self._parted.keyrefs():  # in one step: other threads add theirs meanwhile
             lender = known()
             if lender is not None and lender.slots.held and (place := self._parted.get(lender)):
-                yield *place, lender.loop if isinstance(lender, Shelf) else None, lender
+                yield *place, lender.home.loop if isinstance(lender, Shelf) else None, lender
         for (side, role), engine in list(self._engines.items()):
             pool = getattr(engine.pool, "behind", engine.pool)  # a sandbox stands in front of it
             if isinstance(pool, LoopPool):
@@ -508,7 +509,7 @@ class EngineRoom:
         engine = self._make_engine(side, role, apart=limit)
         pool: Any = engine.pool
         pool.ended = True  # what comes back is closed
-        pool.is_patient = False
+        pool.seen.is_patient = False
         with engine.connect() as connection:
             work(connection)
 

@@ -109,9 +109,8 @@ class Entry:
         it is known weakly, so that a task that is dropped is not kept alive.
         """
         self.connection = weakref.ref(connection)
-        berth = connection.info.get("berth")  # `statements.permit_of`, written out: each begin
-        if berth is not None and berth.permit is not None:
-            berth.permit.entry = berth.permit.owner = weakref.ref(self)
+        if (permit := permit_of(connection)) is not None:
+            permit.entry = permit.owner = weakref.ref(self)
 
     def guard(self, connection: Connection) -> None:
         """Set those deadlines for the transaction that has begun."""
@@ -141,6 +140,15 @@ class Entry:
     def belongs_here(self) -> bool:
         """Whether the running task (outside a loop: the running thread) entered the scope."""
         return self.thread == threading.get_ident() and self.task in (None, current_task())
+
+
+# Against which permit each connection is lent, by its `id()`, until it goes back.
+LENT: dict[int, Any] = {}
+
+
+def permit_of(connection: PoolProxiedConnection) -> Any:
+    """Return the permit against which a connection is lent; None if it is not."""
+    return LENT.get(id(connection))
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ from .cap import CAPS, CameBack, Cap, Stay, stay_of
 from .deadlines import GRACE
 from .errors import ConnectTimeout, Holder, ManagerClosed, PoolDeadlock, PoolExhausted
 from .forks import make_immortal
-from .ledger import current_owner, describe, describe_held, has_ended
+from .ledger import LENT, current_owner, describe, describe_held, has_ended
 from .slots import WAITING, Permit, Slots, Ticket
 
 logger: logging.Logger = logging.getLogger("engineroom.pool")
@@ -51,11 +51,15 @@ SLACK = 0.01  # seconds by which a timer may be early
 # Connections that are being rolled back, and since when: noted around the dialect's own verb.
 ROLLING_BACK: dict[PoolProxiedConnection, float] = {}
 
+FILLERS: set[Any] = set()  # who hold connections only to fill a pool with them
+
 
 class Berth:
     """What a pool knows of one connection: against which permit it is lent, and how it is seen.
 
-    It lies in the connection's `info`, from its opening to the next one in that place.
+    It lies in the `record_info` of its place in the pool, until the next one is opened there. (Not
+    in `info`, which SQLAlchemy keeps on the proxy as well, and Python then finds no method of that
+    without a search.)
     """
 
     __slots__ = (
@@ -63,6 +67,7 @@ class Berth:
         "driver",
         "expires",
         "hooks",
+        "key",
         "left",
         "lender",
         "lent",
@@ -85,6 +90,7 @@ class Berth:
         self.returned: float = 0.0  # 0: it was never lent
         self.expires: float = inf  # when it is too old to be lent again
         self.permit: Permit | None = None
+        self.key: int = 0  # its place in `LENT`, while it is lent
         self.lent: weakref.ref[PoolProxiedConnection] | None = None
         self.stay: Stay | None = None  # under a limit over several pools
         self.left: Leaving = Leaving.NOTHING  # by the one to whom it is lent
@@ -94,6 +100,20 @@ class Berth:
             watcher = select.poll()
             watcher.register(descriptor, SPOKE | HUNG_UP)
             self.poll = watcher.poll
+
+    def lend(self, connection: PoolProxiedConnection, permit: Permit) -> None:
+        """Note against which permit it is lent."""
+        self.lent = permit.connection = weakref.ref(connection)
+        self.permit, self.key = permit, id(connection)
+        LENT[self.key] = permit
+
+    def release(self) -> Permit | None:
+        """Return that permit: it is lent no more."""
+        permit, self.permit = self.permit, None
+        other = permit if permit is None else LENT.pop(self.key, permit)
+        if other is not permit:  # a proxy that was made where this one was
+            LENT[self.key] = other
+        return permit
 
     def note(self, leaving: Leaving, sent: Sent) -> None:
         """Note what its user leaves on it, or the application's connect hooks before."""
@@ -107,17 +127,17 @@ class Berth:
 def berth_of(connection: PoolProxiedConnection) -> Berth | None:
     """Return the berth of a connection; None if it has left its pool."""
     try:
-        return connection.info.get("berth")
-    except NotImplementedError:  # what SQLAlchemy initializes a dialect with has no `info`
+        known = connection.record_info
+    except NotImplementedError:  # what SQLAlchemy initializes a dialect with has none
         return None
+    return None if known is None else known.get("berth")
 
 
 def forfeit(connection: PoolProxiedConnection) -> None:
     """Close a connection that a hook at `checkin` kept from going back; its permit goes back."""
     berth = berth_of(connection)
-    permit = None if berth is None else berth.permit
+    permit = None if berth is None else berth.release()
     if berth is not None and permit is not None:
-        berth.permit = None
         try:
             connection.invalidate()
         finally:
@@ -171,6 +191,19 @@ class LiesIdle(CameBack):
                     items.appendleft(record)
 
 
+class Sightings:
+    """What a pool has seen of its server, and whether it waits for one that refuses."""
+
+    __slots__ = ("is_patient", "refused_since", "silence", "suspicion", "was_reached")
+
+    def __init__(self) -> None:
+        self.is_patient: bool = True
+        self.was_reached: bool = False  # it has opened a connection before
+        self.refused_since: float = 0.0  # when the server began to let nobody in; 0: it does
+        self.suspicion: float = 0.0  # when a connection was last found dead
+        self.silence: float = 0.0  # when one was last asked in vain
+
+
 class Opener:
     """What a pool opens its connections with: SQLAlchemy's creator, counted and given a deadline.
 
@@ -190,7 +223,8 @@ class Opener:
         connecting.add(record)
         try:
             opened = lender.open_patiently(partial(self.creator, record))
-            record.info["berth"] = berth = lender.berth_of(opened)
+            known: Any = record.record_info
+            known["berth"] = berth = lender.berth_of(opened)
             if record.in_use:  # what its connect hooks send looks like its holder's from here
                 berth.left = Leaving.RELATIONS
             berth.record, berth.lender = weakref.ref(record), self.lender
@@ -255,18 +289,17 @@ class Lender(QueuePool):
         opener: Any = Opener(self, creator)
         super().__init__(opener, pool_size, max_overflow, timeout, **kw)
         self.slots: Slots = Slots(pool_size, self.spare)
-        self.limit: float = timeout  # seconds to wait and connect
         self.next_look: float = 0.0  # when to look for connections that are held for too long
         self.ended: bool = False  # what comes back is closed, not kept
         self.is_filled: bool = self.least == 0
-        self.fillers: set[Any] = set()  # who hold connections only to fill the pool with them
-        self.is_patient: bool = True  # it waits for a server that refuses
-        self.was_reached: bool = False  # it has opened a connection before
-        self.refused_since: float = 0.0  # when the server began to let nobody in; 0: it does
-        self.suspicion: float = 0.0  # when a connection was last found dead
-        self.silence: float = 0.0  # when one was last asked in vain
+        self.seen: Sightings = Sightings()
         self.refusal: str = ""  # why nothing is lent any more
         self._drivers: weakref.WeakSet[Any] = weakref.WeakSet()  # all that it has open
+
+    @property
+    def limit(self) -> float:
+        """Seconds to wait and connect."""
+        return self.timeout()
 
     def connect(self, waited: float = 0.0) -> PoolProxiedConnection:
         """Lend a connection that lives.
@@ -292,15 +325,15 @@ class Lender(QueuePool):
                 except CameBack as came:  # it is what the pool lends next
                     came.put_back()
                 else:
-                    if not self._lives(connection, now):
+                    known: Any = connection.record_info
+                    berth: Berth = known["berth"]
+                    if not self._lives(connection, berth, now):
                         self._discard(connection)
                         connection = None
             if self.refusal:
                 self._discard(connection)
                 raise ManagerClosed(self.refusal)
-            berth: Berth = connection.info["berth"]
-            berth.lent = permit.connection = weakref.ref(connection)
-            berth.permit = permit
+            berth.lend(connection, permit)
         except BaseException:
             for slots in (self.slots, *self.caps()):
                 slots.forsake(owner)
@@ -357,7 +390,7 @@ class Lender(QueuePool):
         except ValueError:
             stay.taken_by = before
             return False
-        if record.info.get("berth") is not stay.berth or record.dbapi_connection is None:
+        if record.record_info.get("berth") is not stay.berth or record.dbapi_connection is None:
             self.rack.items.append(record)  # there is another one in its place by now
             stay.taken_by = before
             return False
@@ -408,7 +441,7 @@ class Lender(QueuePool):
         """Open connections until the least number is open; the first failure is the last."""
         opened: list[PoolProxiedConnection] = []
         filler = current_owner()
-        self.fillers.add(filler)
+        FILLERS.add(filler)
         try:
             while (
                 len(opened) < self.least
@@ -421,7 +454,7 @@ class Lender(QueuePool):
         finally:
             for connection in opened:
                 connection.close()
-            self.fillers.discard(filler)
+            FILLERS.discard(filler)
 
     def _queue_class(  # type: ignore[override]
         self, maxsize: int, use_lifo: bool = True
@@ -437,14 +470,15 @@ class Lender(QueuePool):
         return passes, `detach()` and the garbage collector's included; the `checkin` event is not.
         `tests/test_private_names.py` fails when it goes.
         """
-        berth: Berth | None = record.info.get("berth")
+        known: Any = record.record_info
+        berth: Berth | None = known.get("berth")
         now = time.monotonic()
-        if berth is None or (permit := berth.permit) is None:  # it was never lent
+        if berth is None or (permit := berth.release()) is None:  # it was never lent
             super()._do_return_conn(record)
             if berth is not None:
                 berth.returned = now
             return
-        berth.permit, berth.returned = None, now
+        berth.returned = now
         try:
             try:
                 if now - permit.since > self.slow_after:
@@ -518,15 +552,16 @@ class Lender(QueuePool):
         A listener that raises at `checkin` keeps SQLAlchemy from returning the connection; and a
         loop may be closed over a task that just connects.
         """
-        for permit in self.slots.held:
+        for permit in self.slots.permits:
             connection, owner = permit.connection, permit.owner
-            if has_ended(owner) if connection is None else connection() is None:
+            if owner is not None and (
+                has_ended(owner) if connection is None else connection() is None
+            ):
                 self.slots.give(permit)
         self.slots.recover()
 
-    def _lives(self, connection: PoolProxiedConnection, now: float) -> bool:
+    def _lives(self, connection: PoolProxiedConnection, berth: Berth, now: float) -> bool:
         """Look at a connection: its socket first, which costs nothing; the server when in doubt."""
-        berth: Berth = connection.info["berth"]
         poll, rested = berth.poll, now - berth.returned
         if not berth.returned:  # it was opened just now
             self.backend.watch(berth.driver(), berth.note)  # whatever a connect hook has changed
@@ -537,30 +572,30 @@ class Lender(QueuePool):
             return True
         events = GONE if self.backend.is_closed(berth.driver()) else poll(0)
         if events and events[0][1] & HUNG_UP:
-            self.suspicion = now
+            self.seen.suspicion = now
             return False
         # Where one was dead, those that have lain here since before are asked; and where one was
         # silent, they would be silent too.
-        if not events and rested < self.ping_after and berth.returned > self.suspicion:
+        if not events and rested < self.ping_after and berth.returned > self.seen.suspicion:
             return True
-        return berth.returned > self.silence and self._answers(connection)
+        return berth.returned > self.seen.silence and self._answers(connection, berth)
 
-    def _answers(self, connection: PoolProxiedConnection) -> bool:
+    def _answers(self, connection: PoolProxiedConnection, berth: Berth) -> bool:
         """Ask the server, in one round trip."""
         try:
             ping = partial(self.backend.ping, connection, self.engine)
             # The other half of the time is for opening another one.
             limit = min(self.seconds_left() / 2, self.answer_within, SETTLE_LIMIT)
-            self.ask_in_time(ping, connection.info["berth"], limit)
+            self.ask_in_time(ping, berth, limit)
         except Exception as error:
             known = (self.engine.dialect.loaded_dbapi.Error, OSError, ConnectTimeout)
             if not (self._is_asyncio or isinstance(error, known)):  # of a signal's handler
                 self._discard(connection)
                 raise
-            self.suspicion = time.monotonic()  # whatever it says, it is dead
+            self.seen.suspicion = time.monotonic()  # whatever it says, it is dead
             if isinstance(error, (TimeoutError, ConnectTimeout)):
-                self.silence = self.suspicion
-                self._hang_up(connection.info["berth"])
+                self.seen.silence = self.seen.suspicion
+                self._hang_up(berth)
             logger.info("A pooled connection was found dead and is replaced: %r", error)
             return False
         except BaseException:
@@ -570,7 +605,7 @@ class Lender(QueuePool):
 
     def is_dead(self, connection: PoolProxiedConnection, error: Exception) -> bool:
         """Whether a call failed for its connection is gone; asyncpg may not know that yet."""
-        berth: Berth = connection.info["berth"]
+        berth = cast(Berth, berth_of(connection))
         events = () if berth.poll is None else berth.poll(0)
         return (
             self.backend.is_closed(berth.driver())
@@ -581,18 +616,20 @@ class Lender(QueuePool):
     def replace(self, connection: PoolProxiedConnection, error: Exception) -> None:
         """Open another connection in the place of one that was found dead, for the same holder."""
         logger.info("A connection was dead before anything was done, and is replaced: %r", error)
-        before: Berth = connection.info["berth"]
+        before = cast(Berth, berth_of(connection))
         record = cast(Any, before.record())
-        self.suspicion = time.monotonic()
+        self.seen.suspicion = time.monotonic()
         resets = list(record.finalize_callback)  # of an isolation level, which the holder has set
         try:
             record.invalidate(error)
             cast(Any, connection).dbapi_connection = record.get_connection()
             record.finalize_callback.extend(resets)
-            berth: Berth = record.info["berth"]
-            berth.permit, berth.lent, before.permit = before.permit, before.lent, None
+            berth: Berth = record.record_info["berth"]
+            berth.key, berth.lent = before.key, before.lent
+            berth.permit, before.permit = before.permit, None
         finally:
-            record.info.setdefault("berth", before)  # its permit comes back with it
+            if before.permit is not None:  # which comes back with it
+                record.record_info["berth"] = before
         self.dispatch.checkout(connection.dbapi_connection, record, connection)
 
     def _close(self, record: ConnectionPoolEntry) -> None:
@@ -675,7 +712,7 @@ class Lender(QueuePool):
             try:
                 opened = self.open_in_time(connect, max(end - time.monotonic(), LEAST_CONNECT))
             except Exception as error:
-                is_open = self.backend.has_server and self.is_patient and not self.refusal
+                is_open = self.backend.has_server and self.seen.is_patient and not self.refusal
                 left = end - time.monotonic()
                 why = self.diagnose(error, min(left, ASK_FOR)) if is_open and left > 0 else None
                 if why is None or why.is_silent:
@@ -683,11 +720,11 @@ class Lender(QueuePool):
                 doubts = 0 if why.passes else doubts + 1
                 passes = why.passes or (not why.is_certain and doubts < 2)
                 pause = random.uniform(longest / 2, longest)  # noqa: S311  # who came together parts
-                known = self.was_reached or tries or (why.passes and why.is_reached)
+                known = self.seen.was_reached or tries or (why.passes and why.is_reached)
                 if not passes or not known or time.monotonic() + pause > end:
                     raise
-                if why.passes and not self.refused_since:
-                    self.refused_since = time.monotonic()
+                if why.passes and not self.seen.refused_since:
+                    self.seen.refused_since = time.monotonic()
                     logger.warning(
                         "No connection can be had: %s. It is asked again for up to %.0f s.",
                         why.what,
@@ -699,9 +736,9 @@ class Lender(QueuePool):
                     raise LiesIdle(self) from None
                 longest = min(longest * 2, LONG_PAUSE)
             else:
-                self.was_reached = True
-                if since := self.refused_since:
-                    self.refused_since = 0.0
+                self.seen.was_reached = True
+                if since := self.seen.refused_since:
+                    self.seen.refused_since = 0.0
                     logger.warning(
                         "The server lets us in again, after %.1f s.", time.monotonic() - since
                     )
@@ -880,8 +917,8 @@ class Lender(QueuePool):
                 )
             return waits
 
-        berth: Berth = connection.info["berth"]
-        self._cut(berth.driver(), is_still_waiting)
+        if (berth := berth_of(connection)) is not None:  # (it may just be going back)
+            self._cut(berth.driver(), is_still_waiting)
 
     def _cut(self, driver: Any, is_still_waiting: Callable[[], bool]) -> None:
         """Shut the socket, if it is the right one: its number may be another's by now."""
@@ -914,7 +951,7 @@ class Lender(QueuePool):
 
     def report_slow(self, permit: Permit, now: float) -> None:
         """Say once who holds a connection for too long."""
-        if permit.owner in self.fillers:
+        if permit.owner in FILLERS:
             return
         if not permit.is_reported and (holder := describe(permit, now)) is not None:
             permit.is_reported = True
@@ -964,11 +1001,14 @@ class Lender(QueuePool):
         make_immortal(self)
         inherited: Any
         for inherited in self.lent():
-            berth: Berth = inherited.info["berth"]
-            record: Any = berth.record()
-            for kept in (inherited, inherited.dbapi_connection, record):
-                make_immortal(kept)
-            inherited.dbapi_connection = record.dbapi_connection = berth.permit = None
+            make_immortal(inherited)
+            make_immortal(inherited.dbapi_connection)
+            inherited.dbapi_connection = None
+            if (berth := berth_of(inherited)) is not None:  # (it may just have been going back)
+                record: Any = berth.record()
+                make_immortal(record)
+                record.dbapi_connection = None
+                berth.release()
 
     def reap(self, loop: asyncio.AbstractEventLoop) -> None:
         """Cut every connection of a loop that does not run any more, and end what runs on them."""

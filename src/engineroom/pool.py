@@ -267,22 +267,40 @@ class PassingPool(ThreadPool, NullPool):  # type: ignore[misc]  # theirs differ;
         self.ended: bool = True
 
 
+class Home:
+    """Where a shelf stands: its event loop, and the pool that it is a shelf of."""
+
+    __slots__ = ("behind", "keeper", "loop", "thread")
+
+    def __init__(self) -> None:
+        self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
+        self.thread: int = threading.get_ident()  # that runs the loop
+        self.behind: weakref.ref[LoopPool] | None = None
+        self.keeper: AsyncGenerator[None]  # ends the shelf with its loop
+
+
+class Partings:
+    """What a shelf parts with for others."""
+
+    __slots__ = ("asked", "tasks")
+
+    def __init__(self) -> None:
+        self.asked: dict[Stay, float] = {}  # that have not heard of it yet, and since when
+        self.tasks: set[asyncio.Task[None]] = set()  # (a loop holds its tasks weakly)
+
+
 class Shelf(AsyncAdaptedQueuePool, Lender):
     """The connections of one event loop: a task waits for its permit on an event."""
 
     _queue_class = Lender._queue_class  # type: ignore[assignment]
 
-    keeper: AsyncGenerator[None]  # ends the shelf with its loop
-    behind: weakref.ref[LoopPool] | None = None  # the pool that it is a shelf of
     _growth: asyncio.TimerHandle | None = None
     _filling: asyncio.Task[None] | None = None
 
     def __init__(self, creator: Any, *args: Any, **kw: Any) -> None:
         super().__init__(creator, *args, **kw)
-        self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
-        self.thread: int = threading.get_ident()  # that runs the loop
-        self._asked: dict[Stay, float] = {}  # what was asked to give way, and has not heard of it
-        self.partings: set[asyncio.Task[None]] = set()  # (a loop holds its tasks weakly)
+        self.home: Home = Home()
+        self.partings: Partings = Partings()
 
     def end_here(self) -> None:
         """Close what is idle, and from now on whatever comes back."""
@@ -290,7 +308,7 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
 
     def end(self) -> None:
         """End the shelf, and with it what would have ended it later."""
-        await_only(self.keeper.aclose())
+        await_only(self.home.keeper.aclose())
 
     # Both in a task of its own: interrupted, SQLAlchemy's pool would log it and miss the place.
 
@@ -338,15 +356,15 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
 
         Between two of its runs, one of which ends it, a loop stands still for a moment.
         """
-        if asyncio._get_running_loop() is not self.loop:
+        if asyncio._get_running_loop() is not self.home.loop:
             if self._will_hear(stay):
                 return True
-        elif self.loop not in WAITING:  # or who asks has the loop stand still for that
+        elif self.home.loop not in WAITING:  # or who asks has the loop stand still for that
             return super().give_way(stay)
-        self._asked.pop(stay, None)
+        self.partings.asked.pop(stay, None)
         if not self.take_out(stay):
             return False
-        self.backend.cut(stay.driver(), self.loop)
+        self.backend.cut(stay.driver(), self.home.loop)
         stay.end()
         return True
 
@@ -354,18 +372,18 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
         """Ask from another thread; False where the loop is closed, or does not run."""
         now = time.monotonic()
         try:
-            if (asked := self._asked.setdefault(stay, now)) < now:
-                return self.loop.is_running() or now - asked < STUCK_AFTER
-            self.loop.call_soon_threadsafe(self._asked_to_give_way, stay)
+            if (asked := self.partings.asked.setdefault(stay, now)) < now:
+                return self.home.loop.is_running() or now - asked < STUCK_AFTER
+            self.home.loop.call_soon_threadsafe(self._asked_to_give_way, stay)
         except RuntimeError:  # it is closed
             return False
         except BaseException:
-            self._asked.pop(stay, None)
+            self.partings.asked.pop(stay, None)
             raise
         return True
 
     def _asked_to_give_way(self, stay: Stay) -> None:
-        self._asked.pop(stay, None)
+        self.partings.asked.pop(stay, None)
         stay.asked = time.monotonic()
         if not (stay.is_wanted and super().give_way(stay)):
             stay.stay_on()
@@ -373,17 +391,17 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
     @property
     def unanswered_since(self) -> float | None:
         """Since when the loop owes an answer; None if it owes none."""
-        return min(list(self._asked.values()), default=None)
+        return min(list(self.partings.asked.values()), default=None)
 
     def whereabouts(self) -> str:
         """Name the loop by its thread, and the line at which that is."""
-        return f"the event loop of {name_of(self.thread)} (at {line_of(self.thread)})"
+        return f"the event loop of {name_of(self.home.thread)} (at {line_of(self.home.thread)})"
 
     def part_with(self, stay: Stay) -> None:
         """Close what was taken out, in a task: nobody waits for that."""
         self._dec_overflow()
-        parting = self.loop.create_task(self._close_apart(stay.kept))
-        self.partings.add(parting)
+        parting = self.home.loop.create_task(self._close_apart(stay.kept))
+        self.partings.tasks.add(parting)
         parting.add_done_callback(partial(self._parted, stay))
         stay.taken_by = None  # the task has it now
 
@@ -391,7 +409,7 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
         await settle(greenlet_spawn(record.close))
 
     def _parted(self, stay: Stay, parting: asyncio.Task[None]) -> None:
-        self.partings.discard(parting)
+        self.partings.tasks.discard(parting)
         if stay.kept is not None:  # the loop's end came first
             stay.put_back()
         if not parting.cancelled() and (error := parting.exception()) is not None:
@@ -400,8 +418,8 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
 
     def reap_ended(self) -> None:
         """Part with everything, if the loop was closed by hand."""
-        behind = None if self.behind is None else self.behind()
-        if behind is not None and self.loop.is_closed():
+        behind = None if self.home.behind is None else self.home.behind()
+        if behind is not None and self.home.loop.is_closed():
             behind.reap()
 
     def mind_growth(self, slots: Slots) -> None:
@@ -450,7 +468,7 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
 
         apart = ThreadPoolExecutor(1, "engineroom-ask")
         try:
-            asking = self.loop.run_in_executor(apart, self.backend.diagnose, error, seconds)
+            asking = self.home.loop.run_in_executor(apart, self.backend.diagnose, error, seconds)
             return await_only(asking)
         finally:
             apart.shutdown(wait=False)
@@ -533,11 +551,11 @@ class LoopPool(AsyncAdaptedQueuePool):
     def _open(self, loop: asyncio.AbstractEventLoop) -> Shelf:
         self.reap()
         shelf = self._make_shelf()
-        shelf.behind = weakref.ref(self)
+        shelf.home.behind = weakref.ref(self)
         shelf.dispatch = self.dispatch  # the engine's listeners hear the connections of all loops
-        shelf.keeper = self._end_with_loop(loop, shelf)
+        shelf.home.keeper = self._end_with_loop(loop, shelf)
         self.shelves[loop] = shelf
-        await_only(anext(shelf.keeper))  # runs to its yield, without giving way to other tasks
+        await_only(anext(shelf.home.keeper))  # runs to its yield, without giving way to other tasks
         return shelf
 
     async def _end_with_loop(
@@ -550,8 +568,8 @@ class LoopPool(AsyncAdaptedQueuePool):
             self.shelves.pop(loop, None)
             shelf.note_parted(shelf)
             await greenlet_spawn(shelf.end_here)
-            while shelf.partings:
-                await asyncio.wait(shelf.partings)
+            while shelf.partings.tasks:
+                await asyncio.wait(shelf.partings.tasks)
 
     def reap(self) -> None:
         """Part with the loops that were closed by hand, of which no hook told us."""
@@ -570,6 +588,6 @@ class LoopPool(AsyncAdaptedQueuePool):
             if loop is asyncio.get_running_loop():
                 shelf.end()
             elif loop.is_running():
-                asyncio.run_coroutine_threadsafe(shelf.keeper.aclose(), loop)
+                asyncio.run_coroutine_threadsafe(shelf.home.keeper.aclose(), loop)
             else:
                 self.shelves.pop(loop).reap(loop)

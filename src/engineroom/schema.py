@@ -19,9 +19,9 @@ from sqlalchemy.util import await_only
 
 from .backends import SchemaLock, find_schema_lock
 from .errors import InvalidOption, SchemaLocked, SchemaMismatch
+from .ledger import permit_of
 from .scopes import AsyncConnectScope, ConnectScope
 from .settings import DatabaseSettings
-from .statements import permit_of
 
 if TYPE_CHECKING:
     from alembic.config import Config

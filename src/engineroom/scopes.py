@@ -46,6 +46,7 @@ from .ledger import (
     has,
     is_inside,
     is_known_to_a_thread,
+    permit_of,
     place,
 )
 from .lending import forfeit
@@ -53,7 +54,6 @@ from .retiring import ENDED, retire
 from .secrecy import hide_values
 from .sessions import Guarded, in_use, recall, used_by_another_thread
 from .settings import Guards, read_guards
-from .statements import permit_of
 
 logger: logging.Logger = logging.getLogger("engineroom")
 
@@ -509,9 +509,9 @@ def finish(
             if held is not None and (connection := held()) is not None and connection.is_valid:
                 forfeit(connection)
             if session is not None:
-                retire(session, ENDED)
                 if session._last_seen is not None:
                     recall(session)
+                retire(session, ENDED)
 
 
 async def settle_quietly(finishing: Coroutine[Any, Any, None]) -> None:

@@ -259,10 +259,14 @@ class Slots:
 
         For a moment a permit is nobody's whenever it changes hands. So it must have been for long.
         """
-        ours = {*self._free, *self._spare}
-        lost: list[Any] = [one for one in self.permits if self.is_lost(one) and one not in ours]
+        lost: list[Any] = [one for one in self.permits if self.is_lost(one)]
+        if lost:
+            ours = {*self._free, *self._spare}
+            lost = [one for one in lost if one not in ours]
         if self._queue and self._free:
             lost.append(self._handing_out)
+        if not (lost or self._suspects):  # the common case, and who begins to wait asks
+            return
         now = time.monotonic()
         self._suspects = {one: self._suspects.get(one, now) for one in lost}
         for one, since in list(self._suspects.items()):
@@ -420,16 +424,15 @@ def _awaited_by(permit: Permit) -> Iterator[Ticket]:
     """
     asked, permit = permit, permit.lent
     entry = None if permit.entry is None else permit.entry()
-    if entry is None and permit.connection is None:
-        owner = permit.owner
-    elif entry is None or entry.may_be_elsewhere():
+    if entry is None and permit.connection is not None:
         return
-    else:
-        owner = entry.holder
+    owner = permit.owner if entry is None else entry.holder
     in_loop = hasattr(owner, "get_loop")
-    for key in (owner, owner.get_loop() if in_loop else None):
+    for key in (owner, owner.get_loop()) if in_loop else (owner,):
         ticket = WAITING.get(key)
         if ticket is None or not ticket.waits or ticket.offered is asked:
             continue
-        if not (in_loop and owner.cancelling()):
+        if not (in_loop and owner.cancelling()) and not (
+            entry is not None and entry.may_be_elsewhere()
+        ):
             yield ticket

@@ -12,6 +12,7 @@ from sqlalchemy.engine import Dialect, ExecutionContext, RootTransaction
 from sqlalchemy.engine.interfaces import ExecuteStyle
 from sqlalchemy.pool import PoolProxiedConnection
 
+from .ledger import permit_of
 from .lending import ROLLING_BACK, berth_of
 from .slots import NO_OPTIONS
 
@@ -33,15 +34,6 @@ def note_statements(dialect: Dialect) -> None:
     overridden.execution_ctx_cls = streaming(overridden.execution_ctx_cls)
     overridden.do_commit = noting_commit(dialect.do_commit, dialect)
     overridden.do_rollback = noting_rollback(dialect.do_rollback)
-
-
-def permit_of(connection: PoolProxiedConnection) -> Any:
-    """Return the permit against which a connection is lent; None if it is not."""
-    try:
-        berth = connection.info.get("berth")
-    except NotImplementedError:  # what SQLAlchemy initializes a dialect with has no `info`
-        return None
-    return None if berth is None else berth.permit
 
 
 def begin_anew(cursor: Any, context: ExecutionContext, error: Exception) -> bool:

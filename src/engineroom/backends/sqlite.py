@@ -754,8 +754,10 @@ def _note_what_is_left(dialect: Any) -> None:
 
     def watching(execute: Callable[..., None]) -> Callable[..., None]:
         def watched(cursor: Any, statement: str, *rest: Any) -> None:
-            if READINGS[statement] and (berth := rest[-1].root_connection.info.get("berth")):
-                berth.note(Leaving.STATE, ("execute", (statement,)))
+            if READINGS[statement]:
+                berth = (rest[-1].root_connection.connection.record_info or {}).get("berth")
+                if berth is not None:
+                    berth.note(Leaving.STATE, ("execute", (statement,)))
             execute(cursor, statement, *rest)
 
         return watched
