@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -271,6 +273,11 @@ async def ahanging_on() -> str:
     return "first"
 
 
+async def aholding() -> str:
+    time.sleep(0.7)  # the mistake
+    return "first"
+
+
 def leaving() -> str:
     sys.exit("the vault is sealed")
 
@@ -297,6 +304,7 @@ WRONG: dict[Callable[[], Any], str] = {
     hanging: r"password= did not answer within 0\.\d s, which is what was left of pool_timeout",
     ahanging: r"password= did not answer within 0\.\d s, which is what was left of pool_timeout",
     ahanging_on: r"password= did not answer within 0\.\d s, which is what was left of pool_timeout",
+    aholding: r"password= is a coroutine function, and held the event loop for 0\.[789] s without",
     leaving: r"password= raised RuntimeError, so nothing was connected",
     returning_bytes: r"password= returned bytes, where a text \(str\) is needed. Decode them",
     stopping: r"password= raised RuntimeError, so nothing was connected",
@@ -318,7 +326,7 @@ def test_what_goes_wrong_is_one_clear_error(
         with pytest.raises(InvalidOption):
             look(vault.url(), driver, password=given)
         return
-    late = "hanging" in getattr(given, "__name__", "")
+    late = getattr(given, "__name__", "") in ("hanging", "ahanging", "ahanging_on", "aholding")
     with pytest.raises(CredentialsFailed, match=WRONG[given]) as caught:
         look(
             proxy.url(vault.url()),
@@ -346,6 +354,11 @@ def test_what_a_signal_raises_meanwhile_is_not_the_functions(vault: Vault) -> No
     run(signalled, f"{vault.url()}".replace("postgresql:", "postgresql+psycopg:"))
 
 
+async def connect(manager: DatabaseSessionManager) -> None:
+    async with manager.session() as db:
+        await db.execute(text("SELECT 1"))
+
+
 def ended_meanwhile(url: str, how: str) -> None:
     asked, cleaned = asyncio.Event(), list[bool]()
 
@@ -356,10 +369,6 @@ def ended_meanwhile(url: str, how: str) -> None:
         finally:
             await asyncio.sleep(0.05)
             cleaned.append(True)
-
-    async def connect(manager: DatabaseSessionManager) -> None:
-        async with manager.session() as db:
-            await db.execute(text("SELECT 1"))
 
     async def main() -> None:
         manager = DatabaseSessionManager().init(url, password=password)
@@ -385,6 +394,38 @@ def test_a_function_whose_caller_is_cancelled_cleans_up(
     driver: str, how: str, vault: Vault
 ) -> None:
     run(ended_meanwhile, f"{vault.url()}".replace("postgresql:", f"postgresql+{driver}:"), how)
+
+
+def cancelled_in_a_thread(url: str) -> None:
+    asked, go_on = threading.Event(), threading.Event()
+
+    def password() -> Any:
+        asked.set()
+        go_on.wait(5)
+        return ahanging()
+
+    async def main() -> None:
+        async with DatabaseSessionManager().init(url, password=password) as manager:
+            connecting = asyncio.create_task(connect(manager))
+            await asyncio.to_thread(asked.wait, 5)
+            connecting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await connecting
+            go_on.set()
+            while any(each.name == "engineroom-credentials" for each in threading.enumerate()):
+                await asyncio.sleep(0.01)
+        gc.collect()
+
+    warnings.simplefilter("error")
+    with pytest.MonkeyPatch.context() as patch:
+        unraisable: list[Any] = []
+        patch.setattr(sys, "unraisablehook", unraisable.append)
+        asyncio.run(main())
+        assert unraisable == []
+
+
+def test_a_coroutine_that_comes_after_the_caller_has_gone_is_closed(vault: Vault) -> None:
+    run(cancelled_in_a_thread, vault.url())
 
 
 @each_driver

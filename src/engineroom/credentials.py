@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextvars import copy_context
@@ -73,9 +74,12 @@ class Credentials:
             # In a task of its own, for it may swallow its cancellation.
             asking = asyncio.ensure_future(_answer(name, function))
             asking.add_done_callback(_hear)
+            begun = time.monotonic()
             try:
                 await asyncio.wait({asking}, timeout=seconds)
             except asyncio.CancelledError:
+                if asking.done() and (took := time.monotonic() - begun) > seconds:
+                    raise _stood_still(name, took) from None  # every limit struck after that
                 asking.cancel()
                 await asyncio.wait({asking}, timeout=CLEAN_UP)
                 raise
@@ -87,11 +91,7 @@ class Credentials:
 
 async def _answer(name: str, function: Callable[[], Any]) -> Any:
     try:
-        value = (
-            function()
-            if is_coroutine_function(function)
-            else await asyncio.wrap_future(in_thread(function))
-        )
+        value = function() if is_coroutine_function(function) else await _from_thread(function)
         return await value if inspect.isawaitable(value) else value
     except asyncio.CancelledError as error:
         task = asyncio.current_task()
@@ -100,6 +100,21 @@ async def _answer(name: str, function: Callable[[], Any]) -> Any:
         raise _raised(name, error) from error  # the function's own
     except Exception as error:
         raise _raised(name, error) from error
+
+
+async def _from_thread(function: Callable[[], Any]) -> Any:
+    answer = in_thread(function)
+    try:
+        return await asyncio.wrap_future(answer)
+    except asyncio.CancelledError:
+        answer.add_done_callback(_close_unawaited)
+        raise
+
+
+def _close_unawaited(answer: Future[Any]) -> None:
+    """Part with the coroutine that a plain function has returned, for which nobody waits now."""
+    if answer.exception() is None and inspect.iscoroutine(coroutine := answer.result()):
+        coroutine.close()
 
 
 def _hear(asked: asyncio.Future[Any]) -> None:
@@ -153,6 +168,15 @@ def _late(name: str, seconds: float) -> CredentialsFailed:
         f"{name}= did not answer within {seconds:.1f} s, which is what was left of pool_timeout "
         "or connect_timeout, so nothing was connected. See that what it asks can be reached from "
         "here, and give it a timeout of its own."
+    )
+
+
+def _stood_still(name: str, seconds: float) -> CredentialsFailed:
+    return CredentialsFailed(
+        f"{name}= is a coroutine function, and held the event loop for {seconds:.1f} s without "
+        "giving way, which is longer than what was left of pool_timeout or connect_timeout: "
+        "nothing was connected. Have it await what it waits for; or make it a plain function, "
+        "which is called in a thread."
     )
 
 

@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import itertools
 import logging
+import operator
 import os
 import sys
 from collections.abc import Awaitable, Callable
@@ -150,9 +151,10 @@ class Hooks:
     def decide(self, committed: bool) -> None:
         """Settle the fate of all that wait: the outermost transaction has ended."""
         kind = "commit" if committed else "rollback"
-        self.due += [hook for hook in self.waiting if hook.kind == kind]
-        self.due.sort(key=lambda hook: hook.number)
-        self.waiting = []
+        due = self.due + [hook for hook in self.waiting if hook.kind == kind]
+        due.sort(key=operator.attrgetter("number"))
+        # At once: where a signal's handler raised between the two, they would be called twice.
+        self.due, self.waiting = due, []
         if self._process != os.getpid():
             self.due = []
 
