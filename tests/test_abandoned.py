@@ -21,6 +21,7 @@ from sqlalchemy.engine import make_url
 
 from engineroom import Database, DatabaseSessionManager
 from engineroom.errors import PoolTimeout
+from engineroom.scopes import finish
 from engineroom.testing import WireProxy
 
 every_loop = pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
@@ -444,3 +445,27 @@ def interrupted_locked_out(url: str) -> None:
 
 def test_ctrl_c_does_not_wait_for_the_lock_of_a_sqlite_file(sqlite_url: str) -> None:
     run(interrupted_locked_out, sqlite_url)
+
+
+def struck_before_the_end(url: str) -> None:
+    def strike(frame: Any, kind: str, argument: object) -> None:
+        if frame.f_code is finish.__code__:
+            sys.settrace(None)
+            raise SoftLimit
+
+    with Database(url, pool_size=1, max_overflow=0, pool_timeout=1) as database:
+        kept = None
+        try:
+            with database.session() as db:
+                db.execute(text("SELECT 1"))
+                sys.settrace(strike)
+        except SoftLimit as error:
+            kept = error  # and with it the frames, and all that is in them
+        assert kept is not None
+        assert [pool.lent for pool in database.stats().pools] == [0]
+        with database.session() as db:
+            assert db.scalar(text("SELECT 1")) == 1
+
+
+def test_a_signal_before_the_end_of_a_scope_lends_nothing_for_ever(postgres_url: str) -> None:
+    run(struck_before_the_end, postgres_url)

@@ -220,8 +220,8 @@ class SyncScope(Scope, Generic[R]):
                 finish(self._resource, failed, self.connection)
             except BaseException as struck:
                 failed = self._must_fail(struck)
-                if not isinstance(struck, Exception) and (held := self.held()) is not None:
-                    forfeit(held)  # Ctrl-C, in the middle of the end
+                if (held := self.held()) is not None:
+                    forfeit(held)  # a signal's exception, in the middle of the end
                 raise
             finally:
                 self._leave()
