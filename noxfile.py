@@ -53,6 +53,7 @@ SLOW = (
     "liveness",
     "loops",
     "memory",
+    "nights",
     "plugin",
     "preload",
     "proxy",
@@ -60,12 +61,17 @@ SLOW = (
     "servers",
     "shop",
     "shop_process",
+    "shop_service",
+    "shop_suite",
     "sqlite",
     "starters",
     "strikes",
     "web_load",
 )
-WITHOUT_SLOW = tuple(f"--ignore=tests/test_{name}.py" for name in SLOW)
+WITHOUT_SLOW = (
+    *(f"--ignore=tests/test_{name}.py" for name in SLOW),
+    "--deselect=tests/test_docs.py::test_a_new_users_path_is_what_the_page_says",
+)
 
 
 def packed(wheel: Path) -> set[str]:

@@ -720,7 +720,7 @@ def test_a_server_at_its_limit_says_so_in_its_own_words(
             while True:
                 kept.append(one_more(mysql_url))  # they are to be closed
         for side in SIDES:
-            work = Work(mysql_url, side)
+            work = Work(mysql_url, side, pool_timeout=2)
             with pytest.raises(OperationalError) as caught:
                 work.unit(ONE)
             assert caught.value.orig is not None

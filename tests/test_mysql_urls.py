@@ -543,15 +543,15 @@ def test_a_password_is_sent_in_utf_8(mariadb: MariaServer, driver: str) -> None:
 # --- why a server does not answer -----------------------------------------------------------------
 
 
-def check(url: str, driver: str, **options: Any) -> None:
+def check(url: str, driver: str, wait: float | None = None, pool_timeout: float = 30) -> None:
     if driver == "pymysql":
-        with Database(url) as door:
-            door.check(**options)
+        with Database(url, pool_timeout=pool_timeout) as door:
+            door.check(wait=wait)
         return
 
     async def main() -> None:
-        async with DatabaseSessionManager().init(url) as manager:
-            await manager.check(**options)
+        async with DatabaseSessionManager().init(url, pool_timeout=pool_timeout) as manager:
+            await manager.check(wait=wait)
 
     asyncio.run(main())
 
@@ -562,7 +562,7 @@ def test_a_user_at_their_limit_is_waited_for(mariadb: MariaServer, driver: str) 
     url = f"mysql://few:few@{mariadb.host}:{mariadb.port}/"
     taken = pymysql.connect(host=mariadb.host, port=mariadb.port, user="few", password="few")
     with pytest.raises(DBAPIError, match="1226") as caught:
-        check(url, driver)
+        check(url, driver, pool_timeout=2)
     assert "max_user_connections" in "".join(caught.value.__notes__)
     closing = threading.Timer(0.5, taken.close)
     closing.start()
