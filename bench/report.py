@@ -73,6 +73,14 @@ def page(results: Results) -> Iterator[str]:
     yield from section("Who was measured", versions(results))
 
 
+def summary(results: Results) -> Iterator[str]:
+    """Say the first of it, and who is missing: for a terminal."""
+    yield from circumstances(results)
+    title = f"{UNITS['get']}: {GROUPS['asyncpg']}, {at_once(1, 'asyncpg')}"
+    yield from section(title, speed(results, "asyncpg", "get", 1))
+    yield from remarks(results)
+
+
 def section(title: str, lines: Iterable[str]) -> Iterator[str]:
     """Put a heading before what there is to say, if there is anything."""
     said = list(lines)
@@ -321,7 +329,7 @@ def overload(results: Results) -> Iterator[str]:
 
 
 def versions(results: Results) -> Iterator[str]:
-    """Say what was installed for whom, and who could not be measured and why."""
+    """Say what was installed for whom, and who could not be measured."""
     yield from table(
         ["", "in its environment"],
         (
@@ -330,6 +338,11 @@ def versions(results: Results) -> Iterator[str]:
         ),
     )
     yield ""
+    yield from remarks(results)
+
+
+def remarks(results: Results) -> Iterator[str]:
+    """Say who could not be measured, and why."""
     for each in results["remarks"]:
         what = "" if each["unit"] in ("", "python") else f" ({each['unit']})"
         yield f"- {each['contender']}, {GROUPS[each['group']]}{what}: {each['remark']}"

@@ -154,8 +154,8 @@ def main() -> None:
     (folder / "results.json").write_text(text + "\n")
     for name, content in report.files(json.loads(text)).items():
         (folder / name).write_text(content)
-    print(report.files(results)["results.md"])
-    print(f"Kept in {folder}: results.json, results.md and the pictures.", file=sys.stderr)
+    print("\n".join(report.summary(results)))
+    print(f"All of it is in {folder / 'results.md'}, with pictures beside it.", file=sys.stderr)
 
 
 if __name__ == "__main__":

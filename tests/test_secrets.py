@@ -157,7 +157,7 @@ def test_a_key_that_is_refused_shows_no_secret(
     with TLSProxy(pg18.host, pg18.port, certificates.server, asks=asks) as proxy:
         for mode in ("require", "prefer"):
             url = f"{proxy.url(wrong_url(pg18.url()))}?sslmode={mode}&{files}={OF_KEY}"
-            assert shown(printed(crash(look, url, driver, pool_timeout=5))) == []
+            assert shown(printed(crash(look, url, driver))) == []
             wrong = url.replace(f"={OF_KEY}", f"={OF_CALLABLE}")
             assert shown(printed(crash(look, wrong, driver))) == []
     assert shown(log()) == []

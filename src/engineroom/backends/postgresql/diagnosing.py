@@ -95,10 +95,8 @@ def diagnose(
     pgconn = getattr(error, "pgconn", None)  # psycopg's
     if pgconn is not None and pgconn.used_password and sqlstate(error) is None:
         error.sqlstate = ask_again(options_of(pgconn), seconds)  # type: ignore[attr-defined]
-    if (state := sqlstate(error)) is not None:
-        lost = state.startswith("08")
-        unknown = Diagnosis(lost, f"the server says {state}", "See what it says beside that.")
-        return BY_STATE.get(state, unknown)
+    if (said := _said(sqlstate(error))) is not None:
+        return said
     if pgconn is not None and pgconn.needs_password:
         return NOT_TAKEN
     if type(error).__name__ == "ConnectionTimeout":  # psycopg's
@@ -110,6 +108,14 @@ def diagnose(
         return _not_reached(error, parameters.get("host", ""))
     is_drivers = type(error).__module__.partition(".")[0] in DRIVERS
     return _ask(parameters, end) if is_drivers or is_systems else None
+
+
+def _said(state: str | None) -> Diagnosis | None:
+    """Read what the server has said; 08003 is asyncpg's word for one that hung up without any."""
+    if state is None or (state.startswith("08") and state not in BY_STATE):
+        return None
+    unknown = Diagnosis(False, f"the server says {state}", "See what it says beside that.")
+    return BY_STATE.get(state, unknown)
 
 
 def _not_reached(error: BaseException, place: str) -> Diagnosis:
