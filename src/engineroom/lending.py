@@ -40,9 +40,9 @@ GONE = [(0, HUNG_UP)]  # what a socket says that the driver has closed
 
 T = TypeVar("T")
 
-# Seconds after its return in which a connection is not looked at: no look can be nearer to the last
-# answer of its server, and each is a system call, 2 % of a small unit's CPU.
-JUST_NOW = 0.0002
+# Seconds after its return in which a connection is not looked at: its server has answered just now,
+# and each look is a system call, 2 % of a small unit's CPU. Under load most rest for less.
+JUST_NOW = 0.002
 SHORT_PAUSE, LONG_PAUSE = 0.02, 0.5  # seconds before a server that refuses is asked again
 CLEAN_LIMIT = 1.5  # seconds; a server that answers takes a millisecond
 LEAST_CONNECT = 0.1  # seconds that connecting has, though waiting took all but that of the time
