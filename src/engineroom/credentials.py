@@ -72,7 +72,7 @@ class Credentials:
         account: dict[str, Sealed[str]] = {}
         for name, function in self._functions.items():
             # In a task of its own, for it may swallow its cancellation.
-            asking = asyncio.ensure_future(_answer(name, function))
+            asking = asyncio.create_task(_answer(name, function))
             asking.add_done_callback(_hear)
             begun = time.monotonic()
             try:
@@ -80,7 +80,8 @@ class Credentials:
             except asyncio.CancelledError:
                 if asking.done() and (took := time.monotonic() - begun) > seconds:
                     raise _stood_still(name, took) from None  # every limit struck after that
-                asking.cancel()
+                if not asking.cancelling():  # (the loop's end has, and it cleans up already)
+                    asking.cancel()
                 await asyncio.wait({asking}, timeout=CLEAN_UP)
                 raise
             if asking.cancel():
