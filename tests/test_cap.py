@@ -1279,3 +1279,52 @@ def test_what_an_owner_was_about_to_connect_with_is_taken_back(sqlite_url: str) 
         assert (cap.info().open, cap.waiting) == (1, 0)
         assert cap.take("you") is mine
         cap.forsake("you")
+
+
+def test_a_connection_that_was_detached_has_its_place_until_it_is_closed(tmp_path: Path) -> None:
+    """Of SQLite: its connections cannot be known weakly, so the place goes with what knows them."""
+    with Database(f"sqlite:///{tmp_path}/x.db", max_connections=2, pool_timeout=0.3) as database:
+        kept = database.engine.connect()
+        kept.detach()
+        with database.engine.connect():
+            assert cap_of_process().info().open == 2
+            with pytest.raises(PoolExhausted):
+                database.engine.connect()
+        lost = database.engine.connect()
+        lost.detach()
+        lost.connection.close()
+        kept.close()
+        del lost, kept
+        gc.collect()
+        with database.engine.connect(), database.engine.connect():
+            assert cap_of_process().info().open == 2
+
+
+def test_who_replaces_a_dead_connection_costs_no_place(pg18: PostgresServer, database: str) -> None:
+    """It waits for a place as others do, and is offered a connection instead, which gives way."""
+    url = pg18.url(database, "psycopg")
+    with Database(url, max_connections=2, pool_size=5, pool_timeout=10) as door:
+        first, second = door.engine.connect(), door.engine.connect()
+        second.close()
+        taken: list[object] = []
+
+        def take_the_place() -> None:
+            with door.session() as db:
+                taken.append(db.scalar(text("SELECT 1")))
+                until(lambda: taken, lambda so_far: len(so_far) > 1)
+
+        rival = threading.Thread(target=take_the_place)
+        with door.session() as db:
+            pid = db.connection().connection.driver_connection.info.backend_pid
+            rival.start()
+            until(lambda: cap_of_process().waiting, lambda waiting: waiting == 1)
+            pg18.execute(f"SELECT pg_terminate_backend({pid})")
+            time.sleep(0.1)
+            closing = threading.Timer(1.0, first.close)
+            closing.start()
+            assert db.scalar(text("SELECT 42")) == 42
+        taken.append("all")
+        rival.join()
+        closing.join()
+        with door.engine.connect(), door.engine.connect():  # no place is lost
+            assert cap_of_process().info().open == 2

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from logging.handlers import QueueHandler
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -575,3 +578,39 @@ def test_the_limits_are_numbers_of_seconds() -> None:
     for name in ("response_timeout", "statement_timeout"):
         with pytest.raises(ValueError, match=name):
             Database("sqlite://", **{name: -1})  # type: ignore[arg-type]
+
+
+def over_a_dropped_scope(url: str) -> None:
+    """The scope is garbage while its connection lives: nothing hashes what is left of it."""
+    logged = SimpleQueue[Any]()
+    logging.getLogger("engineroom.pool").addHandler(QueueHandler(logged))
+    with Database(url, **LIMITS | {"pool_size": 2}, slow_checkout=0.3) as database:
+        connection = database.connect().__enter__()
+        connection.execute(text("SELECT 1"))
+        gc.collect()
+        until(logged.qsize, lambda count: count == 1)
+        with database.session() as db:
+            ask(db)
+            until(logged.qsize, lambda count: count == 2)  # it is looked after all the same
+        connection.close()
+    assert "by the connection of a scope that was dropped" in logged.get().getMessage()
+
+
+def test_a_scope_that_was_dropped_ends_no_watch(pg18: PostgresServer, database: str) -> None:
+    run(over_a_dropped_scope, pg18.url(database, "psycopg"))
+
+
+def test_a_connection_that_was_detached_is_cut_as_well(
+    door: Callable[..., Door], proxy: WireProxy
+) -> None:
+    one = door("sync", "psycopg", pool_size=2)
+    with one.manager.sync_session() as other:
+        ask(other)  # while anything is lent, there is a watch
+        with pytest.raises(DBAPIError), one.manager.sync.connect() as connection:
+            connection.execute(text("SELECT 3"))
+            connection.detach()
+            proxy.freeze_before("ROLLBACK")
+            began = time.monotonic()
+            connection.rollback()
+        assert time.monotonic() - began < WITHIN + ROOM
+        proxy.thaw()

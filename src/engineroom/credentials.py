@@ -17,6 +17,7 @@ from .secrecy import Sealed
 from .urls import flaw
 
 ARGUMENTS = {"username": "user", "password": "password"}  # what the drivers call them
+LAG = 0.1  # seconds by which a loop may be late
 CLEAN_UP = 0.5  # seconds that a function has when its caller was cancelled
 
 
@@ -53,6 +54,7 @@ class Credentials:
             answer = in_thread(function)
             wait([answer], seconds)  # (what a signal's handler raises here is not the function's)
             if not answer.done():
+                answer.add_done_callback(_close_unawaited)
                 raise _late(name, seconds) from TimeoutError()
             if (error := answer.exception()) is not None:
                 raise _raised(name, error) from error
@@ -77,9 +79,9 @@ class Credentials:
             begun = time.monotonic()
             try:
                 await asyncio.wait({asking}, timeout=seconds)
-            except asyncio.CancelledError:
-                if asking.done() and (took := time.monotonic() - begun) > seconds:
-                    raise _stood_still(name, took) from None  # every limit struck after that
+            except asyncio.CancelledError as error:
+                if (took := time.monotonic() - begun) > seconds + LAG:
+                    error.add_note(_stood_still(name, took, seconds))
                 if not asking.cancelling():  # (the loop's end has, and it cleans up already)
                     asking.cancel()
                 await asyncio.wait({asking}, timeout=CLEAN_UP)
@@ -114,7 +116,9 @@ async def _from_thread(function: Callable[[], Any]) -> Any:
 
 def _close_unawaited(answer: Future[Any]) -> None:
     """Part with the coroutine that a plain function has returned, for which nobody waits now."""
-    if answer.exception() is None and inspect.iscoroutine(coroutine := answer.result()):
+    if answer.cancelled() or answer.exception() is not None:
+        return
+    if inspect.iscoroutine(coroutine := answer.result()):
         coroutine.close()
 
 
@@ -172,12 +176,11 @@ def _late(name: str, seconds: float) -> CredentialsFailed:
     )
 
 
-def _stood_still(name: str, seconds: float) -> CredentialsFailed:
-    return CredentialsFailed(
-        f"{name}= is a coroutine function, and held the event loop for {seconds:.1f} s without "
-        "giving way, which is longer than what was left of pool_timeout or connect_timeout: "
-        "nothing was connected. Have it await what it waits for; or make it a plain function, "
-        "which is called in a thread."
+def _stood_still(name: str, took: float, seconds: float) -> str:
+    return (
+        f"{name}= was asked {took:.1f} s before, and was to be given up on after {seconds:.1f} s: "
+        "meanwhile the event loop stood still. Something in it waits without await; if that is "
+        f"{name}=, have it be a plain function, which is called in a thread."
     )
 
 

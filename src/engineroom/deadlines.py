@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import weakref
 from typing import Protocol
+
+logger: logging.Logger = logging.getLogger("engineroom.pool")
 
 LOOK_EVERY = 0.25  # seconds between two looks at what runs
 LINGER = 1.0  # seconds that the thread stays though nothing is lent
@@ -84,7 +87,12 @@ class Watch:
         for known in self._pools.keyrefs():  # in one step: other threads add theirs meanwhile
             if (pool := known()) is None:
                 continue
-            if pool.look(now):
+            try:
+                is_lent = pool.look(now)
+            except Exception:  # the others are looked after all the same
+                logger.exception("A pool could not be looked after")
+                is_lent = True
+            if is_lent:
                 self._pools[pool] = now
             elif now - self._pools.get(pool, now) > LINGER:
                 self._part(pool)

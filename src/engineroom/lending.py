@@ -28,7 +28,7 @@ from .cap import CAPS, CameBack, Cap, Stay, stay_of
 from .deadlines import GRACE
 from .errors import ConnectTimeout, Holder, ManagerClosed, PoolDeadlock, PoolExhausted
 from .forks import make_immortal
-from .ledger import LENT, current_owner, describe, describe_held, has_ended
+from .ledger import LENT, current_owner, describe, describe_held, has_ended, permit_of
 from .slots import WAITING, Permit, Slots, Ticket
 
 logger: logging.Logger = logging.getLogger("engineroom.pool")
@@ -51,15 +51,13 @@ SLACK = 0.01  # seconds by which a timer may be early
 # Connections that are being rolled back, and since when: noted around the dialect's own verb.
 ROLLING_BACK: dict[PoolProxiedConnection, float] = {}
 
-FILLERS: set[Any] = set()  # who hold connections only to fill a pool with them
-
 
 class Berth:
     """What a pool knows of one connection: against which permit it is lent, and how it is seen.
 
-    It lies in the `record_info` of its place in the pool, until the next one is opened there. (Not
-    in `info`, which SQLAlchemy keeps on the proxy as well, and Python then finds no method of that
-    without a search.)
+    It lies in the connection's `info`, which goes with it where it is detached; and for whoever
+    asks often in the `record_info` of its place in the pool. (What is asked for `info` keeps it,
+    and Python then finds no method of that proxy without a search.)
     """
 
     __slots__ = (
@@ -67,7 +65,6 @@ class Berth:
         "driver",
         "expires",
         "hooks",
-        "key",
         "left",
         "lender",
         "lent",
@@ -90,7 +87,6 @@ class Berth:
         self.returned: float = 0.0  # 0: it was never lent
         self.expires: float = inf  # when it is too old to be lent again
         self.permit: Permit | None = None
-        self.key: int = 0  # its place in `LENT`, while it is lent
         self.lent: weakref.ref[PoolProxiedConnection] | None = None
         self.stay: Stay | None = None  # under a limit over several pools
         self.left: Leaving = Leaving.NOTHING  # by the one to whom it is lent
@@ -104,15 +100,14 @@ class Berth:
     def lend(self, connection: PoolProxiedConnection, permit: Permit) -> None:
         """Note against which permit it is lent."""
         self.lent = permit.connection = weakref.ref(connection)
-        self.permit, self.key = permit, id(connection)
-        LENT[self.key] = permit
+        self.permit, permit.key = permit, id(connection)
+        LENT[permit.key] = permit
 
     def release(self) -> Permit | None:
         """Return that permit: it is lent no more."""
         permit, self.permit = self.permit, None
-        other = permit if permit is None else LENT.pop(self.key, permit)
-        if other is not permit:  # a proxy that was made where this one was
-            LENT[self.key] = other
+        if permit is not None:
+            part(permit)
         return permit
 
     def note(self, leaving: Leaving, sent: Sent) -> None:
@@ -124,13 +119,17 @@ class Berth:
             self.left = max(self.left, leaving)
 
 
+def part(permit: Permit) -> None:
+    """Note that the connection that was lent against a permit is no more."""
+    if LENT.get(permit.key) is permit:  # (and not of a proxy that was made where that one was)
+        del LENT[permit.key]
+
+
 def berth_of(connection: PoolProxiedConnection) -> Berth | None:
-    """Return the berth of a connection; None if it has left its pool."""
-    try:
-        known = connection.record_info
-    except NotImplementedError:  # what SQLAlchemy initializes a dialect with has none
-        return None
-    return None if known is None else known.get("berth")
+    """Return the berth of a connection, detached or not; None if it was given back."""
+    known = connection.record_info
+    berth: Berth | None = (connection.info if known is None else known).get("berth")
+    return berth
 
 
 def forfeit(connection: PoolProxiedConnection) -> None:
@@ -223,8 +222,8 @@ class Opener:
         connecting.add(record)
         try:
             opened = lender.open_patiently(partial(self.creator, record))
-            known: Any = record.record_info
-            known["berth"] = berth = lender.berth_of(opened)
+            kept: Any = record.record_info
+            record.info["berth"] = kept["berth"] = berth = lender.berth_of(opened)
             if record.in_use:  # what its connect hooks send looks like its holder's from here
                 berth.left = Leaving.RELATIONS
             berth.record, berth.lender = weakref.ref(record), self.lender
@@ -440,8 +439,6 @@ class Lender(QueuePool):
     def fill(self) -> None:
         """Open connections until the least number is open; the first failure is the last."""
         opened: list[PoolProxiedConnection] = []
-        filler = current_owner()
-        FILLERS.add(filler)
         try:
             while (
                 len(opened) < self.least
@@ -449,12 +446,12 @@ class Lender(QueuePool):
                 and all(cap.may_lend for cap in self.caps())  # it takes nothing from anybody
             ):
                 opened.append(self.connect())
+                permit_of(opened[-1]).is_reported = True  # who only fills holds nothing up
         except Exception as error:  # noqa: BLE001  # who needs a connection will hear of it
             logger.info("The pool could not be filled to %d connections: %r", self.least, error)
         finally:
             for connection in opened:
                 connection.close()
-            FILLERS.discard(filler)
 
     def _queue_class(  # type: ignore[override]
         self, maxsize: int, use_lifo: bool = True
@@ -470,8 +467,9 @@ class Lender(QueuePool):
         return passes, `detach()` and the garbage collector's included; the `checkin` event is not.
         `tests/test_private_names.py` fails when it goes.
         """
-        known: Any = record.record_info
-        berth: Berth | None = known.get("berth")
+        kept: Any = record.record_info
+        is_lost = record.dbapi_connection is None  # or detached
+        berth: Berth | None = kept.pop("berth", None) if is_lost else kept.get("berth")
         now = time.monotonic()
         if berth is None or (permit := berth.release()) is None:  # it was never lent
             super()._do_return_conn(record)
@@ -483,7 +481,7 @@ class Lender(QueuePool):
             try:
                 if now - permit.since > self.slow_after:
                     self.report_slow(permit, now)
-                if record.dbapi_connection is None:  # it was lost
+                if is_lost:
                     self.is_filled = self.least == 0
                 elif not self.backend.is_at_rest(berth.driver()):
                     self._end(record)
@@ -557,6 +555,7 @@ class Lender(QueuePool):
             if owner is not None and (
                 has_ended(owner) if connection is None else connection() is None
             ):
+                part(permit)
                 self.slots.give(permit)
         self.slots.recover()
 
@@ -622,15 +621,24 @@ class Lender(QueuePool):
         resets = list(record.finalize_callback)  # of an isolation level, which the holder has set
         try:
             record.invalidate(error)
-            cast(Any, connection).dbapi_connection = record.get_connection()
+            cast(Any, connection).dbapi_connection = self._open_in(record)
             record.finalize_callback.extend(resets)
             berth: Berth = record.record_info["berth"]
-            berth.key, berth.lent = before.key, before.lent
-            berth.permit, before.permit = before.permit, None
+            berth.permit, berth.lent, before.permit = before.permit, before.lent, None
         finally:
             if before.permit is not None:  # which comes back with it
                 record.record_info["berth"] = before
         self.dispatch.checkout(connection.dbapi_connection, record, connection)
+
+    def _open_in(self, record: Any) -> Any:
+        """Open a connection in an empty place; one that comes back meanwhile gives way to it."""
+        while True:
+            try:
+                return record.get_connection()
+            except LiesIdle:
+                raise
+            except CameBack as came:
+                came.put_back()
 
     def _close(self, record: ConnectionPoolEntry) -> None:
         """Close a connection that came back."""
@@ -951,8 +959,6 @@ class Lender(QueuePool):
 
     def report_slow(self, permit: Permit, now: float) -> None:
         """Say once who holds a connection for too long."""
-        if permit.owner in FILLERS:
-            return
         if not permit.is_reported and (holder := describe(permit, now)) is not None:
             permit.is_reported = True
             logger.warning(

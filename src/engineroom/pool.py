@@ -454,10 +454,13 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
         try:
             async with deadline:
                 return await greenlet_spawn(connect)
-        except TimeoutError:
+        except TimeoutError as error:
             if not deadline.expired():
                 raise
-            raise self.not_opened(seconds) from None
+            late = self.not_opened(seconds)
+            for note in getattr(error.__cause__, "__notes__", ()):  # of the cancellation
+                late.add_note(note)
+            raise late from None
 
     def diagnose(self, error: Exception, seconds: float) -> Diagnosis | None:
         """Tell why a connect failed, as `Backend.diagnose` does, which may wait.

@@ -506,12 +506,12 @@ def finish(
             with suppress(ResourceClosedError):  # SQLAlchemy may have closed it all the same
                 resource.invalidate()
         finally:
+            if session is not None:
+                retire(session, ENDED)
             if held is not None and (connection := held()) is not None and connection.is_valid:
                 forfeit(connection)
-            if session is not None:
-                if session._last_seen is not None:
-                    recall(session)
-                retire(session, ENDED)
+            if session is not None and session._last_seen is not None:
+                recall(session)
 
 
 async def settle_quietly(finishing: Coroutine[Any, Any, None]) -> None:

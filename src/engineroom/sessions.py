@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any, cast
 
 from greenlet import getcurrent
-from sqlalchemy import event
+from sqlalchemy import event, inspect
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.orm.attributes import set_committed_value
@@ -232,7 +232,7 @@ def _remember(session: Guarded, item: object) -> None:
 def recall(session: Guarded) -> None:
     """Give objects that a rollback inside the scope emptied what they were last seen with."""
     for item, values in (session._last_seen or {}).values():
-        known = vars(item)
+        known, mapped = vars(item), inspect(item).mapper.attrs
         for name, value in values.items():
-            if name not in known:
+            if name not in known and name in mapped:  # (another is the application's own)
                 set_committed_value(item, name, value)

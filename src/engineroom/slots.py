@@ -30,6 +30,7 @@ class Permit:
         "failed_after",
         "is_interrupted",
         "is_reported",
+        "key",
         "options",
         "owner",
         "running",
@@ -47,6 +48,7 @@ class Permit:
         """Forget the holder."""
         self.owner: Any = None  # a task, or a thread's identifier; a scope's `entry`; None: nobody
         self.connection: Any = None  # a weak reference, once it is open
+        self.key: int = 0  # of that connection, in `LENT`
         self.entry: Any = None  # a weak reference to the scope that uses it
         self.since: float = 0.0
         self.waited: float = 0.0  # seconds in the queue before

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from sqlalchemy import ForeignKey, ForeignKeyConstraint, String, func, select, text
+from sqlalchemy import ForeignKey, ForeignKeyConstraint, String, event, func, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Mapped, mapped_column, relationship, selectinload
 
 from engineroom import Base, Database
+from engineroom.errors import SessionClosed
 
 
 class Author(Base):
@@ -243,3 +244,22 @@ def test_a_savepoints_rollback_inside_the_scope_is_sqlalchemys_own(library: Any)
         db.refresh(author)
         assert author.name == "Ada"
     assert author.name == "Ada"
+
+
+def test_what_the_application_keeps_on_an_object_is_its_own(library: Any) -> None:
+    """What a listener takes off as the object is emptied stays off, and keeps nothing open."""
+
+    def forget(author: Author, names: object) -> None:
+        vars(author).pop("cached", None)
+
+    event.listen(Author, "expire", forget)
+    try:
+        with library.session() as db:
+            author = db.get(Author, 1)
+            author.cached = 5
+            db.rollback()
+    finally:
+        event.remove(Author, "expire", forget)
+    assert author.name == "Ada"
+    with pytest.raises(SessionClosed):
+        db.execute(text("SELECT 1"))

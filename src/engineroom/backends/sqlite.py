@@ -337,7 +337,7 @@ class SQLite:
         return False
 
     def watch(self, driver: Any, note: Callable[[Leaving, Sent], None]) -> None:
-        """Its dialect tells, to what lies in its `info`: a connection has no room for more."""
+        """Its dialect tells, to its berth: a connection has no room for more."""
 
     def clean(self, connection: ConnectionPoolEntry, hooks: Sequence[Sent]) -> None:
         """Close it: opening a file costs less than asking what there is to clean."""
@@ -755,7 +755,8 @@ def _note_what_is_left(dialect: Any) -> None:
     def watching(execute: Callable[..., None]) -> Callable[..., None]:
         def watched(cursor: Any, statement: str, *rest: Any) -> None:
             if READINGS[statement]:
-                berth = (rest[-1].root_connection.connection.record_info or {}).get("berth")
+                lent = rest[-1].root_connection.connection
+                berth = (lent.record_info or lent.info).get("berth")  # `info` where it is detached
                 if berth is not None:
                     berth.note(Leaving.STATE, ("execute", (statement,)))
             execute(cursor, statement, *rest)
