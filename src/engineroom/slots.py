@@ -290,6 +290,7 @@ class Slots:
         permit.owner = permit.connection = permit.entry = permit.cursor = None
         permit.failed_after = permit.statement_within = None
         permit.waited = permit.since = permit.statement_since = 0.0
+        permit.key = 0
         permit.statement, permit.options, permit.epitaph = "", NO_OPTIONS, ""
         permit.running = permit.is_reported = permit.is_interrupted = False
         self.came_back = time.monotonic()
