@@ -614,3 +614,25 @@ def test_a_connection_that_was_detached_is_cut_as_well(
             connection.rollback()
         assert time.monotonic() - began < WITHIN + ROOM
         proxy.thaw()
+
+
+def over_a_filter_that_raises(url: str) -> None:
+    def refuse(record: logging.LogRecord) -> bool:
+        raise ValueError(record.getMessage())
+
+    logging.getLogger("engineroom.pool").addFilter(refuse)
+    with Database(url, **LIMITS | {"pool_size": 2}, slow_checkout=0.3) as database:
+        with database.session() as db:
+            ask(db)
+            (thread,) = [
+                each for each in threading.enumerate() if each.name == "engineroom-deadlines"
+            ]
+            time.sleep(1.0)
+            assert thread.is_alive()
+            logging.getLogger("engineroom.pool").removeFilter(refuse)
+
+
+def test_what_the_application_raises_in_a_log_ends_no_watch(
+    pg18: PostgresServer, database: str
+) -> None:
+    run(over_a_filter_that_raises, pg18.url(database, "psycopg"))

@@ -493,3 +493,18 @@ def test_what_was_opened_together_does_not_go_together(
     units.unit()
     assert proxy.connections == 1
     units.close()
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
+def test_what_died_in_a_reader_is_lent_to_nobody(
+    pg18: PostgresServer, database: str, driver: str
+) -> None:
+    """Nothing is sent at a reader's end: that it came back just now does not say that it lives."""
+    with Database(pg18.url(database, driver), pool_size=1, max_overflow=0) as door:
+        for _ in range(20):
+            with door.reader() as db:
+                pid = db.scalar(text("SELECT pg_backend_pid()"))
+                pg18.execute(f"SELECT pg_terminate_backend({pid})")
+                time.sleep(0.02)
+            with door.reader() as db:
+                assert db.scalar(text("SELECT 1")) == 1

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 import weakref
+from contextlib import suppress
 from typing import Protocol
 
 logger: logging.Logger = logging.getLogger("engineroom.pool")
@@ -38,6 +39,7 @@ class Watch:
         """Start afresh, in a forked child as well: the thread is the parent's."""
         # And when something of it was last seen lent. (Who drops a manager drops its pools.)
         self._pools: weakref.WeakKeyDictionary[Watched, float] = weakref.WeakKeyDictionary()
+        self._failed: weakref.WeakSet[Watched] = weakref.WeakSet()  # of which the log has heard
         self._on_duty: dict[str, threading.Thread] = {}
         self._pausing = threading.Event()
 
@@ -74,6 +76,13 @@ class Watch:
     def _run(self) -> None:
         """Look until nothing is lent any more, at what came after the last look as well."""
         me = threading.current_thread()
+        try:
+            self._stay(me)
+        except BaseException:
+            self._on_duty.pop("thread", None)  # the next checkout has another one watch
+            raise
+
+    def _stay(self, me: threading.Thread) -> None:
         while self._on_duty.setdefault("thread", me) is me:
             pausing = self._pausing
             while self._pools and not pausing.wait(LOOK_EVERY):
@@ -87,15 +96,21 @@ class Watch:
         for known in self._pools.keyrefs():  # in one step: other threads add theirs meanwhile
             if (pool := known()) is None:
                 continue
-            try:
-                is_lent = pool.look(now)
-            except Exception:  # the others are looked after all the same
-                logger.exception("A pool could not be looked after")
-                is_lent = True
-            if is_lent:
+            if self._looks(pool, now):
                 self._pools[pool] = now
             elif now - self._pools.get(pool, now) > LINGER:
                 self._part(pool)
+
+    def _looks(self, pool: Watched, now: float) -> bool:
+        """Look at one pool; whatever that raises, the others are looked after."""
+        try:
+            return pool.look(now)
+        except Exception:
+            if pool not in self._failed:
+                self._failed.add(pool)
+                with suppress(Exception):  # of the application's own handler, or its filter
+                    logger.exception("A pool could not be looked after")
+            return True
 
     def _part(self, pool: Watched) -> None:
         """Look at a pool no more, unless something of it is lent: its next checkout will say so."""

@@ -40,10 +40,11 @@ GONE = [(0, HUNG_UP)]  # what a socket says that the driver has closed
 
 T = TypeVar("T")
 
-# Seconds after its return in which a connection is not looked at: its server has answered just now,
-# and each look is a system call, 2 % of a small unit's CPU. Under load most rest for less.
+# Seconds after the last answer of its server in which a connection is not looked at: each look is a
+# system call, 2 % of a small unit's CPU. Under load most rest for less.
 JUST_NOW = 0.002
 SHORT_PAUSE, LONG_PAUSE = 0.02, 0.5  # seconds before a server that refuses is asked again
+TRIES = 3  # to replace a connection, where others come back to the pool instead
 CLEAN_LIMIT = 1.5  # seconds; a server that answers takes a millisecond
 LEAST_CONNECT = 0.1  # seconds that connecting has, though waiting took all but that of the time
 SLACK = 0.01  # seconds by which a timer may be early
@@ -62,6 +63,7 @@ class Berth:
 
     __slots__ = (
         "__weakref__",
+        "answered",
         "driver",
         "expires",
         "hooks",
@@ -85,6 +87,7 @@ class Berth:
         self.slots: Slots = slots
         self.driver = driver
         self.returned: float = 0.0  # 0: it was never lent
+        self.answered: float = 0.0  # when the server did, for its last holder; 0: not known
         self.expires: float = inf  # when it is too old to be lent again
         self.permit: Permit | None = None
         self.lent: weakref.ref[PoolProxiedConnection] | None = None
@@ -106,7 +109,9 @@ class Berth:
     def release(self) -> Permit | None:
         """Return that permit: it is lent no more."""
         permit, self.permit = self.permit, None
-        if permit is not None:
+        if (
+            permit is not None and permit.connection is self.lent
+        ):  # (`_reclaim` may have come first)
             part(permit)
         return permit
 
@@ -323,12 +328,13 @@ class Lender(QueuePool):
                     connection = super().connect()
                 except CameBack as came:  # it is what the pool lends next
                     came.put_back()
+                    now = time.monotonic()
                 else:
                     known: Any = connection.record_info
                     berth: Berth = known["berth"]
                     if not self._lives(connection, berth, now):
                         self._discard(connection)
-                        connection = None
+                        connection, now = None, time.monotonic()
             if self.refusal:
                 self._discard(connection)
                 raise ManagerClosed(self.refusal)
@@ -477,6 +483,7 @@ class Lender(QueuePool):
                 berth.returned = now
             return
         berth.returned = now
+        berth.answered = permit.answered if permit.failed_after is None else 0.0
         try:
             try:
                 if now - permit.since > self.slow_after:
@@ -567,7 +574,7 @@ class Lender(QueuePool):
             return True
         if poll is None:  # it has no socket
             return True
-        if rested < JUST_NOW and self.ping_after:
+        if now - berth.answered < JUST_NOW and self.ping_after:
             return True
         events = GONE if self.backend.is_closed(berth.driver()) else poll(0)
         if events and events[0][1] & HUNG_UP:
@@ -632,13 +639,14 @@ class Lender(QueuePool):
 
     def _open_in(self, record: Any) -> Any:
         """Open a connection in an empty place; one that comes back meanwhile gives way to it."""
-        while True:
+        for _ in range(TRIES):
             try:
                 return record.get_connection()
             except LiesIdle:
                 raise
             except CameBack as came:
                 came.put_back()
+        return record.get_connection()
 
     def _close(self, record: ConnectionPoolEntry) -> None:
         """Close a connection that came back."""

@@ -23,6 +23,7 @@ class Permit:
     """The right to hold one connection, and what its holder is known by."""
 
     __slots__ = (
+        "answered",
         "connection",
         "cursor",
         "entry",
@@ -55,6 +56,7 @@ class Permit:
         self.statement: str = ""  # the last one
         self.options: Mapping[str, Any] = NO_OPTIONS  # its execution options
         self.statement_since: float = 0.0  # when it began; when it ended, if it runs no more
+        self.answered: float = 0.0  # when the last statement ended; a COMMIT may send nothing
         self.statement_within: float | None = None  # seconds; None: the pool's setting
         self.running: bool = False
         self.cursor: Any = None  # what runs the statement; None of COMMIT and ROLLBACK
@@ -289,7 +291,7 @@ class Slots:
         # `clear()`, written out: every return passes here.
         permit.owner = permit.connection = permit.entry = permit.cursor = None
         permit.failed_after = permit.statement_within = None
-        permit.waited = permit.since = permit.statement_since = 0.0
+        permit.waited = permit.since = permit.statement_since = permit.answered = 0.0
         permit.key = 0
         permit.statement, permit.options, permit.epitaph = "", NO_OPTIONS, ""
         permit.running = permit.is_reported = permit.is_interrupted = False

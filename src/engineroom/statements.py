@@ -110,7 +110,7 @@ def noting(execute: Callable[..., None]) -> Callable[..., None]:
             noted(context.cursor, statement, parameters, context)
         finally:
             permit.running, permit.cursor = False, None
-            permit.statement_since = time.monotonic()
+            permit.statement_since = permit.answered = time.monotonic()
         return None
 
     return noted

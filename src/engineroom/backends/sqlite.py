@@ -756,7 +756,8 @@ def _note_what_is_left(dialect: Any) -> None:
         def watched(cursor: Any, statement: str, *rest: Any) -> None:
             if READINGS[statement]:
                 lent = rest[-1].root_connection.connection
-                berth = (lent.record_info or lent.info).get("berth")  # `info` where it is detached
+                known = lent.info if lent.record_info is None else lent.record_info  # (detached)
+                berth = known.get("berth")
                 if berth is not None:
                     berth.note(Leaving.STATE, ("execute", (statement,)))
             execute(cursor, statement, *rest)

@@ -112,9 +112,10 @@ def diagnose(
 
 def _said(state: str | None) -> Diagnosis | None:
     """Read what the server has said; 08003 is asyncpg's word for one that hung up without any."""
-    if state is None or (state.startswith("08") and state not in BY_STATE):
+    if state in (None, "08003"):
         return None
-    unknown = Diagnosis(False, f"the server says {state}", "See what it says beside that.")
+    lost = state.startswith("08")
+    unknown = Diagnosis(lost, f"the server says {state}", "See what it says beside that.")
     return BY_STATE.get(state, unknown)
 
 
