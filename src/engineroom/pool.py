@@ -495,7 +495,7 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
 
     def _look_again(self) -> None:
         now = time.monotonic()
-        self.next_look = 0.0  # if anything raises, the next checkout looks
+        self.next_look: float = 0.0  # if anything raises, the next checkout looks
         if self.answer_within:
             self.cut_silent(now)
         self.look_for_slow(now)
