@@ -160,21 +160,36 @@ def test_record_info_outlives_invalidation(engine: Engine) -> None:
     connection.close()
 
 
-def test_the_creator_may_write_into_record_info(engine: Engine) -> None:
+def test_info_outlives_invalidation_until_the_next_connection(engine: Engine) -> None:
+    """The berth is kept there, too, for what is detached takes it along."""
+    connection = engine.raw_connection()
+    connection.info["berth"] = "mine"
+    record = connection._connection_record  # type: ignore[attr-defined]
+    connection.invalidate()
+    assert record.info == {"berth": "mine"}
+    connection = engine.raw_connection()
+    assert "berth" not in connection.info
+    connection.info["berth"] = "another"
+    connection.detach()
+    assert connection.info == {"berth": "another"}
+    connection.close()
+
+
+def test_the_creator_may_write_into_both(engine: Engine) -> None:
     """Relied on by `lending.Opener`: what it writes belongs to the connection that it opens."""
     opened: list[Any] = []
 
     def creator(record: Any) -> sqlite3.Connection:
-        record.record_info["berth"] = len(opened)
+        record.info["berth"] = record.record_info["berth"] = len(opened)
         opened.append(record)
         return sqlite3.connect(":memory:")
 
     pool = QueuePool(creator)
     connection = pool.connect()
-    assert connection.record_info == {"berth": 0}
+    assert connection.info == connection.record_info == {"berth": 0}
     connection.invalidate()
     connection = pool.connect()
-    assert connection.record_info == {"berth": 1}
+    assert connection.info == connection.record_info == {"berth": 1}
     connection.invalidate()
 
 

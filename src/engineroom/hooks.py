@@ -6,7 +6,6 @@ import asyncio
 import inspect
 import itertools
 import logging
-import operator
 import os
 import sys
 from collections.abc import Awaitable, Callable
@@ -152,7 +151,7 @@ class Hooks:
         """Settle the fate of all that wait: the outermost transaction has ended."""
         kind = "commit" if committed else "rollback"
         due = self.due + [hook for hook in self.waiting if hook.kind == kind]
-        due.sort(key=operator.attrgetter("number"))
+        due.sort(key=lambda hook: hook.number)
         # At once: where a signal's handler raised between the two, they would be called twice.
         self.due, self.waiting = due, []
         if self._process != os.getpid():

@@ -151,6 +151,12 @@ def permit_of(connection: PoolProxiedConnection) -> Any:
     return LENT.get(id(connection))
 
 
+def berth_of(connection: PoolProxiedConnection) -> Any:
+    """Return the berth of a connection, detached or not; None if it was given back."""
+    known = connection.record_info
+    return (connection.info if known is None else known).get("berth")
+
+
 @dataclass(frozen=True, slots=True)
 class ScopeInfo:
     """A scope that is open right now."""

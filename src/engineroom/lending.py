@@ -28,7 +28,15 @@ from .cap import CAPS, CameBack, Cap, Stay, stay_of
 from .deadlines import GRACE
 from .errors import ConnectTimeout, Holder, ManagerClosed, PoolDeadlock, PoolExhausted
 from .forks import make_immortal
-from .ledger import LENT, current_owner, describe, describe_held, has_ended, permit_of
+from .ledger import (
+    LENT,
+    berth_of,
+    current_owner,
+    describe,
+    describe_held,
+    has_ended,
+    permit_of,
+)
 from .slots import WAITING, Permit, Slots, Ticket
 
 logger: logging.Logger = logging.getLogger("engineroom.pool")
@@ -109,9 +117,8 @@ class Berth:
     def release(self) -> Permit | None:
         """Return that permit: it is lent no more."""
         permit, self.permit = self.permit, None
-        if (
-            permit is not None and permit.connection is self.lent
-        ):  # (`_reclaim` may have come first)
+        # (`_reclaim` may have come first, and it be another's.)
+        if permit is not None and permit.connection is self.lent:
             part(permit)
         return permit
 
@@ -128,13 +135,6 @@ def part(permit: Permit) -> None:
     """Note that the connection that was lent against a permit is no more."""
     if LENT.get(permit.key) is permit:  # (and not of a proxy that was made where that one was)
         del LENT[permit.key]
-
-
-def berth_of(connection: PoolProxiedConnection) -> Berth | None:
-    """Return the berth of a connection, detached or not; None if it was given back."""
-    known = connection.record_info
-    berth: Berth | None = (connection.info if known is None else known).get("berth")
-    return berth
 
 
 def forfeit(connection: PoolProxiedConnection) -> None:
@@ -557,11 +557,9 @@ class Lender(QueuePool):
         A listener that raises at `checkin` keeps SQLAlchemy from returning the connection; and a
         loop may be closed over a task that just connects.
         """
-        for permit in self.slots.permits:
+        for permit in self.slots.held:
             connection, owner = permit.connection, permit.owner
-            if owner is not None and (
-                has_ended(owner) if connection is None else connection() is None
-            ):
+            if has_ended(owner) if connection is None else connection() is None:
                 part(permit)
                 self.slots.give(permit)
         self.slots.recover()
@@ -611,7 +609,7 @@ class Lender(QueuePool):
 
     def is_dead(self, connection: PoolProxiedConnection, error: Exception) -> bool:
         """Whether a call failed for its connection is gone; asyncpg may not know that yet."""
-        berth = cast(Berth, berth_of(connection))
+        berth: Berth = berth_of(connection)
         events = () if berth.poll is None else berth.poll(0)
         return (
             self.backend.is_closed(berth.driver())
@@ -622,7 +620,7 @@ class Lender(QueuePool):
     def replace(self, connection: PoolProxiedConnection, error: Exception) -> None:
         """Open another connection in the place of one that was found dead, for the same holder."""
         logger.info("A connection was dead before anything was done, and is replaced: %r", error)
-        before = cast(Berth, berth_of(connection))
+        before: Berth = berth_of(connection)
         record = cast(Any, before.record())
         self.seen.suspicion = time.monotonic()
         resets = list(record.finalize_callback)  # of an isolation level, which the holder has set

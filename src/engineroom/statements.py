@@ -12,8 +12,8 @@ from sqlalchemy.engine import Dialect, ExecutionContext, RootTransaction
 from sqlalchemy.engine.interfaces import ExecuteStyle
 from sqlalchemy.pool import PoolProxiedConnection
 
-from .ledger import permit_of
-from .lending import ROLLING_BACK, berth_of
+from .ledger import berth_of, permit_of
+from .lending import ROLLING_BACK
 from .slots import NO_OPTIONS
 
 UNKNOWN_OUTCOME = (

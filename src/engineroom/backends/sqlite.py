@@ -25,6 +25,7 @@ from sqlalchemy.schema import DropTable
 
 from ..cancellation import settle
 from ..errors import BrokenReferences, InvalidOption, InvalidPath, InvalidURL, SelfDeadlock
+from ..ledger import berth_of
 from ..urls import masked
 from . import (
     Diagnosis,
@@ -755,9 +756,7 @@ def _note_what_is_left(dialect: Any) -> None:
     def watching(execute: Callable[..., None]) -> Callable[..., None]:
         def watched(cursor: Any, statement: str, *rest: Any) -> None:
             if READINGS[statement]:
-                lent = rest[-1].root_connection.connection
-                known = lent.info if lent.record_info is None else lent.record_info  # (detached)
-                berth = known.get("berth")
+                berth = berth_of(rest[-1].root_connection.connection)
                 if berth is not None:
                     berth.note(Leaving.STATE, ("execute", (statement,)))
             execute(cursor, statement, *rest)
