@@ -32,6 +32,7 @@ UNITS = {
 }
 LIMITS = {"raw asyncpg", "raw psycopg"}
 OURS = {SESSION, READER}
+MANY = 100  # units; of fewer, the slowest says nothing of p99
 AIMS = (
     (READER, "get", BASELINE, 0.0, 1.5),
     (READER, "get", "advanced-alchemy", 0.0, 1.7),
@@ -99,8 +100,9 @@ def table(head: list[str], rows: Iterable[list[str]]) -> Iterator[str]:
 def circumstances(results: Results) -> Iterator[str]:
     """Say when and where."""
     machine = results["machine"]
+    commit = f", engineroom at commit {found}" if (found := results.get("commit")) else ""
     yield (
-        f"Measured {results['date'][:10]} on {machine['cpu']}, {machine['cores']} cores, "
+        f"Measured {results['date'][:10]}{commit}, on {machine['cpu']}, {machine['cores']} cores, "
         f"{machine['kernel']}; Python {machine['python']}, PostgreSQL {machine['postgresql']} on "
         f"the same machine, whose load average was {machine['load']} before the run and "
         f"{machine['load_after']} after it."
@@ -243,7 +245,8 @@ def speed(results: Results, group: str, unit: str, tasks: int) -> Iterator[str]:
 def speed_cell(each: dict[str, Any]) -> list[str]:
     """Write one contender's figures."""
     rate = f"{each['per_second']:,.0f}"
-    waits = f"{each['p50'] * 1e3:.2f}, {each['p99'] * 1e3:.2f}"
+    slowest = f"{each['p99'] * 1e3:.2f}" if each["units"] >= MANY else "–"
+    waits = f"{each['p50'] * 1e3:.2f}, {slowest}"
     return [rate, f"{each['ratio']:.2f}", waits, f"{each['cpu'] * 1e6:,.0f}"]
 
 

@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,7 +29,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from engineroom.testing import postgres
 
-DOCS = Path(__file__).resolve().parent.parent / "docs" / "_benchmark"
+CHECKOUT = Path(__file__).resolve().parent.parent
+DOCS = CHECKOUT / "docs" / "_benchmark"
 
 FULL = Plan(
     rounds=5,
@@ -94,6 +96,7 @@ def circumstances(server: Any) -> dict[str, Any]:
     """Describe when and where this is measured."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
         "machine": {
             "cpu": processor(),
             "cores": os.cpu_count(),
@@ -103,6 +106,15 @@ def circumstances(server: Any) -> dict[str, Any]:
             "load": round(os.getloadavg()[0], 1),
         },
     }
+
+
+def commit() -> str | None:
+    """Return the commit that is measured, where it is known."""
+    asked = ["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def processor() -> str:

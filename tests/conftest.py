@@ -145,9 +145,12 @@ def url(request: pytest.FixtureRequest) -> str:
     return value.replace("mysql:", "mysql+pymysql:")  # SQLAlchemy's own choice is not installed
 
 
-@pytest.fixture(params=["pg16", "pg18", "sqlite"])
+@pytest.fixture(params=[pytest.param("pg16", marks=pytest.mark.soak), "pg18", "sqlite"])
 def place(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The URL of a fresh database, on each that guarantee 13 names; with the schema `sales`."""
+    """The URL of a fresh database, on each that guarantee 13 names; with the schema `sales`.
+
+    On PostgreSQL 16 in the long runs only, unless a test says so.
+    """
     if request.param == "sqlite":
         yield request.getfixturevalue("sqlite_url")
         return

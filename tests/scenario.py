@@ -67,7 +67,7 @@ PRELOADED = [  # by the process from which scenarios are forked
 ]
 
 
-def sample(names: str, first: list[tuple[str, str]], *axes: list[str]) -> pytest.MarkDecorator:
+def sample(names: str, first: list[tuple[Any, ...]], *axes: list[Any]) -> pytest.MarkDecorator:
     """Run a test with these each time, and with all other combinations in the long runs."""
     rest = [
         pytest.param(*values, marks=pytest.mark.soak)
@@ -113,7 +113,11 @@ every_server_and_loop = sample(
     [*ASYNC_DRIVERS[:2], "asyncmy"],
     LOOPS,
 )
-# For the fixture `url`: MySQL's as well.
+# For the fixture `url`, where the database makes little difference: the file in the long runs only.
+on_a_server = pytest.mark.parametrize(
+    "url", ["postgresql", pytest.param("sqlite", marks=pytest.mark.soak)], indirect=True
+)
+# And MySQL's as well.
 on_all_three = pytest.mark.parametrize("url", ["sqlite", "postgresql", "mysql"], indirect=True)
 every_sync_database = pytest.mark.parametrize("url", [*SYNC_DRIVERS, "pymysql"], indirect=True)
 

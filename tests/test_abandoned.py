@@ -160,7 +160,16 @@ def connect_cancelled(url: str, loop: str, how: str) -> None:
     assert len(kept) == 1
 
 
-@pytest.mark.parametrize(("loop", "how"), [("asyncio", "cancel"), ("uvloop", "timeout")])
+@pytest.mark.parametrize(
+    ("driver_url", "loop", "how"),
+    [
+        ("asyncpg", "asyncio", "cancel"),
+        ("psycopg", "uvloop", "timeout"),
+        pytest.param("asyncpg", "uvloop", "timeout", marks=pytest.mark.soak),
+        pytest.param("psycopg", "asyncio", "cancel", marks=pytest.mark.soak),
+    ],
+    indirect=["driver_url"],
+)
 def test_a_cancelled_connect_leaves_no_backend(driver_url: str, loop: str, how: str) -> None:
     run(connect_cancelled, driver_url, loop, how)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run(
         [sys.executable, "-c", RUN, "--tiny", "--output", str(output)],
         cwd=CHECKOUT,
+        # Beside other workers, a server looks far away, and `auto` would save a trip now and then.
+        env=os.environ | {"DB_PIPELINE": "off"},
         capture_output=True,
         text=True,
         timeout=500,

@@ -23,7 +23,7 @@ from celery import Celery, group, states
 from celery.backends.database import DatabaseBackend as CelerysBackend
 from celery.backends.database.models import Task
 from celery.backends.database.session import ResultModelBase
-from scenario import Item, in_threads, on_all_three, settled
+from scenario import Item, in_threads, on_a_server, on_all_three, settled
 from sqlalchemy import event, inspect, text
 from sqlalchemy.engine import Engine, make_url
 
@@ -117,6 +117,7 @@ def results_of(app: Celery, jobs: list[Any]) -> list[Any]:
     return [job.get(timeout=60, interval=0.05) for job in jobs]
 
 
+@on_a_server
 @pytest.mark.parametrize(
     "count", [60, pytest.param(1_000, marks=[pytest.mark.soak, pytest.mark.timeout(600)])]
 )
@@ -155,6 +156,7 @@ def test_a_worker_with_four_children_one_of_which_is_killed(
         assert settled(url) == []
 
 
+@on_a_server
 @pytest.mark.parametrize("pool", ["threads", "solo"])
 def test_other_pools(app: Celery, folder: Path, url: str, pool: str) -> None:
     watch = Watch(url) if url.startswith("postgresql") else None
@@ -185,6 +187,7 @@ def test_a_worker_that_forks_keeps_its_results_in_mysql(folder: Path, mysql_url:
 # -- jobs and their rows -------------------------------------------------------------------------
 
 
+@on_a_server
 @pytest.mark.anyio
 async def test_no_job_misses_its_row(app: Celery, folder: Path, url: str) -> None:
     find = app.signature("find")

@@ -27,6 +27,7 @@ from scenario import (
     is_postgres,
     run,
     run_on,
+    sample,
     server,
     server_driver_and_loop,
     settled,
@@ -308,8 +309,13 @@ def both_sides(url: str, loop: str, sync: bool) -> None:
     assert settled(url) == []
 
 
-@pytest.mark.parametrize("sync", [False, True], ids=["close", "sync.close"])
-@server_driver_and_loop
+@sample(
+    "url, loop, sync",
+    [("asyncpg", "asyncio", False), ("psycopg", "uvloop", True)],
+    ["asyncpg", "psycopg"],
+    LOOPS,
+    [False, True],
+)
 def test_close_under_scopes_of_both_sides_in_many_threads_and_loops(
     url: str, loop: str, sync: bool
 ) -> None:
@@ -356,8 +362,7 @@ def sqlite_async(url: str, loop: str, slow: bool) -> None:
     assert stored(url) == []
 
 
-@pytest.mark.parametrize("slow", [False, True], ids=["idle", "busy"])
-@every_loop
+@sample("loop, slow", [("asyncio", False), ("uvloop", True)], LOOPS, [False, True])
 def test_close_frees_the_lock_of_a_sqlite_file(sqlite_url: str, loop: str, slow: bool) -> None:
     run(sqlite_async, sqlite_url, loop, slow)
 

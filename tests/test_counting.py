@@ -31,6 +31,12 @@ UNTIL_PREPARED = 7  # asyncpg prepares at the first execution on a connection, p
 SECRET = 271828182
 
 
+@pytest.fixture(autouse=True)
+def no_pipeline_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside other workers a server looks far away, and `auto` would save a trip now and then."""
+    monkeypatch.setenv("DB_PIPELINE", "off")
+
+
 # -- what the wire counts ----------------------------------------------------------------------
 
 

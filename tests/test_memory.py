@@ -220,7 +220,7 @@ def peak() -> int:
 
 
 def open_files(manager: DatabaseSessionManager) -> int:
-    """Count the descriptors beside the pools' connections, of which there are as many as it takes."""
+    """Count the descriptors beside the pools' connections: of those, there may be more later."""
     pools = manager.stats().pools
     return len(list(Path("/dev/fd").iterdir())) - sum(pool.lent + pool.idle for pool in pools)
 

@@ -536,8 +536,9 @@ def test_no_frame_of_a_connect_in_vain_has_the_password(mariadb: MariaServer, dr
 def test_a_password_is_sent_in_utf_8(mariadb: MariaServer, driver: str) -> None:
     """As whoever has set it did; of what Latin-1 lacks, the drivers would print the whole."""
     mariadb.execute("CREATE OR REPLACE USER greek IDENTIFIED BY 'πä€'")
-    url = f"mysql://greek:{quote('πä€')}@{mariadb.host}:{mariadb.port}/"
-    assert look(url, driver, "SELECT 1") == 1
+    place = f"{mariadb.host}:{mariadb.port}/"
+    assert look(f"mysql://greek:{quote('πä€')}@{place}", driver, "SELECT 1") == 1
+    assert look(f"mysql://greek@{place}", driver, "SELECT 1", password=lambda: "πä€") == 1
 
 
 # --- why a server does not answer -----------------------------------------------------------------

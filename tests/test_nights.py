@@ -435,7 +435,7 @@ def soak(side: str, driver: str, seconds: float) -> dict[str, Any]:
         return asyncio.run(main(own))
 
 
-SECONDS = [pytest.param(30, id="sample"), pytest.param(600, id="long", marks=pytest.mark.soak)]
+SECONDS = [pytest.param(15, id="sample"), pytest.param(600, id="long", marks=pytest.mark.soak)]
 
 
 @pytest.mark.parametrize("seconds", SECONDS)

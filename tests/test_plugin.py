@@ -209,8 +209,18 @@ BACKEND = """
     ("kind", "mode"),
     [
         (None, "anyio"),
-        *(("asyncpg", mode) for mode in ("auto", "strict", "auto-session")),
-        *((kind, mode) for kind in ("psycopg", "sqlite") for mode in ("anyio", "strict")),
+        ("asyncpg", "auto"),
+        ("psycopg", "strict"),
+        ("sqlite", "auto-session"),
+        *(
+            pytest.param(kind, mode, marks=pytest.mark.soak)
+            for kind, modes in {
+                "asyncpg": ("anyio", "strict", "auto-session"),
+                "psycopg": ("anyio", "auto", "auto-session"),
+                "sqlite": ("anyio", "auto", "strict"),
+            }.items()
+            for mode in modes
+        ),
     ],
 )
 def test_the_sessions_fit_any_loop_on_any_database(
@@ -599,7 +609,7 @@ MANY = """
     ("where", "workers"),
     [
         ("throwaway", 3),
-        ("environment", 3),
+        pytest.param("environment", 3, marks=pytest.mark.soak),
         pytest.param("throwaway", 8, marks=pytest.mark.soak),
     ],
 )

@@ -41,9 +41,9 @@ class Pooled(NamedTuple):
         return self.pooler.url(self.name, driver)
 
 
-@pytest.fixture(params=["pg16", "pg18"])
+@pytest.fixture(params=[pytest.param("pg16", marks=pytest.mark.soak), "pg18"])
 def pooled(request: pytest.FixtureRequest) -> Iterator[Pooled]:
-    """One on each server."""
+    """One on PostgreSQL 18; in the long runs, one on 16."""
     server: PostgresServer = request.getfixturevalue(request.param)
     name = server.create_database()
     with PgBouncer(server) as pooler:

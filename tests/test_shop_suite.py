@@ -15,7 +15,7 @@ CHECKOUT = Path(__file__).parent.parent
 SUITE = "tests/shop"
 
 
-@pytest.mark.parametrize("kind", ["postgresql", "sqlite"])
+@pytest.mark.parametrize("kind", ["postgresql", pytest.param("sqlite", marks=pytest.mark.soak)])
 def test_the_shops_own_suite(kind: str, pg18: PostgresServer) -> None:
     url = "sqlite://" if kind == "sqlite" else pg18.url()
     warnings = (

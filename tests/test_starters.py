@@ -41,6 +41,8 @@ TABLES = 2
 MEANWHILE = 0.2  # seconds, in which the others come
 GUARD = "idle_in_transaction_session_timeout"
 
+on_each = pytest.mark.parametrize("place", ["pg16", "pg18", "sqlite"], indirect=True)
+
 
 # -- many create ---------------------------------------------------------------------------------
 
@@ -71,6 +73,7 @@ def all_create(url: str, count: int = 16) -> None:
     assert {"customer", "orders"} <= names(url)
 
 
+@on_each
 def test_sixteen_start_at_once_and_the_tables_are_created_once(place: str) -> None:
     all_create(place)
 
@@ -171,6 +174,7 @@ def all_upgrade(url: str, ini: Path, count: int = 16) -> None:
     assert steps(url) == ["first", "second"]
 
 
+@on_each
 def test_sixteen_upgrade_at_once_and_each_migration_runs_once(place: str, tmp_path: Path) -> None:
     all_upgrade(place, project(tmp_path, f"{WHILE_OTHERS_COME}\n    {FIRST}", SECOND))
 

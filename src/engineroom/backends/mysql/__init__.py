@@ -88,8 +88,7 @@ class MySQL:
         parameters, mode = self._sealed.reveal(), self._mode
         told = for_driver(driver, parameters, self._shown)
         if "password" in told:
-            # In UTF-8, as everybody else sends it: of a text the drivers would make Latin-1.
-            told["password"] = Sealed(told["password"].encode())
+            told["password"] = Sealed(told["password"])
         if mode in ENCRYPTING:
             told["ssl"] = make_context(parameters, mode)
         elif driver == "pymysql" and (mode == "DISABLED" or "unix_socket" in told):
@@ -119,6 +118,9 @@ class MySQL:
         connect = dialect.connect
 
         def connect_sparing(*args: Any, **kw: Any) -> Any:
+            if isinstance(kw.get("password"), str):
+                # In UTF-8, as everybody else sends it: of a text the drivers would make Latin-1.
+                kw["password"] = kw["password"].encode()
             opened = connect(*args, **kw)
             driver = dialect.get_driver_connection(opened)
             driver.__class__ = sparing(driver.__class__)
