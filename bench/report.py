@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from contenders import BASELINE, BY_HAND, ENTRIES, PIPELINED, READER, SESSION
+from contenders import AUTOCOMMIT, BASELINE, BY_HAND, ENTRIES, PIPELINED, READER, SESSION
 
 Results = dict[str, Any]
 GROUPS = {
@@ -175,6 +175,7 @@ def ratio(
 
 def behind(results: Results, ours: set[str]) -> Iterator[str]:
     """Name the cells in which a peer is faster than the best of these of ours, by 5 %."""
+    no_peers = {*OURS, PIPELINED, *LIMITS, *(() if READER in ours else (AUTOCOMMIT,))}
     rows: dict[tuple[Any, ...], dict[str, float]] = {}
     for each in results["speed"]:
         where = each["group"], each["unit"], each["tasks"], each["rtt"]
@@ -185,7 +186,7 @@ def behind(results: Results, ours: set[str]) -> Iterator[str]:
         ahead = [
             f"{name} {value / best:.2f} ×"
             for name, value in row.items()
-            if name not in {*OURS, PIPELINED, *LIMITS} and best and value > 1.05 * best
+            if name not in no_peers and best and value > 1.05 * best
         ]
         if ahead:
             yield f"{place}: {', '.join(ahead)}"

@@ -1,7 +1,8 @@
 """SQLAlchemy tuned by hand: nothing more than is needed.
 
 It follows "Using Sessions: Framing out a begin / commit / rollback block" of SQLAlchemy's own
-documentation: `sessionmaker.begin()`, on an engine that does not ping.
+documentation: `sessionmaker.begin()`, on an engine that does not ping. What only reads has, beside
+that, an engine of "DBAPI AUTOCOMMIT", as the page "Working with Engines and Connections" shows it.
 """
 
 from contextlib import asynccontextmanager, contextmanager
@@ -19,6 +20,13 @@ async def opened(url, pool):
     engine = create_async_engine(url, **pool)
     scope = async_sessionmaker(engine, **orm.SESSION).begin
     yield {**orm.reading(scope), **orm.writing(scope)}
+    await engine.dispose()
+
+
+@asynccontextmanager
+async def opened_to_read(url, pool):
+    engine = create_async_engine(url, isolation_level="AUTOCOMMIT", **pool)
+    yield orm.reading(async_sessionmaker(engine, **orm.SESSION))
     await engine.dispose()
 
 
@@ -48,6 +56,13 @@ def opened_sync(url, pool):
 
 
 @contextmanager
+def opened_to_read_sync(url, pool):
+    engine = create_engine(url, isolation_level="AUTOCOMMIT", **pool)
+    yield orm.reading_sync(sessionmaker(engine, **orm.SESSION))
+    engine.dispose()
+
+
+@contextmanager
 def application_sync(url, pool):
     from flask import Flask
 
@@ -65,4 +80,6 @@ def application_sync(url, pool):
 
 
 asynchronous = Contender("async", opened, application)
+autocommit = Contender("async", opened_to_read)
 synchronous = Contender("sync", opened_sync, application_sync)
+sync_autocommit = Contender("sync", opened_to_read_sync)
