@@ -121,6 +121,9 @@ def test_a_charset_has_the_name_that_mysql_gives_it_today(mysql_url: str, driver
             "ssl-mode, which the drivers",
         ),
         ("[client]\npassword = s3cret\nssl", "ssl, which the drivers"),
+        ("[client]\npassword = s3cret\nskip_ssl", "skip-ssl, which the drivers"),
+        ("[client]\nloose-ssl-mode = REQUIRED", "loose-ssl-mode, which the drivers"),
+        ("[client]\n!includedir /etc/my.d", "!includedir /etc/my.d, which the drivers"),
     ],
 )
 def test_a_file_of_options_that_would_be_passed_over_is_refused(

@@ -118,9 +118,6 @@ class MySQL:
         connect = dialect.connect
 
         def connect_sparing(*args: Any, **kw: Any) -> Any:
-            if isinstance(kw.get("password"), str):
-                # In UTF-8, as everybody else sends it: of a text the drivers would make Latin-1.
-                kw["password"] = kw["password"].encode()
             opened = connect(*args, **kw)
             driver = dialect.get_driver_connection(opened)
             driver.__class__ = sparing(driver.__class__)
@@ -140,8 +137,18 @@ class MySQL:
             dialect.connection_characteristics = {**known, READ_ONLY: ReadOnly()}
 
     def way_to_connect(self, dialect: Dialect) -> Callable[..., Any]:
-        """Leave it to SQLAlchemy."""
-        return dialect.connect
+        """Leave it to SQLAlchemy, but for the password: that goes in UTF-8, as all others send it.
+
+        Of a text the drivers would make Latin-1.
+        """
+        connect = dialect.connect
+
+        def connect_in_utf_8(*args: Any, **kw: Any) -> Any:
+            if isinstance(kw.get("password"), str):
+                kw["password"] = kw["password"].encode()
+            return connect(*args, **kw)
+
+        return connect_in_utf_8
 
     def limit_connect(self, arguments: dict[str, Any], seconds: float) -> None:
         """Limit connecting, and each answer of the server on the way to that."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from configparser import Error, RawConfigParser
 from pathlib import Path
@@ -11,6 +12,8 @@ from ...errors import InvalidURL
 
 FILE, GROUP = "read_default_file", "read_default_group"
 USUAL = "/etc/my.cnf"  # where both drivers look if there is a group alone
+# MySQL's prefixes, and its lines that include other files.
+OF_TLS = re.compile(r"((loose|skip|disable|enable)-)*(ssl|tls)|!include")
 READ = ("ssl-ca", "ssl-capath", "ssl-cert", "ssl-key", "ssl-cipher")  # by both, of what TLS is
 
 
@@ -40,7 +43,7 @@ def read_tls(parameters: Mapping[str, Any], shown: str, *, has_mode: bool) -> di
             f"has with {GROUP}=…, or leave both out."
         )
     names = {name.lower().replace("_", "-"): name for name in read.options(group)}
-    unread = [name for name in names if name.startswith(("ssl", "tls")) and name not in READ]
+    unread = [name for name in names if OF_TLS.match(name) and name not in READ]
     if unread and not has_mode:
         raise InvalidURL(
             f"{shown} has {FILE}={path}, and that has {unread[0]}, which the drivers do not read. "
