@@ -32,6 +32,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryFile
+from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 import psycopg
@@ -442,3 +443,31 @@ class Log(logging.Handler):
 def fail(message: str) -> NoReturn:
     """Stand where nothing should come."""
     raise AssertionError(message)
+
+
+def is_struck(step: int, unit: Callable[[], object], where: tuple[str, ...]) -> bool:
+    """Run a unit of work, and raise what Ctrl-C does at one of its lines; False if it has fewer.
+
+    Args:
+        where: The folders or files whose lines count.
+    """
+    lines = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal lines
+        if not frame.f_code.co_filename.startswith(where):
+            return None
+        if event == "line":
+            lines += 1
+            if lines == step:
+                raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        unit()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(None)
+    return lines >= step

@@ -21,7 +21,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import FrameType
 from typing import Any, Self
 
 import pytest
@@ -33,6 +32,7 @@ from scenario import (
     backends,
     fork,
     in_threads,
+    is_struck,
     loop_factory,
     run,
     server_driver_and_loop,
@@ -769,30 +769,6 @@ def test_ctrl_c_in_a_waiting_thread_costs_no_place(postgres_url: str) -> None:
 HERE = (str(Path(engineroom.__file__).parent), str(Path(sqlalchemy.pool.__file__).parent))
 
 
-def is_struck(step: int, unit: Callable[[], object]) -> bool:
-    """Run a unit of work, and raise what Ctrl-C does at one of its lines; False if it has fewer."""
-    lines = 0
-
-    def trace(frame: FrameType, event: str, _: object) -> Any:
-        nonlocal lines
-        if not frame.f_code.co_filename.startswith(HERE):
-            return None
-        if event == "line":
-            lines += 1
-            if lines == step:
-                raise KeyboardInterrupt
-        return trace
-
-    sys.settrace(trace)
-    try:
-        unit()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        sys.settrace(None)
-    return lines >= step
-
-
 def struck_at_each_line(url: str, every: int, what: str) -> int:
     """Strike a unit that has another's connection give way, or waits for one, or returns one."""
     sys.unraisablehook = lambda _: None  # it may strike in a destructor
@@ -815,7 +791,7 @@ def struck_at_each_line(url: str, every: int, what: str) -> int:
             else:
                 held.pop().close()
                 held.pop().close()
-            goes_on = is_struck(step, unit)
+            goes_on = is_struck(step, unit, HERE)
             over.set()
             del held, unit
             gc.collect()

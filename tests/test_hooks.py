@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from scenario import Item, Model, fork, is_postgres, run, server
+from scenario import Item, Model, fork, is_postgres, is_struck, run, server
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
@@ -246,6 +246,30 @@ def test_a_commit_that_a_signal_interrupts_calls_nothing(
         [told] = calls
         assert told.startswith("interrupted: ")
         assert "whether the transaction was committed is unknown" in told
+
+
+def struck_at_each_line_of_the_hooks(url: str, ends: str) -> int:
+    calls: list[str] = []
+
+    def unit() -> None:
+        with suppress(SoftLimit), door.session() as db:
+            both(db, calls, "a")
+            db.execute(text("SELECT 1"))
+            if ends == "raises":
+                raise SoftLimit
+
+    step = 1
+    with Database(url) as door:
+        while is_struck(step, unit, (hooks.__file__,)):
+            assert len(calls) == len(set(calls)), f"{calls} at line {step}"
+            calls.clear()
+            step += 1
+    return step
+
+
+@pytest.mark.parametrize("ends", ["commits", "raises"])
+def test_a_signal_at_any_line_calls_none_twice(sqlite_url: str, ends: str) -> None:
+    assert run(struck_at_each_line_of_the_hooks, sqlite_url, ends) > 20
 
 
 def test_an_error_of_another_sessions_commit_is_no_doubt_here(

@@ -214,14 +214,18 @@ class SyncScope(Scope, Generic[R]):
         """Commit, or roll back on any exception; then close for good."""
         if self.is_open:
             self.is_open: bool = False  # at once: nobody else ends it now
-            overlap = None if self.thread == threading.get_ident() else self._cut_off_thread()
-            failed = self._must_fail(error)
+            failed = True
+            overlap: SessionInUse | None = None
             try:
+                if self.thread != threading.get_ident():
+                    overlap = self._cut_off_thread()
+                failed = self._must_fail(error)
                 finish(self._resource, failed, self.connection)
             except BaseException as struck:
                 failed = self._must_fail(struck)
                 if (held := self.held()) is not None:
-                    forfeit(held)  # a signal's exception, in the middle of the end
+                    forfeit(held)  # a signal's exception, at the end or in the middle of it
+                retire(self._resource, ENDED)
                 raise
             finally:
                 self._leave()
