@@ -132,6 +132,11 @@ class Scope(Entry):
         _, role, _, isolation_level = self._target
         return role is Role.READER or isolation_level == "AUTOCOMMIT"
 
+    @property
+    def has_nothing_to_commit(self) -> bool:
+        """Whether it is a reader, of whose COMMIT nobody wants to hear."""
+        return self._target[1] is Role.READER and self.hooks is None
+
     def _bind(self) -> Any:
         """Return what the session or connection binds to, if the manager is open."""
         room = self._room
@@ -220,7 +225,7 @@ class SyncScope(Scope, Generic[R]):
                 if self.thread != threading.get_ident():
                     overlap = self._cut_off_thread()
                 failed = self._must_fail(error)
-                finish(self._resource, failed, self.connection)
+                finish(self._resource, self, failed)
             except BaseException as struck:
                 failed = self._must_fail(struck)
                 if (held := self.held()) is not None:
@@ -317,7 +322,7 @@ class AsyncScope(Scope, Generic[R]):
         if self.is_open:
             failed = self._must_fail(error)
             try:
-                finishing = self._resource.run_sync(finish, failed, self.connection)
+                finishing = self._resource.run_sync(finish, self, failed)
                 if failed:
                     await settle_quietly(finishing)
                 else:
@@ -477,9 +482,7 @@ def begin(connection: Connection, scope: ConnectScope | AsyncConnectScope) -> Co
     return connection
 
 
-def finish(
-    resource: Guarded | Connection, failed: bool, held: weakref.ref[PoolProxiedConnection] | None
-) -> None:
+def finish(resource: Guarded | Connection, scope: Scope, failed: bool) -> None:
     """Commit, or roll back, and close: the end of every scope, in one call for both twins.
 
     A session that its user closed is not in a transaction any more: nothing is left to do.
@@ -489,13 +492,15 @@ def finish(
     if session is not None:
         session._ending = True
         ending = super(Guarded, session)  # nobody else is in it any more: its guards are not asked
+    only_reads = session is not None and scope.has_nothing_to_commit
+    store = ending.flush if only_reads else ending.commit  # which is refused, if there is anything
     try:
         if resource.in_transaction():
             if failed:
                 roll_back(resource)
             else:
                 try:
-                    ending.commit()
+                    store()
                 except BaseException:
                     failed = True
                     roll_back(resource)  # SQLite is still in its transaction, and locks the file
@@ -512,8 +517,8 @@ def finish(
         finally:
             if session is not None:
                 retire(session, ENDED)
-            if held is not None and (connection := held()) is not None and connection.is_valid:
-                forfeit(connection)
+            if (held := scope.held()) is not None:
+                forfeit(held)
             if session is not None and session._last_seen is not None:
                 recall(session)
 
