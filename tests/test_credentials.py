@@ -339,6 +339,19 @@ def test_what_goes_wrong_is_one_clear_error(
     assert proxy.connections == 0
 
 
+@each_driver
+def test_two_functions_share_the_time(driver: str, vault: Vault, proxy: WireProxy) -> None:
+    def slow() -> str:
+        time.sleep(0.8)
+        return "late"
+
+    started = time.monotonic()
+    with pytest.raises(CredentialsFailed, match="password= did not answer within 0"):
+        look(proxy.url(vault.url()), driver, username=slow, password=slow, pool_timeout=1)
+    assert time.monotonic() - started < 1.5
+    assert proxy.connections == 0
+
+
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg (async)"])
 def test_where_the_loop_stands_still_the_error_says_so(driver: str, vault: Vault) -> None:
     with pytest.raises(ConnectTimeout) as caught:

@@ -6,8 +6,8 @@ The table in `docs/urls.md` is what these trials found: a cell that is not true 
 from __future__ import annotations
 
 import asyncio
-import getpass
 import os
+import pwd
 import re
 import socket
 import threading
@@ -359,6 +359,24 @@ def test_a_service_file_is_found_where_the_variable_says(tmp_path: Path) -> None
     assert resolve(read_url("postgresql://?service=a"), environment)["host"] == "there"
 
 
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("other", ["billing", "missing"])
+def test_a_urls_service_is_the_only_one_that_is_read(
+    driver: str, other: str, pg18: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """libpq would look for what `PGSERVICE` names, and fill in whatever is open."""
+    url = make_url(pg18.url())
+    (tmp_path / ".pg_service.conf").write_text(
+        f"[shop]\nhost={url.host}\nport={url.port}\nuser=postgres\npassword={url.password}\n"
+        "dbname=postgres\n[billing]\napplication_name=billing\noptions=-c work_mem=5MB\n"
+    )
+    monkeypatch.setenv("PGSERVICE", other)
+    assert libpq_connects("service=shop")
+    seen = "SELECT current_setting('application_name') || current_setting('work_mem')"
+    assert look("postgresql://?service=shop", driver, seen).endswith("4MB")
+    assert "billing" not in look("postgresql://?service=shop", driver, seen)
+
+
 def test_a_service_that_is_missing_says_where_it_was_looked_for(tmp_path: Path) -> None:
     (tmp_path / "pg_service.conf").write_text("[a]\n[b]\n")
     with pytest.raises(InvalidURL) as caught:
@@ -694,7 +712,9 @@ REFUSED = {
     "target_session_attrs=master": r"which has to be any, read-write",
     "connect_timeout=5s": r"connect_timeout='5s', which has to be a whole number",
     "keepalives_idle=x": r"which has to be a whole number",
-    "port=x": r"port=, which has to be a number for each host",
+    "port=x": r"port=, which has to be a number from 1 to 65535 for each host",
+    "port=0": r"port=, which has to be a number from 1",
+    "port=65536": r"port=, which has to be a number from 1",
     "sslrootcert=system&sslmode=require": r"Write sslmode=verify-full",
     "foo=": r"foo=, which libpq does not know",
     "sslmode=": r"sslmode='', which has to be disable, allow",
@@ -818,8 +838,34 @@ def test_a_url_is_worked_on_once_and_not_at_each_connect(
         asyncio.run(manager.close())
 
 
-def test_the_user_of_the_machine_is_the_default(tmp_path: Path) -> None:
-    file = tmp_path / ".pgpass"
-    file.write_text(f"*:*:{getpass.getuser()}:{getpass.getuser()}:found\n")
-    file.chmod(0o600)
-    assert find_password({}, "h", 1, getpass.getuser()) == "found"
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_the_user_that_the_process_runs_as_is_the_default(
+    driver: str, pg18: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with libpq, whatever the environment says that it is."""
+    monkeypatch.setenv("LOGNAME", "somebody")
+    own = pwd.getpwuid(os.geteuid()).pw_name
+    pg18.execute(f"CREATE ROLE \"{own}\" LOGIN PASSWORD 'its own'")
+    try:
+        place = make_url(pg18.url())
+        url = f"postgresql://:its%20own@{place.host}:{place.port}/postgres"
+        assert look(url, driver, "SELECT current_user") == own
+    finally:
+        pg18.execute(f'DROP ROLE "{own}"')
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("how", ["argument", "parameter", "variable"])
+def test_a_password_without_a_user_serves_the_user_that_is_named_elsewhere(
+    how: str, driver: str, pg18: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = make_url(pg18.url())
+    url = f"postgresql://:{place.password}@{place.host}:{place.port}/postgres"
+    if how == "variable":
+        monkeypatch.setenv("PGUSER", "postgres")
+    url, options = (
+        (f"{url}?user=postgres", {})
+        if how == "parameter"
+        else (url, {"username": "postgres"} if how == "argument" else {})
+    )
+    assert look(url, driver, "SELECT current_user", **options) == "postgres"

@@ -6,15 +6,18 @@ import asyncio
 import gc
 import io
 import logging
+import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -551,6 +554,44 @@ def test_the_deadline_covers_connecting(silent: int, driver: str) -> None:
         await manager.close()
 
     asyncio.run(main())
+
+
+CONNECT = """
+import sys, time
+from engineroom import Database
+started = time.monotonic()
+with Database(sys.argv[1], pool_timeout=3) as door:
+    try:
+        door.check()
+    except Exception as error:
+        print(time.monotonic() - started, type(error).__name__)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can have other hosts in a namespace")
+@pytest.mark.parametrize("scheme", ["postgresql+psycopg", "postgresql+psycopg2", "mysql+pymysql"])
+def test_the_deadline_is_one_for_all_addresses_of_a_name(scheme: str, tmp_path: Path) -> None:
+    addresses = [f"127.0.0.{number}" for number in (1, 2, 3)]
+    (hosts := tmp_path / "hosts").write_text("\n".join(f"{one} several" for one in addresses))
+    with ExitStack() as stack:
+        first = stack.enter_context(socket.create_server((addresses[0], 0)))
+        port = first.getsockname()[1]
+        for address in addresses[1:]:
+            stack.enter_context(socket.create_server((address, port)))
+        shell = f'mount --bind {hosts} /etc/hosts && exec "$0" -c "$1" "$2"'
+        done = subprocess.run(
+            [
+                *("unshare", "--mount", "sh", "-c", shell),
+                *(sys.executable, CONNECT, f"{scheme}://u:secret@several:{port}/d"),
+            ],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        )
+    seconds, error = done.stdout.split()
+    assert error in {"ConnectTimeout", "DBAPIError", "OperationalError"}
+    assert float(seconds) < 5
 
 
 @pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])

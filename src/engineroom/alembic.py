@@ -29,7 +29,7 @@ from .models import Base
 from .schema import Revisions, find_ini, locked, read_config, read_option, refuse_unknown
 from .secrecy import Sealed
 from .settings import read_settings
-from .urls import read_url
+from .urls import in_full, read_url
 
 __all__ = ["run", "upgrade"]
 
@@ -164,8 +164,7 @@ def config_for(ini: Path, url: URL) -> Config:
     known = None if written is None else read_url(written.reveal())
     if known is not None and known.get_backend_name() == url.get_backend_name():
         url = url.set(drivername=known.drivername)  # env.py may be written for it
-    text = url.render_as_string(hide_password=False)
-    config.set_main_option("sqlalchemy.url", text.replace("%", "%%"))
+    config.set_main_option("sqlalchemy.url", in_full(url).replace("%", "%%"))
     return config
 
 

@@ -46,16 +46,21 @@ class Credentials:
     def ask(self, seconds: float) -> dict[str, Sealed[str]]:
         """Ask, each function in a thread of its own: nothing else can be given up on.
 
+        Args:
+            seconds: The time for all of them.
+
         Raises:
             CredentialsFailed: one raised, was not ready in time, or returned no text.
         """
         account: dict[str, Sealed[str]] = {}
+        end = time.monotonic() + seconds
         for name, function in self._functions.items():
+            left = max(end - time.monotonic(), 0.0)
             answer = in_thread(function)
-            wait([answer], seconds)  # (what a signal's handler raises here is not the function's)
+            wait([answer], left)  # (what a signal's handler raises here is not the function's)
             if not answer.done():
                 answer.add_done_callback(_close_unawaited)
-                raise _late(name, seconds) from TimeoutError()
+                raise _late(name, left) from TimeoutError()
             if (error := answer.exception()) is not None:
                 raise _raised(name, error) from error
             value = answer.result()
@@ -68,26 +73,31 @@ class Credentials:
     async def ask_on_loop(self, seconds: float) -> dict[str, Sealed[str]]:
         """Ask: coroutine functions in this event loop, others in a thread, so as not to stop it.
 
+        Args:
+            seconds: The time for all of them.
+
         Raises:
             CredentialsFailed: one raised, was not ready in time, or returned no text.
         """
         account: dict[str, Sealed[str]] = {}
+        end = time.monotonic() + seconds
         for name, function in self._functions.items():
             # In a task of its own, for it may swallow its cancellation.
             asking = asyncio.create_task(_answer(name, function))
             asking.add_done_callback(_hear)
             begun = time.monotonic()
+            left = max(end - begun, 0.0)
             try:
-                await asyncio.wait({asking}, timeout=seconds)
+                await asyncio.wait({asking}, timeout=left)
             except asyncio.CancelledError as error:
-                if (took := time.monotonic() - begun) > seconds + LAG:
-                    error.add_note(_stood_still(name, took, seconds))
+                if (took := time.monotonic() - begun) > left + LAG:
+                    error.add_note(_stood_still(name, took, left))
                 if not asking.cancelling():  # (the loop's end has, and it cleans up already)
                     asking.cancel()
                 await asyncio.wait({asking}, timeout=CLEAN_UP)
                 raise
             if asking.cancel():
-                raise _late(name, seconds) from TimeoutError()
+                raise _late(name, left) from TimeoutError()
             account[ARGUMENTS[name]] = _sealed(name, asking.result())
         return account
 

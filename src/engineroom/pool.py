@@ -179,9 +179,11 @@ class ThreadPool(Lender):
     def open_in_time(self, connect: Callable[[], Any], seconds: float) -> Any:
         """Open a connection; the driver keeps the time (`Backend.limit_connect` told it).
 
-        But libpq gives a server two seconds at least: where less is left, a thread waits for it.
+        Where it does not, a thread waits for it: libpq gives a server two seconds at least, and
+        each address of a name has the whole time.
         """
-        if seconds >= LEAST_OF_LIBPQ - ROOM or not self.backend.has_server:
+        is_enough = seconds >= LEAST_OF_LIBPQ - ROOM and self.backend.keeps_time
+        if is_enough or not self.backend.has_server:
             return connect()
         return self._open_apart(connect, seconds)
 

@@ -27,7 +27,7 @@ from sqlalchemy.orm import Session
 
 from .errors import InvalidOption, InvalidURL, NoDatabaseURL, UnknownOption
 from .secrecy import unseen
-from .urls import ACCOUNT, has_account, read_url, replace_account
+from .urls import ACCOUNT, has_account, in_full, read_url, replace_account
 
 TRUE = {"1", "true", "t", "yes", "y", "on"}
 
@@ -348,7 +348,7 @@ def read_settings(
     given: dict[str, Any] = {name: value for name, value in options.items() if name not in OBJECTS}
     if database_url is not None:
         # By its variable's name: older versions of pydantic-settings would prefer the variable.
-        given["DATABASE_URL"] = read_url(database_url).render_as_string(hide_password=False)
+        given["DATABASE_URL"] = in_full(read_url(database_url))
     try:
         settings = DatabaseSettings(**given)
         settings._given = frozenset(given)

@@ -103,6 +103,16 @@ def replace_account(url: URL, part: str, value: str | None) -> URL:
     return _sendable(URL.create(url.drivername, **account, database=url.database, query=query))
 
 
+def in_full(url: URL) -> str:
+    """Return a URL as text, its secrets included.
+
+    Of an account without a user name SQLAlchemy leaves the password out.
+    """
+    if url.username is not None or url.password is None:
+        return url.render_as_string(hide_password=False)
+    return in_full(url.set(username="_")).replace("://_:", "://:", 1)
+
+
 def flaw(text: str) -> str:
     """Return why no driver can send a text; "" where all can.
 
@@ -189,9 +199,14 @@ def _read_place(place: str, shown: str) -> tuple[str, int | None]:
     port = match["port"] or None
     if port is None:
         return _decode(match["v6"] or match["name"]), None
-    if not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) <= LAST_PORT:
+    if not is_port(port):
         _refuse_place(shown)
     return _decode(match["v6"] or match["name"]), int(port)
+
+
+def is_port(text: str) -> bool:
+    """Whether a text is a number from 1 to 65535."""
+    return re.fullmatch("[0-9]{1,5}", text) is not None and 0 < int(text) <= LAST_PORT
 
 
 def _refuse_place(shown: str) -> NoReturn:

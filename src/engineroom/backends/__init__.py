@@ -94,6 +94,9 @@ class Backend(Protocol):
 
     has_server: bool
     """Whether there is somebody who may fall silent."""
+    keeps_time: bool
+    """Whether a synchronous driver connects in the time that `limit_connect` tells it: not to a
+    name, which may have several addresses, and the driver takes so long for each."""
 
     def engine_url(self, side: Side) -> URL:
         """Return the URL with the driver of a side.

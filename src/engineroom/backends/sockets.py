@@ -51,6 +51,17 @@ def address_of(descriptor: int | None) -> str | None:
         return None if same.family == socket.AF_UNIX else str(same.getpeername()[0])
 
 
+def is_one_place(host: str) -> bool:
+    """Whether it is an address or a folder of sockets, and no name, which may have several."""
+    if not host or host.startswith(("/", "@")):
+        return True
+    try:
+        ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return False
+    return True
+
+
 def is_far(address: str) -> bool:
     """Whether what is said to it leaves this machine."""
     return not ipaddress.ip_address(address.partition("%")[0]).is_loopback

@@ -88,6 +88,7 @@ class SQLite:
     """One SQLite file; `:memory:` is a private temporary one that both sides share."""
 
     has_server = False
+    keeps_time = True
 
     def __init__(self, url: URL, busy_timeout: float) -> None:
         refuse_unknown_driver(url, DRIVERS)

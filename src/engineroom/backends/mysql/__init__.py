@@ -27,7 +27,7 @@ from .. import (
     choose_driver,
     refuse_unknown_driver,
 )
-from ..sockets import keep_alive, shut
+from ..sockets import is_one_place, keep_alive, shut
 from .errnos import NO_SUCH_THREAD, REFUSED, errno
 from .guards import NAMES, NAMES_OF_MYSQL, at_start, is_mariadb, struck
 from .looking import diagnose, look
@@ -58,6 +58,7 @@ class MySQL:
             make_context(parameters, mode)  # says now what cannot be read
         self._mode = mode
         self._has_file_of_tls = bool(of_file)
+        self.keeps_time: bool = is_one_place(parameters.get("host") or "")
         self._sealed = Sealed(parameters)
         self._guards = guards or {}
         # Its parameters tell it apart from others; the secret ones are with the password.

@@ -32,7 +32,7 @@ from .. import (
     choose_driver,
     refuse_unknown_driver,
 )
-from ..sockets import shut
+from ..sockets import is_one_place, shut
 from . import leavings, lost, pipelining, readers, undeclared, unsendable
 from .beginning import has_sent, tell_what_is_sent
 from .cancelling import BREAK_OFF_LIMIT, request_cancel
@@ -89,6 +89,8 @@ class PostgreSQL:
         parameters = ALIVE | resolve(url)
         if uses_files(parameters):
             make_context(parameters)  # says now what cannot be read, for all drivers
+        places = parameters.get("hostaddr") or parameters.get("host", "")
+        self.keeps_time: bool = all(map(is_one_place, places.split(",")))
         self._sealed = Sealed(parameters)
         self._guards = guards  # those that a session of the server begins with
         self._pipeline = pipeline

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ...errors import InvalidURL
+from ...urls import LAST_PORT, is_port
 from ..sockets import ARRIVES_WITHIN, KEEPALIVE_COUNT, KEEPALIVE_IDLE, KEEPALIVE_INTERVAL
 
 SSLMODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
@@ -176,10 +177,8 @@ def _mind_value(name: str, known: str, text: str, origin: str) -> None:
         wanted = "no blank"
     elif parameter.is_number and not NUMBER.fullmatch(text):
         wanted = "a whole number"
-    elif known == "port" and not all(
-        one == "" or (one.isascii() and one.isdecimal()) for one in text.split(",")
-    ):
-        wanted = "a number for each host, with commas between"
+    elif known == "port" and not all(one == "" or is_port(one) for one in text.split(",")):
+        wanted = f"a number from 1 to {LAST_PORT} for each host, with commas between"
     else:
         return
     shown = "" if known == "port" else repr(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import os
 import random
 import socket
 from collections.abc import Mapping, Sequence
@@ -73,8 +74,9 @@ class Reach:
     ) -> Any:
         import asyncpg
 
+        user = user or default_user()
         if password is None:
-            password = find_password(self.parameters, host or "", port, user or getpass.getuser())
+            password = find_password(self.parameters, host or "", port, user)
         connect = partial(
             asyncpg.connect,
             host=host or default_folder(port),  # asyncpg would go on to localhost
@@ -119,6 +121,16 @@ class Reach:
                         f"{name}={number} cannot be: the system does not take it. Write a larger "
                         "number, or a smaller one, or leave it out."
                     ) from error
+
+
+def default_user() -> str:
+    """Return whom libpq takes where nobody is named; asyncpg would ask the environment first."""
+    try:
+        import pwd  # not everywhere
+
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except (ImportError, KeyError):
+        return getpass.getuser()
 
 
 def _option_of(name: str) -> int | None:

@@ -51,7 +51,10 @@ def resolve(url: URL, environment: Mapping[str, str] = os.environ) -> dict[str, 
     service = parameters.pop("service", variables.pop("service", None))
     file = parameters.pop("servicefile", variables.pop("servicefile", None))
     if service is not None:
+        named = {"service": service} | ({} if file is None else {"servicefile": file})
         parameters = _read_service(service, file, shown, environment) | parameters
+        if "PGSERVICE" in environment:  # libpq would read that one, unless it is told of this one
+            parameters |= named
     for name, value in variables.items():
         if name not in parameters:
             parameters |= read_parameters({name: value}, f"{KNOWN[name].variable} (for {shown})")
