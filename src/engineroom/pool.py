@@ -460,7 +460,7 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
             if not deadline.expired():
                 raise
             late = self.not_opened(seconds)
-            for note in getattr(error.__cause__, "__notes__", ()):  # of the cancellation
+            for note in getattr(error.__context__, "__notes__", ()):  # of the cancellation
                 late.add_note(note)
             raise late from None
 
