@@ -37,8 +37,8 @@ def url(tls: TLSProxy, pg18: PostgresServer) -> str:
     return tls.url(pg18.url())
 
 
-def fails(url: str, driver: str) -> None:
-    with pytest.raises(CANNOT_CONNECT):  # the driver's own
+def fails(url: str, driver: str, says: str = "") -> None:
+    with pytest.raises(CANNOT_CONNECT, match=says):  # the driver's own
         look(url, driver)
 
 
@@ -51,7 +51,7 @@ def test_allow_and_prefer_do_without_tls(driver: str, mode: str, pg18: PostgresS
 def test_a_server_without_tls_is_refused(
     driver: str, mode: str, pg18: PostgresServer, certificates: Certificates
 ) -> None:
-    fails(f"{pg18.url()}?sslmode={mode}&sslrootcert={certificates.root}", driver)
+    fails(f"{pg18.url()}?sslmode={mode}&sslrootcert={certificates.root}", driver, "SSL")
 
 
 @pytest.mark.parametrize(
