@@ -312,6 +312,22 @@ def test_bound_values_are_shown_where_echo_is_on_and_nowhere_else(
     assert (BOUND in log()) == echo
 
 
+def test_the_log_of_aiosqlite_names_calls_and_not_their_values(
+    sqlite_url: str, log: Callable[[], str]
+) -> None:
+    async def main() -> None:
+        async with DatabaseSessionManager().init(sqlite_url) as manager:
+            async with manager.session() as db:
+                assert await db.scalar(text("SELECT :value"), {"value": BOUND}) == BOUND
+            with pytest.raises(DBAPIError):
+                async with manager.session() as db:
+                    await db.execute(text("SELECT nothing(:value)"), {"value": BOUND})
+
+    asyncio.run(main())
+    assert "executing Cursor.execute" in log()
+    assert BOUND not in log()
+
+
 def test_frames_of_an_error_that_was_there_before_keep_their_variables() -> None:
     """It is the application's, and only the context of ours."""
 

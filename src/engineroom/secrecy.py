@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator
-from functools import wraps
+from functools import partial, wraps
 from inspect import CO_ASYNC_GENERATOR, CO_COROUTINE, CO_GENERATOR, iscoroutinefunction
 from opcode import opmap
 from traceback import walk_tb
@@ -33,6 +34,22 @@ class Sealed(Generic[T]):
 
     def __repr__(self) -> str:
         return "***"
+
+
+class NamesOnly(logging.Filter):
+    """Has a log of calls name what is called, and not with what: there are the values."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Let every record pass, its partial functions as their names."""
+        if isinstance(record.args, tuple):
+            record.args = tuple(
+                getattr(one.func, "__qualname__", type(one.func)) if type(one) is partial else one
+                for one in record.args
+            )
+        return True
+
+
+NAMES_ONLY = NamesOnly()
 
 
 class Unseen:

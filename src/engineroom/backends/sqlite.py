@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 import shutil
@@ -26,6 +27,7 @@ from sqlalchemy.schema import DropTable
 from ..cancellation import settle
 from ..errors import BrokenReferences, InvalidOption, InvalidPath, InvalidURL, SelfDeadlock
 from ..ledger import berth_of
+from ..secrecy import NAMES_ONLY
 from ..urls import masked
 from . import (
     Diagnosis,
@@ -154,6 +156,8 @@ class SQLite:
 
         if engine.dialect.is_async:
             event.listen(engine, "connect", _steady, insert=True)
+            if engine.hide_parameters:
+                logging.getLogger("aiosqlite").addFilter(NAMES_ONLY)  # (the same one: once)
         event.listen(engine, "connect", connect)
         if role is Role.PRIMARY:
             event.listen(engine, "begin", partial(self._begin, before_write))
