@@ -33,6 +33,7 @@ from engineroom.errors import (
     PoolExhausted,
     PoolTimeout,
 )
+from engineroom.testing import PostgresServer
 
 pytestmark = pytest.mark.filterwarnings("ignore::engineroom.SyncInAsyncWarning")
 
@@ -592,6 +593,33 @@ def test_the_deadline_is_one_for_all_addresses_of_a_name(scheme: str, tmp_path: 
     seconds, error = done.stdout.split()
     assert error in {"ConnectTimeout", "DBAPIError", "OperationalError"}
     assert float(seconds) < 5
+
+
+AT_EXIT = """
+import atexit, sys
+from sqlalchemy import text
+from engineroom import Database
+door = Database(sys.argv[1])
+@atexit.register
+def last():
+    with door.session() as db:
+        print(db.scalar(text("SELECT 42")))
+    door.close()
+"""
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
+def test_a_process_that_ends_may_still_connect_to_a_name(pg18: PostgresServer, driver: str) -> None:
+    """Python starts no thread there any more."""
+    url = pg18.url(driver=driver).replace("@127.0.0.1:", "@localhost:")
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", AT_EXIT, url],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.stdout, done.stderr) == ("42\n", "")
 
 
 @pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])

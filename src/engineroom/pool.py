@@ -204,6 +204,9 @@ class ThreadPool(Lender):
         opening = threading.Thread(target=open_it, name="engineroom-connect", daemon=True)
         try:
             opening.start()
+        except RuntimeError:  # the process ends, and may start no thread any more
+            return connect()
+        try:
             opening.join(seconds + ROOM)
         finally:  # Ctrl-C may have come: what opens later is closed
             opened, error = first.setdefault("outcome", late)
