@@ -18,6 +18,7 @@ from .parameters import KNOWN, OLDEST, SYSTEM, VERSIONS, read_limits, read_param
 
 logger: logging.Logger = logging.getLogger("engineroom")
 
+SERVICE = ("service", "servicefile")
 SERVICES = Path(".pg_service.conf")  # in the home directory
 SYSTEM_SERVICES = Path("/etc/postgresql-common")
 PASSWORDS = Path(".pgpass")
@@ -48,13 +49,14 @@ def resolve(url: URL, environment: Mapping[str, str] = os.environ) -> dict[str, 
     }
     if environment.get(REQUIRE_TLS, "").startswith("1"):
         variables.setdefault("sslmode", "require")
-    service = parameters.pop("service", variables.pop("service", None))
-    file = parameters.pop("servicefile", variables.pop("servicefile", None))
-    if service is not None:
-        named = {"service": service} | ({} if file is None else {"servicefile": file})
+    named = {name: parameters.pop(name) for name in SERVICE if name in parameters}
+    of_variables = {name: variables.pop(name) for name in SERVICE if name in variables}
+    wanted = of_variables | named
+    if (service := wanted.get("service")) is not None:
+        file = wanted.get("servicefile")
         parameters = _read_service(service, file, shown, environment) | parameters
-        if "PGSERVICE" in environment:  # libpq would read that one, unless it is told of this one
-            parameters |= named
+        if named and "service" in of_variables:  # libpq would read that one, unless it is told
+            parameters |= {"service": service} | named
     for name, value in variables.items():
         if name not in parameters:
             parameters |= read_parameters({name: value}, f"{KNOWN[name].variable} (for {shown})")
