@@ -114,9 +114,12 @@ every_server_and_loop = sample(
     [*ASYNC_DRIVERS[:2], "asyncmy"],
     LOOPS,
 )
-# For the fixture `url`, where the database makes little difference: the file in the long runs only.
+# For the fixture `url`, where the database matters little: the other in the long runs only.
 on_a_server = pytest.mark.parametrize(
     "url", ["postgresql", pytest.param("sqlite", marks=pytest.mark.soak)], indirect=True
+)
+on_a_file = pytest.mark.parametrize(
+    "url", ["sqlite", pytest.param("postgresql", marks=pytest.mark.soak)], indirect=True
 )
 # And MySQL's as well.
 on_all_three = pytest.mark.parametrize("url", ["sqlite", "postgresql", "mysql"], indirect=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from pgbouncer import PgBouncer
+from scenario import sample
 from starting import reads_toml
 
 from engineroom.testing import PostgresServer
@@ -205,23 +206,11 @@ BACKEND = """
 """
 
 
-@pytest.mark.parametrize(
-    ("kind", "mode"),
-    [
-        (None, "anyio"),
-        ("asyncpg", "auto"),
-        ("psycopg", "strict"),
-        ("sqlite", "auto-session"),
-        *(
-            pytest.param(kind, mode, marks=pytest.mark.soak)
-            for kind, modes in {
-                "asyncpg": ("anyio", "strict", "auto-session"),
-                "psycopg": ("anyio", "auto", "auto-session"),
-                "sqlite": ("anyio", "auto", "strict"),
-            }.items()
-            for mode in modes
-        ),
-    ],
+@sample(
+    "kind, mode",
+    [(None, "anyio"), ("asyncpg", "auto"), ("psycopg", "strict"), ("sqlite", "auto-session")],
+    ["asyncpg", "psycopg", "sqlite"],
+    [*MODES],
 )
 def test_the_sessions_fit_any_loop_on_any_database(
     kind: str | None, mode: str, run: Run, pg18: PostgresServer, tmp_path: Path

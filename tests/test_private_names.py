@@ -164,6 +164,7 @@ def test_info_outlives_invalidation_until_the_next_connection(engine: Engine) ->
     """The berth is kept there, too, for what is detached takes it along."""
     connection = engine.raw_connection()
     connection.info["berth"] = "mine"
+    # What `lending` has in hand when it comes back; no type names it, for it is private.
     record = connection._connection_record  # type: ignore[attr-defined]
     connection.invalidate()
     assert record.info == {"berth": "mine"}

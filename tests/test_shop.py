@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from scenario import on_a_file
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -21,10 +22,6 @@ CHECKOUT = Path(__file__).parent.parent
 SCRIPT = ["examples/shop/app.py"]
 MODULE = ["-m", "examples.shop"]
 PROOF = "Nothing oversold, and the books balance to the cent."
-
-on_a_file = pytest.mark.parametrize(
-    "url", ["sqlite", pytest.param("postgresql", marks=pytest.mark.soak)], indirect=True
-)
 
 
 def start(url: str, *arguments: str) -> subprocess.Popen[str]:

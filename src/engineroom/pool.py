@@ -204,7 +204,7 @@ class ThreadPool(Lender):
         opening = threading.Thread(target=open_it, name="engineroom-connect", daemon=True)
         try:
             opening.start()
-        except RuntimeError:  # the process ends, and may start no thread any more
+        except RuntimeError:  # the process ends, where Python 3.12.1 starts no thread any more
             return connect()
         try:
             opening.join(seconds + ROOM)
