@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
+import re
 import signal
 import socket
 import threading
@@ -29,8 +30,18 @@ from looking import look
 from rich.console import Console
 from rich.pretty import pretty_repr
 from rich.traceback import Traceback
-from sqlalchemy import JSON, bindparam, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import (
+    ARRAY,
+    JSON,
+    Boolean,
+    Enum,
+    String,
+    TypeDecorator,
+    bindparam,
+    select,
+    text,
+)
+from sqlalchemy.exc import DBAPIError, StatementError
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 from tls import Certificates, TLSProxy
@@ -439,6 +450,52 @@ def test_a_value_that_asyncpg_cannot_send_is_in_no_text(
         assert "invalid input for query argument $1" in str(error)
         assert (BOUND in str(error)) == echo
         assert (BOUND in printed(error)) == echo
+
+
+class Marked(TypeDecorator[str]):
+    """As an application writes one: it takes no text, and its error says which."""
+
+    impl = String
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: Any) -> str:
+        raise ValueError(f"{value} has no mark")
+
+
+NOT_TAKEN = [
+    (Boolean(), BOUND, "Not a boolean value: {}"),
+    (Boolean(), 4711, "Value {} is not None, True, or False"),
+    (Enum("red", "blue", name="colour", validate_strings=True), BOUND, "{} is not among the"),
+    (Enum("red", "blue", name="colour", validate_strings=True), "it's", "{} is not among the"),
+    (Enum("red", "blue", name="colour", validate_strings=True), "zq", "{} is not among the"),
+    (Marked(), BOUND, "{} has no mark"),
+    (ARRAY(Enum("red", name="colour", validate_strings=True)), ["red", BOUND], "{} is not among"),
+]
+
+
+@pytest.mark.parametrize("echo", [False, True])
+@pytest.mark.parametrize(("kind", "value", "says"), NOT_TAKEN)
+def test_a_value_that_a_type_cannot_take_is_in_no_text(
+    kind: Any, value: Any, says: str, echo: bool, pg18: PostgresServer
+) -> None:
+    """Given beside the statement, or with it, where nothing names it but the frames."""
+
+    def beside(connection: Any) -> None:
+        connection.execute(select(bindparam("value", type_=kind)), {"value": value})
+
+    def within(connection: Any) -> None:
+        connection.execute(select(bindparam("value", value, type_=kind)))
+
+    bound = value[-1] if isinstance(value, list) else value
+    for work in (beside, within):
+        error = crash(look, pg18.url(), "psycopg", work, echo=echo)
+        assert isinstance(error, StatementError)
+        assert (says.format("***") in str(error)) == (not echo)
+        texts = [str(each) + repr(each.args) for each in chain(error)]
+        assert any(re.search(rf"(?<!\w){bound}(?!\w)", one) for one in texts) == echo
+        assert (str(bound) in printed(error)) == echo
+        if isinstance(kind, Enum):
+            assert "Enum name: colour. Possible values: red, blue" in str(error)
 
 
 @pytest.mark.parametrize("driver", DRIVERS)

@@ -56,6 +56,7 @@ from .sessions import Guarded, guarded
 from .settings import DatabaseSettings, Options, read_settings
 from .slots import WAITING
 from .statements import note_statements
+from .unsendable import hide_what_cannot_be_sent
 from .urls import masked
 
 logger: logging.Logger = logging.getLogger("engineroom")
@@ -276,6 +277,7 @@ class EngineRoom:
         note_statements(engine.dialect)
         note_closings(engine.dialect)
         watch_connects(engine, side, self.backend, self.credentials)
+        hide_what_cannot_be_sent(engine)
         self.backend.attach(engine, role, self._refuse_self_deadlock)
         if side is Side.ASYNC:
             event.listen(engine, "handle_error", weakly(self._break_off_cancelled))

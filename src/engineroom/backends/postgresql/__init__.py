@@ -33,7 +33,7 @@ from .. import (
     refuse_unknown_driver,
 )
 from ..sockets import is_one_place, shut
-from . import leavings, lost, pipelining, readers, undeclared, unsendable
+from . import leavings, lost, pipelining, readers, undeclared
 from .beginning import has_sent, tell_what_is_sent
 from .cancelling import BREAK_OFF_LIMIT, request_cancel
 from .diagnosing import REFUSED, diagnose
@@ -182,7 +182,6 @@ class PostgreSQL:
             if not dialect.is_async:
                 watch_broken_off(engine)
         elif dialect.driver == "asyncpg":
-            unsendable.watch(engine)
             lost.watch(engine)
 
     def way_to_connect(self, dialect: Dialect) -> Callable[..., Any]:
