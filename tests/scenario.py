@@ -38,9 +38,10 @@ from typing import Any, NoReturn, TypeVar
 import psycopg
 import pymysql
 import pytest
-from sqlalchemy import MetaData
+from sqlalchemy import MetaData, String
 from sqlalchemy.engine import make_url
 from sqlalchemy.orm import Mapped, mapped_column
+from unsaid import BOUND, refuse
 
 from engineroom import Base
 
@@ -139,6 +140,8 @@ class Item(Model):
     __tablename__ = "item"
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     value: Mapped[int] = mapped_column(default=0)
+    # Bound by each insert, and so looked for in whatever these tests print (`unsaid`).
+    mark: Mapped[str] = mapped_column(String(20), default=BOUND, server_default="")
 
 
 # -- running one -----------------------------------------------------------------------------
@@ -153,6 +156,7 @@ def run(scenario: Callable[..., Any], *arguments: Any, deadline: int = DEADLINE)
         out.seek(0)
         err.seek(0)
         printed, complaints = out.read(), err.read()
+    refuse(printed + complaints)
     assert (code, complaints) == (0, ""), f"exit code {code}\n{printed}\n{complaints}"
     return json.loads(printed)
 
@@ -440,6 +444,7 @@ class Log(logging.Handler):
         text = record.getMessage()
         if record.exc_info:
             text += "".join(traceback.format_exception(*record.exc_info))
+        refuse(text)
         self.messages.append(text)
 
 

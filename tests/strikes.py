@@ -49,6 +49,7 @@ POOLS = {
     "warm": "an idle connection waits",
     "ping": "and the server is asked whether it lives",
 }
+COLUMNS = "id int PRIMARY KEY, value int NOT NULL, mark varchar(20)"  # those of `Item`
 SIZE, OVERFLOW = 2, 1
 LOOKS, PAUSE = 100, 0.01  # until all is quiet: 1 s, or longer on a machine that has no time for us
 STALL = 0.15  # seconds in which a load that is to stall takes its last step
@@ -405,7 +406,7 @@ class PostgresWitness:
             DROP TABLE IF EXISTS lazy;
             DROP FUNCTION IF EXISTS nap;
             DROP TABLE IF EXISTS item;
-            CREATE TABLE item (id int PRIMARY KEY, value int NOT NULL);
+            CREATE TABLE item ({COLUMNS});
             CREATE TABLE lazy (id int);
             CREATE FUNCTION nap() RETURNS trigger LANGUAGE plpgsql
                 AS $$ BEGIN PERFORM pg_sleep({LONG}); RETURN NULL; END $$;
@@ -444,7 +445,7 @@ class MySQLWitness:
         self.url = url
         self.database = make_url(url).database
         self._run(f"DROP TABLE IF EXISTS {self.database}.item")
-        self._run(f"CREATE TABLE {self.database}.item (id int PRIMARY KEY, value int NOT NULL)")
+        self._run(f"CREATE TABLE {self.database}.item ({COLUMNS})")
 
     def _run(self, statement: str) -> Any:
         with mysql_server(self.url) as cursor:
@@ -484,7 +485,7 @@ class SQLiteWitness:
         self.file = make_url(url).database or ""
         with self._connected(timeout=5.0) as raw:
             raw.execute("PRAGMA journal_mode=WAL")
-            raw.execute("CREATE TABLE item (id int PRIMARY KEY, value int NOT NULL)")
+            raw.execute(f"CREATE TABLE item ({COLUMNS})")
 
     @contextmanager
     def _connected(self, timeout: float) -> Iterator[sqlite3.Connection]:

@@ -20,6 +20,7 @@ from logging.handlers import QueueHandler
 from queue import SimpleQueue
 from typing import Any
 
+import psycopg
 import pytest
 from looking import look
 from pgbouncer import PgBouncer
@@ -44,6 +45,7 @@ class Vault:
     server: PostgresServer
     role: str
     secret: str = "first"
+    under_way: float = 0.0  # seconds for which an answer is: it may be stale when it comes
     asked: int = 0
     loops: list[object] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -51,17 +53,22 @@ class Vault:
     def password(self) -> str:
         with self.lock:
             self.asked += 1
-            return self.secret
+            secret = self.secret
+        time.sleep(self.under_way)
+        return secret
 
     async def apassword(self) -> str:
         self.loops.append(asyncio.get_running_loop())
         return await asyncio.to_thread(self.password)
 
     def rotate(self) -> None:
-        """Change it, in the server and in the store: who asks meanwhile waits for the new one."""
-        with self.lock:
+        """Change it, in the server and in the store: who asks meanwhile waits for the new one.
+
+        At once, while answers from before are under way: those will be refused.
+        """
+        with psycopg.connect(self.server.url(), autocommit=True) as server, self.lock:
             secret = f"secret-{time.monotonic_ns()}"
-            self.server.execute(f"ALTER ROLE {self.role} PASSWORD '{secret}'")
+            server.execute(f"ALTER ROLE {self.role} PASSWORD '{secret}'")
             self.secret = secret
 
     def url(self, database: str = "postgres") -> str:
@@ -503,6 +510,7 @@ def test_other_failures_of_a_connect_ask_nobody_again(driver: str, vault: Vault)
 
 
 TASKS = 20
+UNDER_WAY = 0.02  # seconds: most tasks are in the midst of asking when a password is rotated
 rotations = pytest.mark.parametrize("rotations", [5, pytest.param(20, marks=pytest.mark.soak)])
 
 
@@ -519,7 +527,7 @@ def test_rotations_under_twenty_tasks_fail_no_unit(
     url = vault.url().replace("postgresql:", f"postgresql+{driver}:")
     manager = DatabaseSessionManager().init(url, password=vault.apassword, pool_size=TASKS)
     failed, over, units = list[BaseException](), asyncio.Event(), [0] * TASKS
-
+    vault.under_way = UNDER_WAY
     renew(manager.engine.sync_engine)
 
     async def work(number: int) -> None:
@@ -555,6 +563,7 @@ def test_rotations_under_twenty_threads_fail_no_unit(
 ) -> None:
     url = vault.url().replace("postgresql:", f"postgresql+{driver}:")
     failed, over, units = list[BaseException](), threading.Event(), [0] * TASKS
+    vault.under_way = UNDER_WAY
 
     def work(number: int) -> None:
         while not over.is_set():

@@ -694,10 +694,10 @@ def test_a_sandbox_is_a_database_of_its_own(
     """What it commits, tables included, goes with it; on both sides."""
     work = Work(mysql_url, side)
     work.manager.sync.create_all()
-    work.unit("INSERT INTO item VALUES (1, 1)")
+    work.unit("INSERT INTO item (id, value) VALUES (1, 1)")
     for _ in range(2):
         with sandbox(work.manager, isolation="database"):
-            work.unit("INSERT INTO item VALUES (2, 2)")
+            work.unit("INSERT INTO item (id, value) VALUES (2, 2)")
             work.unit("CREATE TABLE more (n int)")
             engine = work.manager.sync_engine  # whose dialect knows its database by name
             assert {"item", "more"} <= set(inspect(engine).get_table_names())

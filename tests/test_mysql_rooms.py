@@ -115,7 +115,7 @@ def test_one_manager_of_many_databases(mariadb: MariaServer, mysql_url: str) -> 
         for _ in range(2):
             for number, name in enumerate(names):
                 session = manager.session_factory(mariadb.url(name))
-                session.execute(text(f"REPLACE INTO item VALUES ({number}, {number})"))
+                session.execute(text(f"REPLACE INTO item (id, value) VALUES ({number}, {number})"))
                 session.commit()
                 session.close()
         for number, name in enumerate(names):
@@ -136,13 +136,13 @@ def shop() -> FastAPI:
 
     @app.post("/items/{number}")
     async def add(number: int, db: AsyncSessionDep) -> str:
-        await db.execute(text(f"INSERT INTO item VALUES ({number}, 0)"))
+        await db.execute(text(f"INSERT INTO item (id, value) VALUES ({number}, 0)"))
         return "stored"
 
     @app.post("/lost/{number}")
     async def lose(number: int, db: AsyncSessionDep) -> str:
         """Lose the connection between the last statement and COMMIT."""
-        await db.execute(text(f"INSERT INTO item VALUES ({number}, 0)"))
+        await db.execute(text(f"INSERT INTO item (id, value) VALUES ({number}, 0)"))
         own = await db.scalar(text("SELECT connection_id()"))
         with mysql_server(URL[-1]) as cursor:
             cursor.execute(f"KILL {own}")
@@ -150,7 +150,7 @@ def shop() -> FastAPI:
 
     @app.post("/threads/{number}")
     def add_in_a_thread(number: int, db: SessionDep) -> str:
-        db.execute(text(f"INSERT INTO item VALUES ({number}, 0)"))
+        db.execute(text(f"INSERT INTO item (id, value) VALUES ({number}, 0)"))
         return "stored"
 
     @app.get("/items")
@@ -159,7 +159,7 @@ def shop() -> FastAPI:
 
     @app.post("/reads/{number}")
     async def write_with_a_reader(number: int, db: ReaderDep) -> None:
-        await db.execute(text(f"INSERT INTO item VALUES ({number}, 0)"))
+        await db.execute(text(f"INSERT INTO item (id, value) VALUES ({number}, 0)"))
 
     @app.get("/slow")
     async def slow(db: AsyncSessionDep) -> None:

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from engineroom import Database, DatabaseSessionManager
 from engineroom.testing import PostgresServer, WireProxy
 
-SELECT = "SELECT item.id, item.value FROM item WHERE item.id = 1"
+SELECT = "SELECT item.id, item.value, item.mark FROM item WHERE item.id = 1"
 FIRST_USES = 6  # psycopg prepares a statement at its sixth execution, which costs one trip once
 UNITS = [200, pytest.param(2000, marks=pytest.mark.soak)]
 
