@@ -41,7 +41,7 @@ import pytest
 from sqlalchemy import MetaData, String
 from sqlalchemy.engine import make_url
 from sqlalchemy.orm import Mapped, mapped_column
-from unsaid import BOUND, refuse
+from unsaid import BOUND, learn, refuse
 
 from engineroom import Base
 
@@ -271,6 +271,8 @@ def main(call: bytes) -> None:
     faulthandler.register(signal.SIGALRM, all_threads=True, chain=True)  # shows where it hangs
     signal.alarm(deadline)
     owner = os.getpid()
+    for argument in arguments:
+        learn(argument)
     result = getattr(importlib.import_module(module), name)(*arguments)
     if os.getpid() == owner:  # a forked child may end by returning to here
         print(json.dumps(result))
