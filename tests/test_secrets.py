@@ -431,6 +431,10 @@ CANNOT_BE_SENT = [
     ("CAST(:value AS uuid)", BOUND),  # the reason names it, too
     ("CAST(:value AS integer[])", [BOUND]),
     ("CAST(:value AS text)", {"for": BOUND}),
+    ("CAST(:value AS uuid[])", [BOUND]),
+    ("CAST(:value AS inet)", BOUND),
+    ("CAST(:value AS inet[])", [BOUND]),
+    ("CAST(:value AS text)", f"{BOUND}\udcff"),
 ]
 
 
@@ -450,6 +454,7 @@ def test_a_value_that_asyncpg_cannot_send_is_in_no_text(
         assert "invalid input for query argument $1" in str(error)
         assert (BOUND in str(error)) == echo
         assert (BOUND in printed(error)) == echo
+        assert echo or not [each for each in chain(error) if BOUND in repr(each)]
 
 
 class Marked(TypeDecorator[str]):
@@ -462,13 +467,20 @@ class Marked(TypeDecorator[str]):
         raise ValueError(f"{value} has no mark")
 
 
+class Mark:
+    def __repr__(self) -> str:
+        return f"<Mark {BOUND}>"
+
+
 NOT_TAKEN = [
     (Boolean(), BOUND, "Not a boolean value: {}"),
     (Boolean(), 4711, "Value {} is not None, True, or False"),
     (Enum("red", "blue", name="colour", validate_strings=True), BOUND, "{} is not among the"),
     (Enum("red", "blue", name="colour", validate_strings=True), "it's", "{} is not among the"),
     (Enum("red", "blue", name="colour", validate_strings=True), "zq", "{} is not among the"),
+    (Boolean(), Mark(), "Not a boolean value: {}"),
     (Marked(), BOUND, "{} has no mark"),
+    (Marked(), BOUND + 100 * " and more", "{} has no mark"),
     (ARRAY(Enum("red", name="colour", validate_strings=True)), ["red", BOUND], "{} is not among"),
 ]
 
@@ -486,7 +498,7 @@ def test_a_value_that_a_type_cannot_take_is_in_no_text(
     def within(connection: Any) -> None:
         connection.execute(select(bindparam("value", value, type_=kind)))
 
-    bound = value[-1] if isinstance(value, list) else value
+    bound = value[-1] if isinstance(value, list) else BOUND if BOUND in repr(value) else value
     for work in (beside, within):
         error = crash(look, pg18.url(), "psycopg", work, echo=echo)
         assert isinstance(error, StatementError)

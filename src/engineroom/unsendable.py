@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from datetime import date, time, timedelta
 from enum import Enum
 from numbers import Number
@@ -23,9 +24,9 @@ SAID = re.compile(
     r"(?P<value>.*) \((?P<why>.*)\)\Z",
     re.DOTALL,
 )
-ENOUGH = 8  # characters of a value by which it is recognized in the reason
-TELLING = 4  # and by which it is where no quotes are around it
-PLAIN = (str, bytes, Number, date, time, timedelta, UUID, Enum)
+TELLING = 4  # characters of a value by which it is known where no quotes are around it
+CUT = 38  # and after which some texts cut it
+PLAIN = (str, bytes, bytearray, Number, date, time, timedelta, UUID, Enum)
 
 
 def hide_what_cannot_be_sent(engine: Engine) -> None:
@@ -36,47 +37,53 @@ def hide_what_cannot_be_sent(engine: Engine) -> None:
 
 def _hide(context: ExceptionContext) -> None:
     original, raised = context.original_exception, context.sqlalchemy_exception
-    said = SAID.search(str(original))
-    if said is not None:
-        mask = _as_asyncpg_says(said)
-    elif raised is not None and not isinstance(raised, DBAPIError):
-        mask = _as_a_type_says(original)
-    else:
-        return
-    for error in (*chain(original), *([raised] if raised else [])):
-        error.args = tuple(mask(one) if isinstance(one, str) else one for one in error.args)
+    is_types = raised is not None and not isinstance(raised, DBAPIError)
+    is_pythons = type(original).__module__ == "builtins" and isinstance(original, Exception)
+    if is_types or is_pythons or SAID.search(str(original)):
+        values = Values(original, context.parameters, is_types=is_types)
+        for error in (*chain(original), *([raised] if raised else [])):
+            error.args = tuple(values.mask(one) for one in error.args)
 
 
-def _as_asyncpg_says(said: re.Match[str]) -> Callable[[str], str]:
-    """Return what hides the value in its text, and in the reason if that has it, too."""
-    start = said["value"].removesuffix("...").strip("'\"")[:ENOUGH]
-    why = "it is hidden, and the reason with it" if start and start in said["why"] else said["why"]
-    shown = f"{said['which']}: *** ({why})"
+class Values:
+    """What was bound when a column's type or a driver refused one of it, and how it is named."""
 
-    def mask(text: str) -> str:
-        return "***" if text == said["why"] != why else SAID.sub(lambda _: shown, text)
+    def __init__(self, error: BaseException, parameters: object, *, is_types: bool) -> None:
+        """Find it: what a statement came with itself, no attribute has, but frames that sent it."""
+        self._alone: set[str] = set()
+        self._within: set[str] = set()
+        variables = [frame.f_locals for frame, _ in walk_tb(error.__traceback__)]
+        held = [one for each in variables for one in each.values() if isinstance(one, dict)]
+        # Where a type raised it, the value may be of any kind: its text was asked for already.
+        refused = filter(has_text_of_its_own, variables[-1].values() if is_types else ())
+        for value in (*_flat([parameters, *held]), *refused):
+            with suppress(Exception):  # (the text of a number with thousands of digits)
+                self._note(value)
 
-    return mask
+    def _note(self, value: object) -> None:
+        bare = str(value)
+        self._alone.add(bare)
+        self._within |= {repr(value), f"'{bare}'"}
+        if len(bare) >= TELLING or not isinstance(value, str):
+            self._within.add(bare)
 
-
-def _as_a_type_says(error: BaseException) -> Callable[[str], str]:
-    """Return what hides the values that were bound when a column's type refused one of them.
-
-    No attribute has those that a statement came with itself, only the frames that sent it.
-    """
-    alone: set[str] = set()
-    within: set[str] = set()
-    for frame, _ in walk_tb(error.__traceback__):
-        for value in _flat(each for each in frame.f_locals.values() if isinstance(each, dict)):
-            alone.add(bare := str(value))
-            within |= {repr(value), f"'{bare}'"} | ({bare} if is_telling(value) else set())
-    longest_first = sorted(map(re.escape, within), key=len, reverse=True)
-    named = re.compile(rf"(?<!\w)(?:{'|'.join(longest_first) or '(?!)'})(?!\w)")
-    return lambda text: "***" if text in alone else named.sub("***", text)
+    def mask(self, text: Any) -> Any:
+        """Return an argument of an error without them, if it is a text."""
+        if not isinstance(text, str):
+            return text
+        if text in self._alone:
+            return "***"
+        text = SAID.sub(r"\g<which>: *** (\g<why>)", text)
+        for name in sorted((one for one in self._within if one in text), key=len, reverse=True):
+            text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "***", text)
+        for name in self._within:
+            if len(name) > CUT and name[:CUT] in text:
+                text = text.partition(name[:CUT])[0] + "***"
+        return text
 
 
 def _flat(values: Iterable[Any]) -> Iterator[Any]:
-    """Yield values that have a text of their own, out of whatever holds them."""
+    """Yield what has a text of its own, out of whatever holds it."""
     waiting, seen = list(values), set()
     while waiting:
         each = waiting.pop()
@@ -87,6 +94,10 @@ def _flat(values: Iterable[Any]) -> Iterator[Any]:
             waiting += each.values() if isinstance(each, dict) else each
 
 
-def is_telling(value: object) -> bool:
-    """Whether a text that has it, with nothing around it, hardly has it by chance."""
-    return not isinstance(value, str) or len(value) >= TELLING
+def has_text_of_its_own(value: object) -> bool:
+    """Whether it may be a value: no error, nothing of SQLAlchemy's, and no object that is mapped,
+    whose text might ask the database.
+    """
+    kind = type(value)
+    is_mapped = hasattr(kind, "__mapper__") or kind.__module__.startswith("sqlalchemy")
+    return not isinstance(value, BaseException) and not is_mapped
