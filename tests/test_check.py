@@ -15,10 +15,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import psycopg
 import pytest
+from doorman import Doorman
 from looking import CANNOT_CONNECT
 from pgbouncer import PgBouncer
 from sqlalchemy import URL, make_url
@@ -47,7 +48,8 @@ def ask(request: pytest.FixtureRequest) -> Ask:
     name, asynchronous = request.param.removesuffix(" (async)"), request.param.endswith("(async)")
 
     def asked(url: str | URL, wait: float | None = None, **options: Any) -> CheckResult:
-        where = make_url(url).set(drivername=f"postgresql+{name}")
+        text = url if isinstance(url, str) else url.render_as_string(hide_password=False)
+        where = text.replace("postgresql:", f"postgresql+{name}:", 1)
         if name != "asyncpg" and not asynchronous:
             with Database(where, **options) as door:
                 return door.check(wait=wait)
@@ -253,77 +255,6 @@ def test_a_server_without_tls(ask: Ask, pg18: PostgresServer) -> None:
     assert "does not speak TLS" in told(caught.value)
 
 
-class Doorman:
-    """Lets nobody in for a while, then everybody: as a proxy before a server that starts."""
-
-    def __init__(self, server: PostgresServer, says: bytes | None, turns_away: int) -> None:
-        self._server, self._says, self._left = server, says, turns_away
-        self.turned_away = 0
-        self._kept: list[socket.socket] = []
-        self._threads: list[threading.Thread] = []
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self._listener.settimeout(0.05)
-        self.port: int = self._listener.getsockname()[1]
-        self._over = threading.Event()
-        self._start(self._serve)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        for thread in self._threads:
-            thread.join()
-        for line in (self._listener, *self._kept):
-            line.close()
-
-    def url(self) -> str:
-        return self._server.url().replace(f":{self._server.port}/", f":{self.port}/")
-
-    def _start(self, work: Callable[..., None], *args: Any) -> None:
-        self._threads.append(threading.Thread(target=work, args=args))
-        self._threads[-1].start()
-
-    def _serve(self) -> None:
-        while not self._over.is_set():
-            with suppress(TimeoutError):
-                line, _ = self._listener.accept()
-                self._kept.append(line)
-                if self._left > 0:
-                    self._left -= 1
-                    self.turned_away += 1
-                    self._turn_away(line)
-                else:
-                    behind = socket.create_connection((self._server.host, self._server.port))
-                    self._kept.append(behind)
-                    self._start(self._pass_on, line, behind)
-                    self._start(self._pass_on, behind, line)
-
-    def _turn_away(self, line: socket.socket) -> None:
-        if self._says is None:  # it is silent
-            return
-        with suppress(OSError):
-            if self._says:
-                line.recv(4096)
-                line.sendall(self._says)
-            line.shutdown(socket.SHUT_RDWR)
-
-    def _pass_on(self, source: socket.socket, sink: socket.socket) -> None:
-        source.settimeout(0.05)
-        while not self._over.is_set():
-            try:
-                data = source.recv(65536)
-            except TimeoutError:
-                continue
-            except OSError:
-                break
-            if not data:
-                break
-            sink.sendall(data)
-        with suppress(OSError):
-            sink.shutdown(socket.SHUT_RDWR)
-
-
 @pytest.mark.parametrize("says", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
 @pytest.mark.parametrize("mode", ["", "?sslmode=disable"])
 def test_a_proxy_whose_server_is_not_there_yet_is_waited_for(
@@ -365,6 +296,34 @@ def test_a_first_connection_that_stays_silent_does_not_take_the_whole_wait(
         assert ask(proxy.url(), LONG).role == "primary"
         assert time.monotonic() - started < LONG / 2
     assert any("Waiting" in record.getMessage() for record in caplog.records)
+
+
+def test_a_first_host_that_stays_silent_keeps_nobody_from_the_second(
+    ask: Ask, pg18: PostgresServer
+) -> None:
+    with Doorman(pg18, None, 100) as silent:
+        place = f"127.0.0.1:{pg18.port}"
+        url = pg18.url().replace(place, f"127.0.0.1:{silent.port},{place}")
+        assert ask(url, LONG).role == "primary"
+
+
+def test_a_password_that_one_host_refuses_is_not_tried_for_as_long_as_another_is_down(
+    ask: Ask, pg18: PostgresServer
+) -> None:
+    asked: list[int] = []
+
+    def wrong() -> str:
+        asked.append(1)
+        return "wrong"
+
+    place = f"127.0.0.1:{pg18.port}"
+    url = pg18.url().replace(f":{pg18.password}@{place}", f"@127.0.0.1:1,{place}")
+    started = time.monotonic()
+    with pytest.raises(CANNOT_CONNECT) as caught:
+        ask(url, LONG, password=wrong)
+    assert time.monotonic() - started < LONG / 2
+    assert len(asked) <= 4  # twice a connect, which psycopg2's are tried twice: it tells nothing
+    assert "password" in told(caught.value)
 
 
 def test_the_text_of_a_limit_is_rounded(pg18: PostgresServer) -> None:

@@ -9,12 +9,13 @@ import sqlite3
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
 import pytest
+from doorman import Doorman
 from scenario import (
     LOOPS,
     Item,
@@ -1215,3 +1216,70 @@ def test_pools_of_a_silent_server_end_side_by_side(pg16: PostgresServer) -> None
         return time.monotonic() - began
 
     assert asyncio.run(main()) < drain.POOL_LIMIT + 2
+
+
+# -- several servers -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mover(pg18: PostgresServer, pg16: PostgresServer) -> Iterator[str]:
+    """A role of the same name and password on two servers."""
+    for each in (pg18, pg16):
+        each.execute("CREATE ROLE mover LOGIN PASSWORD 'known-here'")
+    yield "mover:known-here"
+    for each in (pg18, pg16):
+        each.execute("DROP ROLE mover")
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+def test_a_statement_is_ended_though_new_connections_lead_elsewhere(
+    driver: str,
+    mover: str,
+    pg18: PostgresServer,
+    pg16: PostgresServer,
+    eventually: Callable[[Callable[[], object]], None],
+) -> None:
+    """After a failover, or where hosts are taken in turn: its number means nothing there."""
+    asked = text("SELECT pg_sleep(60)")
+    of_ours = "FROM pg_stat_activity WHERE usename = 'mover'"
+
+    def runs() -> bool:
+        return pg18.execute(f"SELECT count(*) {of_ours} AND state = 'active'") == [["1"]]
+
+    with Doorman(pg16, b"", 1000) as door:
+        url = f"postgresql+{driver}://{mover}@127.0.0.1:{door.port},127.0.0.1:{pg18.port}/postgres"
+
+        def move() -> None:
+            eventually(runs)
+            door.left = 0  # the first host is there from now on
+
+        async def main() -> None:
+            manager = DatabaseSessionManager().init(url)
+
+            async def work() -> None:
+                with pytest.raises((DBAPIError, SessionClosed)):
+                    async with manager.session() as db:
+                        await db.execute(asked)
+
+            task = asyncio.create_task(work())
+            await asyncio.to_thread(move)
+            await manager.close(timeout=0.1)
+            await task
+
+        def work_here(database: Database) -> None:
+            with pytest.raises((DBAPIError, SessionClosed)), database.session() as db:
+                db.execute(asked)
+
+        if driver == "asyncpg":
+            asyncio.run(main())
+        else:
+            database = Database(url)
+            with ThreadPoolExecutor(1) as threads:
+                working = threads.submit(work_here, database)
+                move()
+                database.close(timeout=0.1)
+                working.result()
+        eventually(lambda: pg18.execute(f"SELECT count(*) {of_ours}") == [["0"]], 3.0)
+        assert door.let_in > 0
+    log = (pg16._keeper.folder / "log").read_text(errors="replace")
+    assert "is not a PostgreSQL" not in log, "its number was used where it means nothing"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from traceback import walk_tb
 from typing import Any
@@ -22,7 +24,13 @@ from tls import Certificates
 from engineroom import Database, DatabaseSessionManager
 from engineroom.backends import Role, Side
 from engineroom.backends.mysql import MySQL
-from engineroom.errors import InvalidCertificate, InvalidURL, ManagerClosed, UnsupportedByDriver
+from engineroom.errors import (
+    ConnectTimeout,
+    InvalidCertificate,
+    InvalidURL,
+    ManagerClosed,
+    UnsupportedByDriver,
+)
 
 DRIVERS = ["pymysql", "asyncmy"]
 each_driver = pytest.mark.parametrize("driver", DRIVERS)
@@ -602,3 +610,37 @@ def test_a_certificate_that_is_not_trusted_is_said_to_be_none(
             check(f"{place}?ssl_ca={root}", driver)
         (note,) = caught.value.__notes__
         assert "the server's certificate is not to be trusted. Name with ssl_ca who" in note
+
+
+# --- deadlines ------------------------------------------------------------------------------------
+
+
+@each_driver
+def test_a_server_that_says_little_now_and_then_does_not_hold_a_connect(driver: str) -> None:
+    """Each of its bytes is an answer in time, to PyMySQL's own limit."""
+    over = threading.Event()
+
+    def drip() -> None:
+        line, _ = listener.accept()
+        with line, suppress(OSError):
+            for byte in b"\x4a\0\0\0\x0a" + b"8" * 100:
+                line.sendall(bytes([byte]))
+                if over.wait(0.4):
+                    return
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=drip)
+        thread.start()
+        started = time.monotonic()
+        try:
+            with pytest.raises((ConnectTimeout, DBAPIError, OSError)):
+                look(
+                    f"mysql://u:p@127.0.0.1:{listener.getsockname()[1]}/d",
+                    driver,
+                    "SELECT 1",
+                    pool_timeout=2.5,
+                )
+            assert time.monotonic() - started < 12
+        finally:
+            over.set()
+            thread.join()

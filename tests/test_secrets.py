@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
 from flask import Flask
 from litestar import Litestar
@@ -30,6 +31,7 @@ from looking import look
 from rich.console import Console
 from rich.pretty import pretty_repr
 from rich.traceback import Traceback
+from scenario import is_struck
 from sqlalchemy import (
     ARRAY,
     JSON,
@@ -53,6 +55,7 @@ from engineroom import (
     DatabaseSettings,
 )
 from engineroom.asgi import lifespan
+from engineroom.backends.postgresql import knocking
 from engineroom.errors import CredentialsFailed
 from engineroom.flask import EngineRoom as FlaskRoom
 from engineroom.litestar import EngineRoomPlugin
@@ -593,6 +596,78 @@ def test_a_connect_that_is_struck_shows_no_secret(driver: str) -> None:
         error = crash(connect)
     assert isinstance(error.__cause__, KeyboardInterrupt)
     assert shown(printed(error)) == []
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of `with` itself
+def test_a_signal_while_the_server_is_asked_why_shows_no_secret(pg18: PostgresServer) -> None:
+    """psycopg keeps to itself why it was refused: it connects once more, to be told."""
+    shows: list[str] = []
+
+    def unit() -> None:
+        try:
+            look(wrong_url(pg18.url()), "psycopg")
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                frames = [
+                    frame
+                    for frame, _ in traceback.walk_tb(error.__traceback__)
+                    if "engineroom" in str(frame.f_globals.get("__name__"))
+                ]
+                shows.extend(repr(frame.f_locals) for frame in frames)
+            raise
+
+    step = 0
+    while True:
+        step += 1
+        try:
+            if not is_struck(step, unit, (knocking.__file__,)):
+                break
+        except DBAPIError:
+            break
+    assert step > 15
+    assert shown("\n".join(shows)) == []
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+@pytest.mark.parametrize("kind", ["coroutine", "function"])
+def test_asyncios_debug_mode_shows_no_secret(
+    driver: str, kind: str, pg18: PostgresServer, log: Callable[[], str]
+) -> None:
+    """It prints what a task or a future came to that took long."""
+    known = f"{OF_CALLABLE}"
+
+    async def coroutine() -> str:
+        time.sleep(0.15)  # as somebody's client does that blocks
+        return known
+
+    def function() -> str:
+        time.sleep(0.15)
+        return known
+
+    url = wrong_url(pg18.url(driver=driver)).replace(f":{IN_URL}", "")
+    password: Any = coroutine if kind == "coroutine" else function
+
+    async def main() -> None:
+        async with DatabaseSessionManager().init(url, password=password) as manager:
+            asyncio.get_running_loop().slow_callback_duration = 0.0
+            async with manager.session() as db:
+                await db.connection()
+
+    with pytest.raises((DBAPIError, asyncpg.PostgresError)):
+        asyncio.run(main(), debug=True)
+    assert "Executing <" in log()
+    assert shown(log()) == []
+
+
+def test_the_pools_log_shows_no_secret(
+    pg18: PostgresServer, log: Callable[[], str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """SQLAlchemy's, which has the text of psycopg2's connections."""
+    caplog.set_level(logging.DEBUG, "engineroom.engines")
+    url = f"{pg18.url()}?sslpassword={OF_KEY}&options=-c%20app.key%3D{OF_FILE}"
+    assert look(url, "psycopg2") == 1
+    assert "Created new connection" in log()
+    assert shown(log()) == []
 
 
 @pytest.mark.parametrize("driver", DRIVERS)

@@ -69,7 +69,7 @@ def limit(arguments: dict[str, Any], engine: Engine | None, side: Side, backend:
     if side is Side.SYNC and isinstance(pool, Lender):
         # Nobody can stop a synchronous driver from outside.
         backend.limit_connect(arguments, pool.seconds_left())
-    elif isinstance(pool, LoopPool):
+    elif isinstance(pool, (LoopPool, Lender)):  # (the latter of one that connects apart)
         backend.limit_each_host(arguments, seconds_left(engine))
 
 

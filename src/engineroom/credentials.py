@@ -98,14 +98,15 @@ class Credentials:
                 raise
             if asking.cancel():
                 raise _late(name, left) from TimeoutError()
-            account[ARGUMENTS[name]] = _sealed(name, asking.result())
+            account[ARGUMENTS[name]] = asking.result()
         return account
 
 
-async def _answer(name: str, function: Callable[[], Any]) -> Any:
+async def _answer(name: str, function: Callable[[], Any]) -> Sealed[str]:
+    """Return it sealed: asyncio's debug mode prints the results of tasks and futures."""
     try:
         value = function() if is_coroutine_function(function) else await _from_thread(function)
-        return await value if inspect.isawaitable(value) else value
+        value = await value if inspect.isawaitable(value) else value
     except asyncio.CancelledError as error:
         task = asyncio.current_task()
         if task is None or task.cancelling():
@@ -113,12 +114,13 @@ async def _answer(name: str, function: Callable[[], Any]) -> Any:
         raise _raised(name, error) from error  # the function's own
     except Exception as error:
         raise _raised(name, error) from error
+    return _sealed(name, value)
 
 
 async def _from_thread(function: Callable[[], Any]) -> Any:
-    answer = in_thread(function)
+    answer = in_thread(lambda: Sealed(function()))
     try:
-        return await asyncio.wrap_future(answer)
+        return (await asyncio.wrap_future(answer)).reveal()
     except asyncio.CancelledError:
         answer.add_done_callback(_close_unawaited)
         raise
@@ -128,7 +130,8 @@ def _close_unawaited(answer: Future[Any]) -> None:
     """Part with the coroutine that a plain function has returned, for which nobody waits now."""
     if answer.cancelled() or answer.exception() is not None:
         return
-    if inspect.iscoroutine(coroutine := answer.result()):
+    value = answer.result()
+    if inspect.iscoroutine(coroutine := value.reveal() if isinstance(value, Sealed) else value):
         coroutine.close()
 
 

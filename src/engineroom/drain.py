@@ -147,7 +147,7 @@ def end_pool(room: EngineRoom, side: Side, role: Role, lender: Lender) -> None:
     overdue = lender.lent()
     if overdue:
         with log_failure():
-            room.backend.end(overdue, partial(room.run_apart, side, role, seconds=END_LIMIT))
+            room.backend.end(overdue, partial(room.work_apart, side, role, seconds=END_LIMIT))
     lender.end()
 
 

@@ -463,8 +463,8 @@ class EngineRoom:
             is_abandoned: Their loop has ended: nothing of theirs can be awaited.
         """
         side = Side.SYNC if asyncio._get_running_loop() is None else Side.ASYNC
-        execute = partial(self.run_apart, side, role, seconds=END_LIMIT)
-        self.backend.end(connections, execute, is_abandoned=is_abandoned)
+        apart = partial(self.work_apart, side, role, seconds=END_LIMIT)
+        self.backend.end(connections, apart, is_abandoned=is_abandoned)
 
     def interrupt(self, entry: Entry) -> None:
         """Stop what a thread runs or waits for in a scope, from another thread."""
@@ -483,14 +483,6 @@ class EngineRoom:
         pools = {(kind, use, loop): lender for kind, use, loop, lender in self.lenders()}
         pool = pools.get((side, role, here))
         return pool is not None and not pool.slots.may_lend
-
-    def run_apart(
-        self, side: Side, role: Role, statement: str, *, seconds: float | None = None
-    ) -> None:
-        """Run a statement on a connection of its own, as `work_apart` takes one."""
-        self.work_apart(
-            side, role, lambda connection: connection.exec_driver_sql(statement), seconds=seconds
-        )
 
     def work_apart(
         self,

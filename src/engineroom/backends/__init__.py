@@ -216,14 +216,15 @@ class Backend(Protocol):
     def end(
         self,
         connections: Sequence[PoolProxiedConnection],
-        execute: Callable[[str], None],
+        apart: Callable[[Callable[[Connection], object]], None],
         *,
         is_abandoned: bool = False,
     ) -> None:
         """End, from outside, whatever these connections do, and roll it back.
 
         Args:
-            execute: runs a statement on a new connection of its own.
+            apart: Does something with a new connection of its own, perhaps to another server: a
+                name or a list of hosts may lead to several.
             is_abandoned: Their event loop has ended.
         """
 

@@ -69,7 +69,7 @@ class SessionPooled(PostgreSQL):
     def end(
         self,
         connections: Sequence[PoolProxiedConnection],
-        execute: Callable[[str], None],
+        apart: Callable[[Callable[[Connection], object]], None],
         *,
         is_abandoned: bool = False,
     ) -> None:

@@ -51,6 +51,14 @@ def address_of(descriptor: int | None) -> str | None:
         return None if same.family == socket.AF_UNIX else str(same.getpeername()[0])
 
 
+def port_of(descriptor: int | None) -> int:
+    """Return the port at our end, by which the server knows a client; 0 where there is none."""
+    if descriptor is None:
+        return 0
+    with duplicate(descriptor) as same:
+        return 0 if same.family == socket.AF_UNIX else int(same.getsockname()[1])
+
+
 def is_one_place(host: str) -> bool:
     """Whether it is an address or a folder of sockets, and no name, which may have several."""
     if not host or host.startswith(("/", "@")):

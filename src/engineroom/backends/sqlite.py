@@ -376,7 +376,7 @@ class SQLite:
     def end(
         self,
         connections: Sequence[PoolProxiedConnection],
-        execute: Callable[[str], None],
+        apart: Callable[[Callable[[Connection], object]], None],
         *,
         is_abandoned: bool = False,
     ) -> None:

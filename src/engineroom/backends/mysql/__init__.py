@@ -9,6 +9,7 @@ import socket
 import ssl
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from sqlalchemy.engine import URL, Connection, Dialect, Engine
@@ -27,7 +28,7 @@ from .. import (
     choose_driver,
     refuse_unknown_driver,
 )
-from ..sockets import is_one_place, keep_alive, shut
+from ..sockets import keep_alive, port_of, shut
 from .errnos import NO_SUCH_THREAD, REFUSED, errno
 from .guards import NAMES, NAMES_OF_MYSQL, at_start, is_mariadb, struck
 from .looking import diagnose, look
@@ -58,7 +59,7 @@ class MySQL:
             make_context(parameters, mode)  # says now what cannot be read
         self._mode = mode
         self._has_file_of_tls = bool(of_file)
-        self.keeps_time: bool = is_one_place(parameters.get("host") or "")
+        self.keeps_time: bool = False  # the driver counts for each answer
         self._sealed = Sealed(parameters)
         self._guards = guards or {}
         # Its parameters tell it apart from others; the secret ones are with the password.
@@ -239,7 +240,7 @@ class MySQL:
     def end(
         self,
         connections: Sequence[PoolProxiedConnection],
-        execute: Callable[[str], None],
+        apart: Callable[[Callable[[Connection], object]], None],
         *,
         is_abandoned: bool = False,
     ) -> None:
@@ -249,12 +250,26 @@ class MySQL:
             if driver is None:  # it was lost meanwhile
                 continue
             try:
-                execute(f"KILL {driver.thread_id()}")
+                apart(partial(self._kill_there, driver))
             except Exception as error:  # noqa: BLE001  # a server at its limit takes nobody
                 if errno(error) != NO_SUCH_THREAD:
                     logger.info("A connection is shut, for it could not be ended: %r", error)
                     if (descriptor := self.descriptor(driver)) is not None:
                         shut(descriptor)  # the server sees it as soon as it reads from there
+
+    def _kill_there(self, driver: Any, connection: Connection) -> None:
+        """End a connection, if it is this server's.
+
+        Raises:
+            LookupError: it is not: a name may lead to several.
+        """
+        number, port = driver.thread_id(), port_of(self.descriptor(driver))
+        place = connection.exec_driver_sql(
+            f"SELECT host FROM information_schema.processlist WHERE id = {number}"  # noqa: S608
+        ).scalar()
+        if place is None or (":" in place and not place.endswith(f":{port}")):
+            raise LookupError(f"no connection {number} of port {port} is there")
+        connection.exec_driver_sql(f"KILL {number}")
 
     def interrupt(self, driver: Any) -> None:
         """End the connection on the server, and what it runs."""

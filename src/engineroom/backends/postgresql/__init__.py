@@ -32,7 +32,7 @@ from .. import (
     choose_driver,
     refuse_unknown_driver,
 )
-from ..sockets import is_one_place, shut
+from ..sockets import is_one_place, port_of, shut
 from . import leavings, lost, pipelining, readers, undeclared
 from .beginning import has_sent, tell_what_is_sent
 from .cancelling import BREAK_OFF_LIMIT, request_cancel
@@ -315,21 +315,32 @@ class PostgreSQL:
     def end(
         self,
         connections: Sequence[PoolProxiedConnection],
-        execute: Callable[[str], None],
+        apart: Callable[[Callable[[Connection], object]], None],
         *,
         is_abandoned: bool = False,
     ) -> None:
-        """End the backends: every role may do that with its own."""
+        """End the backends: every role may do that with its own.
+
+        Those that are not found where one is asked, and all of a server at its limit, are cancelled
+        where they are, which takes no connection.
+        """
         drivers: list[Any] = [connection.driver_connection for connection in connections]
-        array = ", ".join(str(backend_pid(driver)) for driver in drivers)  # of numbers: safe
+        left = {
+            (backend_pid(driver), port_of(self.descriptor(driver))): driver for driver in drivers
+        }
+
+        def terminate(connection: Connection) -> None:
+            for pid, port, _ in connection.exec_driver_sql(terminating(left)).all():
+                left.pop((pid, port), None)
+
         try:
-            execute(f"SELECT pg_terminate_backend(pid) FROM unnest(ARRAY[{array}]) AS pid")  # noqa: S608
-        except Exception as error:  # noqa: BLE001  # a server at its limit takes cancel requests
+            apart(terminate)
+        except Exception as error:  # noqa: BLE001
             logger.info("Backends are cancelled, for none could be asked to end them: %r", error)
-            silent_from = time.monotonic() + BREAK_OFF_LIMIT
-            for driver in drivers:
-                with suppress(Exception):
-                    self.stop(driver, is_abandoned, asks=time.monotonic() < silent_from)
+        silent_from = time.monotonic() + BREAK_OFF_LIMIT
+        for driver in left.values():
+            with suppress(Exception):
+                self.stop(driver, is_abandoned, asks=time.monotonic() < silent_from)
 
     def stop(self, driver: Any, is_abandoned: bool, *, asks: bool = True) -> None:
         """Stop what a connection runs, and close it, without another one that could end it.
@@ -451,6 +462,21 @@ def _run_unless_it_resumes_a_task(callback: Any, *args: Any, context: object = N
     """Stand in for the `call_soon` of a loop that has ended: no task of it may go on in another."""
     if not isinstance(getattr(callback, "__self__", None), asyncio.Future):
         callback(*args)
+
+
+def terminating(backends: Iterable[tuple[int, int]]) -> str:
+    """Return what ends those backends that are of this server, and tells which.
+
+    Args:
+        backends: The number of each, and the port of its client; 0 on a socket of the machine.
+            Another server may have a backend of that number, but hardly of that client.
+    """
+    wanted = ", ".join(f"({pid}, {port})" for pid, port in backends)  # numbers: safe
+    port = "greatest(client_port, 0)"
+    return (
+        f"SELECT pid, {port}, pg_terminate_backend(pid) FROM pg_stat_activity"  # noqa: S608
+        f" WHERE (pid, {port}) IN ({wanted})"
+    )
 
 
 def backend_pid(driver: Any) -> int:

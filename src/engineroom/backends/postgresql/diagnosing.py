@@ -6,12 +6,14 @@ connect to itself: where it is spoken, the server is asked for it once more.
 
 from __future__ import annotations
 
+import re
 import socket
 import ssl
 import time
 from collections.abc import Iterator, Mapping
 from itertools import cycle
 
+from ...secrecy import unseen
 from .. import ASK_FOR, Diagnosis
 from .finished import options_of
 from .knocking import NoPostgreSQL, NoTLS, Silent, ask_again, knock
@@ -27,6 +29,8 @@ FULL = ("53300",)  # too_many_connections
 REFUSED = ("28P01", "28000")
 NO_DATABASE = ("3D000",)
 
+# As drivers say that a server is not of the kind which target_session_attrs asks for.
+WANTS_ANOTHER = re.compile(r"session is (?:not )?read-only|hot standby|target attribute")
 DRIVERS = ("asyncpg", "psycopg", "psycopg2", "sqlalchemy")  # the last: in the name of asyncpg
 
 STARTING = Diagnosis(
@@ -79,6 +83,7 @@ BY_STATE: dict[str, Diagnosis] = {
 }
 
 
+@unseen  # a signal may strike here, too
 def diagnose(
     error: BaseException, parameters: Mapping[str, str], seconds: float = ASK_FOR
 ) -> Diagnosis | None:
@@ -107,7 +112,7 @@ def diagnose(
     if is_systems and type(error) is not ConnectionError:  # (which is asyncpg's)
         return _not_reached(error, parameters.get("host", ""))
     is_drivers = type(error).__module__.partition(".")[0] in DRIVERS
-    return _ask(parameters, end) if is_drivers or is_systems else None
+    return _ask(str(error), parameters, end) if is_drivers or is_systems else None
 
 
 def _said(state: str | None) -> Diagnosis | None:
@@ -146,9 +151,14 @@ def _not_reached(error: BaseException, place: str) -> Diagnosis:
     )
 
 
-def _ask(parameters: Mapping[str, str], end: float) -> Diagnosis:
-    """Ask each host in turn; one that may come serves."""
+def _ask(said: str, parameters: Mapping[str, str], end: float) -> Diagnosis:
+    """Ask each host in turn; one that may come serves, where none is there that has refused.
+
+    Args:
+        said: By the driver.
+    """
     found: list[Diagnosis] = []
+    refuses = False
     needs_tls = (
         parameters.get("sslmode", "prefer") not in ("disable", *PLAIN)
         and parameters.get("sslnegotiation") != "direct"
@@ -173,6 +183,8 @@ def _ask(parameters: Mapping[str, str], end: float) -> Diagnosis:
         else:
             if state in BY_STATE and BY_STATE[state].passes and state != PROTOCOL_VIOLATION:
                 found.append(BY_STATE[state])
+            else:  # it would take somebody: unless it is a standby, it is what has refused us
+                refuses = WANTS_ANOTHER.search(said) is None
     refused = Diagnosis(
         False,
         "the server answers, and lets nobody in so",
@@ -180,7 +192,9 @@ def _ask(parameters: Mapping[str, str], end: float) -> Diagnosis:
         "database's name, or target_session_attrs.",
         is_certain=False,  # it may have come up between the driver's question and ours
     )
-    return next((one for one in found if one.passes), found[0] if found else refused)
+    if refuses or not found:
+        return refused
+    return next((one for one in found if one.passes), found[0])
 
 
 def places(parameters: Mapping[str, str]) -> Iterator[tuple[str, int]]:

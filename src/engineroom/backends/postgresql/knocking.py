@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 
+from ...secrecy import unseen
+
 PROTOCOL = 196608  # 3.0
 STRANGER = b"user\0engineroom\0\0"  # it need not exist: a server that starts refuses everybody
 HELLO = struct.pack("!II", len(STRANGER) + 8, PROTOCOL) + STRANGER
@@ -115,6 +117,7 @@ def _read(line: socket.socket, size: int, end: float) -> bytes:
     return read
 
 
+@unseen
 def ask_again(options: Mapping[str, str], seconds: float) -> str | None:
     """Connect once more as libpq did, and return the SQLSTATE that it keeps to itself.
 

@@ -242,7 +242,17 @@ def watching_connection_of_psycopg2(base: Any) -> Any:
         tell_of(self, Leaving.RELATIONS, ("execute", (said,)))
         base.set_client_encoding(self, encoding)
 
-    own = {"note": None, "cursor": cursor, "set_client_encoding": set_client_encoding}
+    def named(self: Any) -> str:
+        """Leave out its DSN, of which psycopg2 masks the password alone: a pool logs this."""
+        return f"<connection of psycopg2 at {id(self):#x}; closed: {self.closed}>"
+
+    own = {
+        "note": None,
+        "cursor": cursor,
+        "set_client_encoding": set_client_encoding,
+        "__repr__": named,
+        "__str__": named,
+    }
     return type(base.__name__, (base,), own | changes(base, PSYCOPG2_CHANGES))
 
 
