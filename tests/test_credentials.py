@@ -192,6 +192,7 @@ def test_an_argument_comes_before_the_url_and_the_url_before_the_variable(
         "postgresql://h/d": ("variable", "variable"),
         "postgresql://u@h/d": ("u", "variable"),
         "postgresql://u:p@h/d": ("u", "p"),
+        "postgresql://u:@h/d": ("u", "variable"),  # blank is as good as none, to libpq as well
         "postgresql://h/d?user=u&password=p": (None, None),  # they are among the parameters
     }.items():
         settings = read_settings(url)

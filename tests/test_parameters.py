@@ -582,6 +582,7 @@ h:5432:d:u:exact
 *:5433:*:*:by port
 other\:host:*:*:*:a\:b\\c:d
 localhost:*:*:*:socket
+starred:*:*:\*:of a star
 short:line
 """
 
@@ -597,6 +598,8 @@ short:line
         ("", 1, "d", "u", "socket"),
         ("/elsewhere", 1, "d", "u", None),
         ("short", 1, "d", "u", None),
+        ("starred", 1, "d", "*", "of a star"),
+        ("starred", 1, "d", "u", None),
     ],
 )
 def test_the_password_file_is_read_as_libpq_reads_it(
@@ -677,6 +680,8 @@ def test_the_environment_says_what_the_url_leaves_open(
         ("timezone", "Asia/Tokyo"),
     ):
         assert look("postgresql://", driver, f"SHOW {setting}") == value
+    monkeypatch.setenv("PGTZ", "default")  # the server's own: libpq does not send that
+    assert look("postgresql://", driver, "SHOW timezone") != "Asia/Tokyo"
     assert look("postgresql:///template1", driver, "SELECT current_database()") == "template1"
 
 

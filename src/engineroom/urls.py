@@ -92,7 +92,7 @@ def masked(url: str | URL) -> str:
 
 def has_account(url: URL, part: str) -> bool:
     """Whether a URL has a user name or a password, among its parameters or before."""
-    return getattr(url, part) is not None or any(name in url.query for name in ACCOUNT[part])
+    return bool(getattr(url, part)) or any(name in url.query for name in ACCOUNT[part])
 
 
 def replace_account(url: URL, part: str, value: str | None) -> URL:

@@ -225,16 +225,24 @@ def find_password(parameters: Mapping[str, str], host: str, port: int, user: str
         user,
     )
     for *fields, password in _parse_passwords(lines):
-        if all(field in ("*", want) for field, want in zip(fields, wanted, strict=True)):
+        if all(
+            field == "*" or _plain(field) == want
+            for field, want in zip(fields, wanted, strict=True)
+        ):
             _mind_text(password, f"The password for {user} at {host} in {path}")
-            return password
+            return _plain(password)
     return None
 
 
 def _parse_passwords(lines: list[str]) -> Iterator[list[str]]:
-    """Yield the fields of each line; a backslash makes the next character an ordinary one."""
+    """Yield the fields of each line, as they stand there."""
     for line in (line.rstrip("\r") for line in lines):
         if line and not line.startswith("#"):
             fields = [match[1] for match in FIELD.finditer(line)][:FIELDS]
             if len(fields) == FIELDS:
-                yield [re.sub(r"\\(.)", r"\1", field) for field in fields]
+                yield fields
+
+
+def _plain(field: str) -> str:
+    """Return what a field says: a backslash makes the next character an ordinary one."""
+    return re.sub(r"\\(.)", r"\1", field)

@@ -187,7 +187,8 @@ def _settings(parameters: Mapping[str, str], environment: Mapping[str, str]) -> 
     settings = {
         setting: environment[variable]
         for variable, setting in AT_START.items()
-        if environment.get(variable)
+        if environment.get(variable, "").lower()
+        not in ("", "default")  # the server's own, to libpq
     }
     name = parameters.get("application_name") or parameters.get("fallback_application_name")
     if name:
