@@ -20,7 +20,7 @@ from typing import Any
 import psycopg
 import pytest
 from doorman import Doorman
-from looking import CANNOT_CONNECT
+from looking import CANNOT_CONNECT, look
 from pgbouncer import PgBouncer
 from sqlalchemy import URL, make_url
 from tls import TLSProxy
@@ -104,7 +104,7 @@ def test_a_pooler_that_nobody_has_declared_is_a_problem(
     with pytest.raises(CANNOT_CONNECT) as caught:
         ask(pgbouncer.url(database), LONG)
     assert "DB_POOLER=transaction" in told(caught.value)
-    assert "1 tries" in told(caught.value)
+    assert "1 try" in told(caught.value)
     found = ask(pgbouncer.url(database), pooler="transaction")
     assert (found.pooler, found.problems) == ("transaction", ())
 
@@ -296,6 +296,24 @@ def test_a_first_connection_that_stays_silent_does_not_take_the_whole_wait(
         assert ask(proxy.url(), LONG).role == "primary"
         assert time.monotonic() - started < LONG / 2
     assert any("Waiting" in record.getMessage() for record in caplog.records)
+
+
+def test_who_connects_in_vain_is_told_what_to_do_whichever_verb_it_was(
+    pg18: PostgresServer,
+) -> None:
+    """In a note on the error that is caught: `check()` is what a new user has not called."""
+    for url, says in {
+        pg18.url().replace(pg18.password, "wrong"): "refuses the user or the password. Correct",
+        f"{pg18.url()}?sslmode=require": "does not speak TLS. Have it do so",
+        f"{pg18.url()}-not": "the database does not exist. Create it",
+        "postgresql://u@127.0.0.1:1/d": "nothing answers at 127.0.0.1:1 ",
+        "postgresql://u@no-such-host.invalid/d": "the name no-such-host.invalid does not resolve",
+    }.items():
+        for driver in ("asyncpg", "psycopg", "psycopg (async)"):
+            with pytest.raises(CANNOT_CONNECT) as caught:
+                look(url, driver, pool_timeout=5)
+            assert says in "".join(caught.value.__notes__)
+            assert len(caught.value.__notes__) == 1
 
 
 def test_a_first_host_that_stays_silent_keeps_nobody_from_the_second(

@@ -329,9 +329,10 @@ def test_what_only_reads_cannot_write(url: str) -> None:
 
     async def main() -> None:
         for scope in (manager.reader(), manager.session(read_only=True)):
-            with pytest.raises(DBAPIError, match="readonly"):
+            with pytest.raises(DBAPIError, match="readonly") as caught:
                 async with scope as db:
                     await db.execute(insert(Item).values(id=1))
+            assert "writes nothing. Take session()." in caught.value.__notes__[-1]
         async with manager.session() as db:  # on the same connection
             await db.execute(insert(Item).values(id=2))
         await manager.close()

@@ -201,17 +201,23 @@ class Wait:
         self._doubts = 0 if why.passes else self._doubts + 1
         passes = why.passes or (not why.is_certain and self._doubts < 2)
         if not passes or self.left <= 0:
-            waited = time.monotonic() - self._started
-            tried = f" {self._tries} tries in {waited:.1f} s" if self._seconds else ""
-            error.add_note(
-                f"{masked(self._room.settings.url)}: {why.what}. {why.cure}"
-                f"{f' (check(wait={self._seconds:g}):{tried}.)' if tried else ''}"
-            )
+            told = "".join(getattr(error, "__notes__", ()))
+            if why.cure not in told:  # (the pool has told, where nobody waits)
+                error.add_note(
+                    f"{masked(self._room.settings.url)}: {why.what}. {why.cure}{self._tried()}"
+                )
             raise error
         self._tell(why)
         pause = min(self._pause, self.left)
         self._pause = min(self._pause * 1.5, LONGEST_PAUSE)
         return max(pause, 0.0)
+
+    def _tried(self) -> str:
+        if not self._seconds:
+            return ""
+        tries = "1 try" if self._tries == 1 else f"{self._tries} tries"
+        waited = time.monotonic() - self._started
+        return f" (check(wait={self._seconds:g}): {tries} in {waited:.1f} s.)"
 
     def _diagnose(self, error: Exception) -> Diagnosis | None:
         if isinstance(error, ConnectTimeout):

@@ -282,6 +282,7 @@ class EngineRoom:
         if side is Side.ASYNC:
             event.listen(engine, "handle_error", weakly(self._break_off_cancelled))
         event.listen(engine, "handle_error", weakly(self._explain_guard))
+        event.listen(engine, "handle_error", pass_notes_on)
         return engine
 
     def _note_parted(self, side: Side, role: Role, lender: Lender) -> None:
@@ -538,6 +539,16 @@ class EngineRoom:
 
 
 ROOMS: weakref.WeakSet[EngineRoom] = weakref.WeakSet()
+
+
+def pass_notes_on(context: ExceptionContext) -> None:
+    """Have the error that is caught say what was noted on the driver's, behind it."""
+    raised = context.sqlalchemy_exception
+    if raised is not None:
+        known = getattr(raised, "__notes__", ())
+        for note in getattr(context.original_exception, "__notes__", ()):
+            if note not in known:
+                raised.add_note(note)
 
 
 def _before_fork() -> None:

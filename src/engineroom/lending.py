@@ -35,7 +35,6 @@ from .ledger import (
     describe,
     describe_held,
     has_ended,
-    permit_of,
 )
 from .slots import WAITING, Permit, Slots, Ticket
 
@@ -296,6 +295,7 @@ class Lender(QueuePool):
         self.next_look: float = 0.0  # when to look for connections that are held for too long
         self.ended: bool = False  # what comes back is closed, not kept
         self.is_filled: bool = self.least == 0
+        self.filler: Any = None  # who opens the least number just now
         self.seen: Sightings = Sightings()
         self.refusal: str = ""  # why nothing is lent any more
         self._drivers: weakref.WeakSet[Any] = weakref.WeakSet()  # all that it has open
@@ -445,6 +445,7 @@ class Lender(QueuePool):
     def fill(self) -> None:
         """Open connections until the least number is open; the first failure is the last."""
         opened: list[PoolProxiedConnection] = []
+        self.filler = current_owner()
         try:
             while (
                 len(opened) < self.least
@@ -452,12 +453,12 @@ class Lender(QueuePool):
                 and all(cap.may_lend for cap in self.caps())  # it takes nothing from anybody
             ):
                 opened.append(self.connect())
-                permit_of(opened[-1]).is_reported = True  # who only fills holds nothing up
         except Exception as error:  # noqa: BLE001  # who needs a connection will hear of it
             logger.info("The pool could not be filled to %d connections: %r", self.least, error)
         finally:
             for connection in opened:
                 connection.close()
+            self.filler = None
 
     def _queue_class(  # type: ignore[override]
         self, maxsize: int, use_lifo: bool = True
@@ -736,6 +737,7 @@ class Lender(QueuePool):
                 pause = random.uniform(longest / 2, longest)  # noqa: S311  # who came together parts
                 known = self.seen.was_reached or tries or (why.passes and why.is_reached)
                 if not passes or not known or time.monotonic() + pause > end:
+                    error.add_note(f"{self.name}: {why.what}. {why.cure}")
                     raise
                 if why.passes and not self.seen.refused_since:
                     self.seen.refused_since = time.monotonic()
@@ -965,6 +967,8 @@ class Lender(QueuePool):
 
     def report_slow(self, permit: Permit, now: float) -> None:
         """Say once who holds a connection for too long."""
+        if permit.owner == self.filler:  # who only fills holds nothing up
+            return
         if not permit.is_reported and (holder := describe(permit, now)) is not None:
             permit.is_reported = True
             logger.warning(

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from sqlalchemy import event
-from sqlalchemy.engine import URL, Connection, Dialect, Engine
+from sqlalchemy.engine import URL, Connection, Dialect, Engine, ExceptionContext
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from sqlalchemy.schema import DropTable
 
@@ -44,6 +44,7 @@ DRIVERS = {Side.ASYNC: {"aiosqlite": "aiosqlite"}, Side.SYNC: {"pysqlite": "sqli
 
 READ_ONLY = "engineroom_read_only"
 QUERY_ONLY = "engineroom_query_only"
+READ_ONLY_SAID = "attempt to write a readonly database"
 WAITS_HERE = "engineroom_waits_here"  # for the lock: SQLite itself does not
 BEGINS_LATER = "engineroom_begins_later"
 
@@ -159,6 +160,7 @@ class SQLite:
             if engine.hide_parameters:
                 logging.getLogger("aiosqlite").addFilter(NAMES_ONLY)  # (the same one: once)
         event.listen(engine, "connect", connect)
+        event.listen(engine, "handle_error", partial(_tell_who_may_write, role))
         if role is Role.PRIMARY:
             event.listen(engine, "begin", partial(self._begin, before_write))
             self._wait_for_the_lock_here(engine.dialect)
@@ -624,6 +626,16 @@ def _changes(connection: Connection) -> int:
     """Return how many rows the connection has ever changed."""
     driver: Any = connection.connection.driver_connection
     return int(driver.total_changes)
+
+
+def _tell_who_may_write(role: Role, context: ExceptionContext) -> None:
+    """Say what to take instead where nobody may write: SQLite would have it be the file."""
+    options = context.connection.get_execution_options() if context.connection else {}
+    is_reader = role is Role.READER
+    if READ_ONLY_SAID in str(context.original_exception) and (is_reader or options.get(READ_ONLY)):
+        which = "reader()" if is_reader else "session(read_only=True)"
+        error = context.sqlalchemy_exception or context.original_exception
+        error.add_note(f"{which} writes nothing. Take session().")
 
 
 def _run_apart(connection: Connection, statement: str) -> Any:

@@ -110,7 +110,7 @@ def diagnose(
         return BAD_CERTIFICATE
     is_systems = isinstance(error, OSError) and not isinstance(error, ssl.SSLError)
     if is_systems and type(error) is not ConnectionError:  # (which is asyncpg's)
-        return _not_reached(error, parameters.get("host", ""))
+        return _not_reached(error, ", ".join(f"{host}:{port}" for host, port in places(parameters)))
     is_drivers = type(error).__module__.partition(".")[0] in DRIVERS
     return _ask(str(error), parameters, end) if is_drivers or is_systems else None
 
@@ -128,7 +128,7 @@ def _not_reached(error: BaseException, place: str) -> Diagnosis:
     if isinstance(error, socket.gaierror):
         return Diagnosis(
             True,
-            f"the name {place} does not resolve",
+            f"the name {place.rpartition(':')[0]} does not resolve",
             "See that it is spelled right; that of a container is known once it runs.",
             is_reached=False,
         )

@@ -75,8 +75,3 @@ def _explain(context: ExceptionContext) -> None:
             "Behind a pooler in transaction mode, a statement that was prepared in one session of "
             f"the server is looked for in another. {DECLARE}"
         )
-    raised = context.sqlalchemy_exception
-    if raised is not None:  # it is the one that is caught
-        for note in getattr(error, "__notes__", ()):
-            if DECLARE in note:
-                raised.add_note(note)
