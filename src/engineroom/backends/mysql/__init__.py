@@ -28,7 +28,7 @@ from .. import (
     choose_driver,
     refuse_unknown_driver,
 )
-from ..sockets import keep_alive, port_of, shut
+from ..sockets import is_one_server, keep_alive, port_of, shut
 from .errnos import NO_SUCH_THREAD, REFUSED, errno
 from .guards import NAMES, NAMES_OF_MYSQL, at_start, is_mariadb, struck
 from .looking import diagnose, look
@@ -60,6 +60,7 @@ class MySQL:
         self._mode = mode
         self._has_file_of_tls = bool(of_file)
         self.keeps_time: bool = False  # the driver counts for each answer
+        self._is_one_server = is_one_server(parameters.get("host") or "")
         self._sealed = Sealed(parameters)
         self._guards = guards or {}
         # Its parameters tell it apart from others; the secret ones are with the password.
@@ -263,12 +264,14 @@ class MySQL:
         Raises:
             LookupError: it is not: a name may lead to several.
         """
-        number, port = driver.thread_id(), port_of(self.descriptor(driver))
-        place = connection.exec_driver_sql(
-            f"SELECT host FROM information_schema.processlist WHERE id = {number}"  # noqa: S608
-        ).scalar()
-        if place is None or (":" in place and not place.endswith(f":{port}")):
-            raise LookupError(f"no connection {number} of port {port} is there")
+        number = driver.thread_id()
+        if not self._is_one_server:
+            port = port_of(self.descriptor(driver))
+            place = connection.exec_driver_sql(
+                f"SELECT host FROM information_schema.processlist WHERE id = {number}"  # noqa: S608
+            ).scalar()
+            if place is None or not place.endswith(f":{port}"):
+                raise LookupError(f"no connection {number} of port {port} is there")
         connection.exec_driver_sql(f"KILL {number}")
 
     def interrupt(self, driver: Any) -> None:

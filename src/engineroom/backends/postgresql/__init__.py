@@ -32,7 +32,7 @@ from .. import (
     choose_driver,
     refuse_unknown_driver,
 )
-from ..sockets import is_one_place, port_of, shut
+from ..sockets import is_one_place, is_one_server, port_of, shut
 from . import leavings, lost, pipelining, readers, undeclared
 from .beginning import has_sent, tell_what_is_sent
 from .cancelling import BREAK_OFF_LIMIT, request_cancel
@@ -91,6 +91,7 @@ class PostgreSQL:
             make_context(parameters)  # says now what cannot be read, for all drivers
         places = parameters.get("hostaddr") or parameters.get("host", "")
         self.keeps_time: bool = all(map(is_one_place, places.split(",")))
+        self._is_one_server = is_one_server(places)
         self._sealed = Sealed(parameters)
         self._guards = guards  # those that a session of the server begins with
         self._pipeline = pipeline
@@ -325,13 +326,22 @@ class PostgreSQL:
         where they are, which takes no connection.
         """
         drivers: list[Any] = [connection.driver_connection for connection in connections]
+        # Another server may have a backend of the same number, but hardly of the same client. One
+        # that is the only one need not know the client by our port: a proxy may be between.
+        port = "0" if self._is_one_server else "greatest(client_port, 0)"
         left = {
-            (backend_pid(driver), port_of(self.descriptor(driver))): driver for driver in drivers
+            (backend_pid(one), 0 if self._is_one_server else port_of(self.descriptor(one))): one
+            for one in drivers
         }
+        wanted = ", ".join(map(str, left))  # of numbers: safe
 
         def terminate(connection: Connection) -> None:
-            for pid, port, _ in connection.exec_driver_sql(terminating(left)).all():
-                left.pop((pid, port), None)
+            ended = connection.exec_driver_sql(
+                f"SELECT pid, {port}, pg_terminate_backend(pid) FROM pg_stat_activity"  # noqa: S608
+                f" WHERE (pid, {port}) IN ({wanted})"
+            )
+            for pid, client, _ in ended.all():
+                left.pop((pid, client), None)
 
         try:
             apart(terminate)
@@ -462,21 +472,6 @@ def _run_unless_it_resumes_a_task(callback: Any, *args: Any, context: object = N
     """Stand in for the `call_soon` of a loop that has ended: no task of it may go on in another."""
     if not isinstance(getattr(callback, "__self__", None), asyncio.Future):
         callback(*args)
-
-
-def terminating(backends: Iterable[tuple[int, int]]) -> str:
-    """Return what ends those backends that are of this server, and tells which.
-
-    Args:
-        backends: The number of each, and the port of its client; 0 on a socket of the machine.
-            Another server may have a backend of that number, but hardly of that client.
-    """
-    wanted = ", ".join(f"({pid}, {port})" for pid, port in backends)  # numbers: safe
-    port = "greatest(client_port, 0)"
-    return (
-        f"SELECT pid, {port}, pg_terminate_backend(pid) FROM pg_stat_activity"  # noqa: S608
-        f" WHERE (pid, {port}) IN ({wanted})"
-    )
 
 
 def backend_pid(driver: Any) -> int:
