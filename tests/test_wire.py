@@ -59,6 +59,7 @@ def plain(statements: list[str]) -> list[str]:
         .replace("$1", "1")
         .replace(" AS item_id", "")  # SQLAlchemy 2.0
         .replace(" AS item_value", "")
+        .replace(" AS item_mark", "")
         for statement in statements
     ]
 
