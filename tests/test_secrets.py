@@ -16,8 +16,10 @@ import threading
 import time
 import traceback
 import warnings
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -437,6 +439,8 @@ CANNOT_BE_SENT = [
     ("CAST(:value AS uuid[])", [BOUND]),
     ("CAST(:value AS inet)", BOUND),
     ("CAST(:value AS inet[])", [BOUND]),
+    ("CAST(:value AS uuid)", f"Bob ({BOUND})"),
+    ("CAST(:value AS uuid[])", deque([BOUND])),
     ("CAST(:value AS text)", f"{BOUND}\udcff"),
 ]
 
@@ -511,6 +515,38 @@ def test_a_value_that_a_type_cannot_take_is_in_no_text(
         assert (str(bound) in printed(error)) == echo
         if isinstance(kind, Enum):
             assert "Enum name: colour. Possible values: red, blue" in str(error)
+
+
+def test_what_is_no_value_stays_in_an_error(pg18: PostgresServer) -> None:
+    def work(connection: Any) -> None:
+        statement = text("SELECT CAST(:one AS text), CAST(:two AS text), CAST(:three AS integer)")
+        connection.execute(statement, {"one": "argument", "two": "input", "three": "3"})
+
+    said = "invalid input for query argument $3: *** ("
+    assert said in str(crash(look, pg18.url(), "asyncpg", work))
+    missing = select(bindparam("name", type_=String), bindparam("other"))
+    with pytest.raises(StatementError, match="required for bind parameter 'other'"):
+        look(pg18.url(), "psycopg", lambda db: db.execute(missing, {"name": "other"}))
+
+
+def test_what_the_application_handles_meanwhile_is_left_as_it_is(pg18: PostgresServer) -> None:
+    @dataclass(frozen=True)
+    class Frozen(Exception):
+        code: int
+
+    given = {"value": "pending"}
+    for handled in (KeyError("pending"), Frozen(3)):
+
+        def work(connection: Any, handled: Exception = handled) -> None:
+            try:
+                raise handled
+            except Exception:
+                connection.execute(select(bindparam("value", type_=Boolean())), given)
+
+        before = handled.args
+        with pytest.raises(StatementError, match=r"Not a boolean value: \*\*\*"):
+            look(pg18.url(), "psycopg", work)
+        assert handled.args == before
 
 
 @pytest.mark.parametrize("driver", DRIVERS)

@@ -82,7 +82,7 @@ class DatabaseSettings(BaseSettings):
     """How long a caller waits for a connection, connecting included, before `PoolTimeout`."""
     response_timeout: Seconds = Field(default=30.0, gt=0)
     """How long the server may take to answer BEGIN and COMMIT; the connection is cut then."""
-    pool_recycle: Seconds = Field(default=3600, ge=-1)
+    pool_recycle: int = Field(default=3600, ge=-1)
     """The age at which a connection is replaced; -1: never."""
     pool_pre_ping: bool = False
     """Ask the server at every checkout; otherwise only when the socket speaks or was idle."""
@@ -271,7 +271,7 @@ class Options(TypedDict, total=False):
     max_connections: int
     pool_timeout: float | str | timedelta
     response_timeout: float | str | timedelta
-    pool_recycle: float | str | timedelta
+    pool_recycle: int
     pool_pre_ping: bool
     pooler: Literal["transaction", "session"] | None
     pipeline: Literal["auto", "on", "off"]

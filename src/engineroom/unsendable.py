@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from datetime import date, time, timedelta
 from enum import Enum
 from numbers import Number
 from traceback import walk_tb
+from types import FrameType
 from typing import Any
 from uuid import UUID
 
 from sqlalchemy import event
 from sqlalchemy.engine import Engine, ExceptionContext
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, InvalidRequestError
 
-from .secrecy import chain
+from .secrecy import chain, is_ours
 
 # As asyncpg writes it: the value, cut after forty characters, and why.
-SAID = re.compile(
-    r"(?P<which>invalid input for query argument \$\d+(?: in element #\d+ of .*?)?): "
-    r"(?P<value>.*) \((?P<why>.*)\)\Z",
-    re.DOTALL,
-)
-TELLING = 4  # characters of a value by which it is known where no quotes are around it
-CUT = 38  # and after which some texts cut it
+ASYNCPGS = re.compile(r"invalid input for query argument \$\d+(?: in element #\d+ of .*?)?: ")
+VALUE_AND_WHY = re.compile(r"(?P<value>.*) \((?P<why>.*)\)\Z", re.DOTALL)
+TELLING = 8  # characters of a text by which it is known where no quotes are around it
+CUT = 38  # and after which some errors cut it
 PLAIN = (str, bytes, bytearray, Number, date, time, timedelta, UUID, Enum)
+HOLDERS = (dict, list, tuple, set, frozenset, deque)
 
 
 def hide_what_cannot_be_sent(engine: Engine) -> None:
@@ -39,65 +39,98 @@ def _hide(context: ExceptionContext) -> None:
     original, raised = context.original_exception, context.sqlalchemy_exception
     is_types = raised is not None and not isinstance(raised, DBAPIError)
     is_pythons = type(original).__module__ == "builtins" and isinstance(original, Exception)
-    if is_types or is_pythons or SAID.search(str(original)):
-        values = Values(original, context.parameters, is_types=is_types)
-        for error in (*chain(original), *([raised] if raised else [])):
-            error.args = tuple(values.mask(one) for one in error.args)
+    is_drivers = ASYNCPGS.search(str(original)) is not None
+    if isinstance(original, InvalidRequestError) or not (is_types or is_pythons or is_drivers):
+        return
+    frames = [frame for frame, _ in walk_tb(original.__traceback__)]
+    errors = [*_of_statement(original, frames), *([raised] if raised else [])]
+    texts = "\n".join(str(one) for error in errors for one in error.args)
+    names = Names(_bound(context.parameters, frames, is_types=is_types), texts)
+    for error in errors:
+        shown = tuple(map(names.hide, error.args))
+        if shown != error.args:
+            with suppress(AttributeError):  # of a class that is frozen
+                error.args = shown
 
 
-class Values:
-    """What was bound when a column's type or a driver refused one of it, and how it is named."""
+def _of_statement(original: BaseException, frames: list[FrameType]) -> Iterator[BaseException]:
+    """Yield what came of sending it: not what the application was handling before."""
+    for error in chain(original):
+        caught_in = error.__traceback__.tb_frame if error.__traceback__ else None
+        if error is original or caught_in in frames or (caught_in and is_ours(caught_in)):
+            yield error
 
-    def __init__(self, error: BaseException, parameters: object, *, is_types: bool) -> None:
-        """Find it: what a statement came with itself, no attribute has, but frames that sent it."""
-        self._alone: set[str] = set()
+
+def _bound(parameters: object, frames: list[FrameType], *, is_types: bool) -> Iterator[Any]:
+    """Yield what was bound. What a statement came with itself, only frames that sent it have."""
+    sending = [frame.f_locals.values() for frame in frames if is_ours(frame)]
+    held = [one for variables in sending for one in variables if isinstance(one, dict)]
+    yield from _flat([parameters, *held])
+    if is_types and frames and is_ours(frames[-1]):  # of any kind: its text was asked for already
+        yield from (one for one in frames[-1].f_locals.values() if not is_sqlalchemys(one))
+
+
+def _flat(values: Iterable[Any], depth: int = 4) -> Iterator[Any]:
+    """Yield what has a text of its own, out of whatever holds it."""
+    seen = set[int]()
+    waiting = [(each, depth) for each in values]
+    while waiting:
+        each, levels = waiting.pop()
+        if isinstance(each, PLAIN) and not isinstance(each, bool):
+            yield each
+        elif isinstance(each, HOLDERS) and levels and id(each) not in seen:
+            seen.add(id(each))
+            inside = each.values() if isinstance(each, dict) else each
+            waiting += [(one, levels - 1) for one in inside]
+
+
+def is_sqlalchemys(value: object) -> bool:
+    """Whether it is no value."""
+    return type(value).__module__.startswith("sqlalchemy")
+
+
+class Names:
+    """How errors name what was bound, as far as they do."""
+
+    def __init__(self, values: Iterable[Any], texts: str) -> None:
+        """Look for values in what the errors say: most are in none."""
+        self._alone: set[str] = set()  # a whole text, as a KeyError's
         self._within: set[str] = set()
-        variables = [frame.f_locals for frame, _ in walk_tb(error.__traceback__)]
-        held = [one for each in variables for one in each.values() if isinstance(one, dict)]
-        # Where a type raised it, the value may be of any kind: its text was asked for already.
-        refused = filter(has_text_of_its_own, variables[-1].values() if is_types else ())
-        for value in (*_flat([parameters, *held]), *refused):
+        for value in values:
             with suppress(Exception):  # (the text of a number with thousands of digits)
-                self._note(value)
+                if not isinstance(value, (str, bytes, bytearray)) or _may_be_in(value, texts):
+                    self._note(value, texts)
 
-    def _note(self, value: object) -> None:
+    def _note(self, value: object, texts: str) -> None:
         bare = str(value)
-        self._alone.add(bare)
-        self._within |= {repr(value), f"'{bare}'"}
+        named = {repr(value), f"'{bare}'"}
         if len(bare) >= TELLING or not isinstance(value, str):
-            self._within.add(bare)
+            named.add(bare)
+        self._within |= {one for one in named if one[:CUT] in texts}
+        if bare in texts:
+            self._alone.add(bare)
 
-    def mask(self, text: Any) -> Any:
-        """Return an argument of an error without them, if it is a text."""
-        if not isinstance(text, str):
-            return text
-        if text in self._alone:
+    def hide(self, argument: Any) -> Any:
+        """Return an argument of an error without them."""
+        if not isinstance(argument, str):
+            is_value = isinstance(argument, PLAIN) and str(argument) in self._alone
+            return "***" if is_value and not isinstance(argument, bool) else argument
+        if argument in self._alone:
             return "***"
-        text = SAID.sub(r"\g<which>: *** (\g<why>)", text)
-        for name in sorted((one for one in self._within if one in text), key=len, reverse=True):
+        if (said := ASYNCPGS.search(argument)) is None:
+            return self._hidden(argument)
+        rest = self._hidden(argument[said.end() :])  # (the number before it may be a value, too)
+        return argument[: said.end()] + VALUE_AND_WHY.sub(r"*** (\g<why>)", rest)
+
+    def _hidden(self, text: str) -> str:
+        for name in sorted(self._within, key=len, reverse=True):
             text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "***", text)
-        for name in self._within:
-            if len(name) > CUT and name[:CUT] in text:
-                text = text.partition(name[:CUT])[0] + "***"
+            if (start := name[:CUT]) in text and len(name) > CUT:  # it was cut
+                text = re.sub(rf"{re.escape(start)}(?s:.*?\.\.\.|.*)", "***", text, count=1)
         return text
 
 
-def _flat(values: Iterable[Any]) -> Iterator[Any]:
-    """Yield what has a text of its own, out of whatever holds it."""
-    waiting, seen = list(values), set()
-    while waiting:
-        each = waiting.pop()
-        if isinstance(each, PLAIN) and not isinstance(each, bool):
-            yield each
-        elif isinstance(each, (dict, list, tuple, set, frozenset)) and id(each) not in seen:
-            seen.add(id(each))
-            waiting += each.values() if isinstance(each, dict) else each
-
-
-def has_text_of_its_own(value: object) -> bool:
-    """Whether it may be a value: no error, nothing of SQLAlchemy's, and no object that is mapped,
-    whose text might ask the database.
-    """
-    kind = type(value)
-    is_mapped = hasattr(kind, "__mapper__") or kind.__module__.startswith("sqlalchemy")
-    return not isinstance(value, BaseException) and not is_mapped
+def _may_be_in(value: str | bytes | bytearray, texts: str) -> bool:
+    """Whether the beginning of a text may be in others, as it is or as Python writes it."""
+    start = value[:CUT]
+    return (isinstance(start, str) and start in texts) or repr(start).strip("'\"b") in texts

@@ -223,8 +223,8 @@ class Backend(Protocol):
         """End, from outside, whatever these connections do, and roll it back.
 
         Args:
-            apart: Does something with a new connection of its own, perhaps to another server: a
-                name or a list of hosts may lead to several.
+            apart: Does something with a new connection of its own; where several hosts are given,
+                perhaps to another one.
             is_abandoned: Their event loop has ended.
         """
 

@@ -70,11 +70,6 @@ def is_one_place(host: str) -> bool:
     return True
 
 
-def is_one_server(hosts: str) -> bool:
-    """Whether all connections lead to one: then its own number is enough to tell a backend."""
-    return hosts == "localhost" or ("," not in hosts and is_one_place(hosts))
-
-
 def is_far(address: str) -> bool:
     """Whether what is said to it leaves this machine."""
     return not ipaddress.ip_address(address.partition("%")[0]).is_loopback

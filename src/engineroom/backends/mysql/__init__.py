@@ -28,7 +28,7 @@ from .. import (
     choose_driver,
     refuse_unknown_driver,
 )
-from ..sockets import is_one_server, keep_alive, port_of, shut
+from ..sockets import keep_alive, shut
 from .errnos import NO_SUCH_THREAD, REFUSED, errno
 from .guards import NAMES, NAMES_OF_MYSQL, at_start, is_mariadb, struck
 from .looking import diagnose, look
@@ -60,7 +60,6 @@ class MySQL:
         self._mode = mode
         self._has_file_of_tls = bool(of_file)
         self.keeps_time: bool = False  # the driver counts for each answer
-        self._is_one_server = is_one_server(parameters.get("host") or "")
         self._sealed = Sealed(parameters)
         self._guards = guards or {}
         # Its parameters tell it apart from others; the secret ones are with the password.
@@ -251,28 +250,12 @@ class MySQL:
             if driver is None:  # it was lost meanwhile
                 continue
             try:
-                apart(partial(self._kill_there, driver))
+                apart(partial(_kill_there, driver.thread_id()))
             except Exception as error:  # noqa: BLE001  # a server at its limit takes nobody
                 if errno(error) != NO_SUCH_THREAD:
                     logger.info("A connection is shut, for it could not be ended: %r", error)
                     if (descriptor := self.descriptor(driver)) is not None:
                         shut(descriptor)  # the server sees it as soon as it reads from there
-
-    def _kill_there(self, driver: Any, connection: Connection) -> None:
-        """End a connection, if it is this server's.
-
-        Raises:
-            LookupError: it is not: a name may lead to several.
-        """
-        number = driver.thread_id()
-        if not self._is_one_server:
-            port = port_of(self.descriptor(driver))
-            place = connection.exec_driver_sql(
-                f"SELECT host FROM information_schema.processlist WHERE id = {number}"  # noqa: S608
-            ).scalar()
-            if place is None or not place.endswith(f":{port}"):
-                raise LookupError(f"no connection {number} of port {port} is there")
-        connection.exec_driver_sql(f"KILL {number}")
 
     def interrupt(self, driver: Any) -> None:
         """End the connection on the server, and what it runs."""
@@ -290,7 +273,8 @@ class MySQL:
         descriptor = self.descriptor(driver)
         if descriptor is not None and descriptor >= 0:
             # Not for reading: whoever waits for the server to let go would see our own end.
-            shut(descriptor, socket.SHUT_WR)
+            with suppress(OSError):  # it was shut, for the server could not be asked to end it
+                shut(descriptor, socket.SHUT_WR)
         if isinstance(loop, asyncio.BaseEventLoop):
             # asyncio closes its socket in a callback that this loop will never run: run it here.
             loop.call_soon = _run_unless_it_resumes_a_task  # type: ignore[method-assign,assignment]
@@ -316,6 +300,10 @@ class MySQL:
 
     def dispose(self) -> None:
         """There is nothing to remove."""
+
+
+def _kill_there(number: int, connection: Connection) -> None:
+    connection.exec_driver_sql(f"KILL {number}")
 
 
 def _is_pymysql(driver: Any) -> bool:

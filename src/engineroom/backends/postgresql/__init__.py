@@ -32,7 +32,7 @@ from .. import (
     choose_driver,
     refuse_unknown_driver,
 )
-from ..sockets import is_one_place, is_one_server, port_of, shut
+from ..sockets import is_one_place, port_of, shut
 from . import leavings, lost, pipelining, readers, undeclared
 from .beginning import has_sent, tell_what_is_sent
 from .cancelling import BREAK_OFF_LIMIT, request_cancel
@@ -91,7 +91,7 @@ class PostgreSQL:
             make_context(parameters)  # says now what cannot be read, for all drivers
         places = parameters.get("hostaddr") or parameters.get("host", "")
         self.keeps_time: bool = all(map(is_one_place, places.split(",")))
-        self._is_one_server = is_one_server(places)
+        self._has_many_hosts = "," in places
         self._sealed = Sealed(parameters)
         self._guards = guards  # those that a session of the server begins with
         self._pipeline = pipeline
@@ -322,35 +322,47 @@ class PostgreSQL:
     ) -> None:
         """End the backends: every role may do that with its own.
 
-        Those that are not found where one is asked, and all of a server at its limit, are cancelled
-        where they are, which takes no connection.
+        Of several servers the wrong one may be asked, which may have a backend of the same number,
+        but hardly of the same client. Those that are not found there, and all of a server at its
+        limit, are cancelled where they are, which takes no connection.
         """
         drivers: list[Any] = [connection.driver_connection for connection in connections]
-        # Another server may have a backend of the same number, but hardly of the same client. One
-        # that is the only one need not know the client by our port: a proxy may be between.
-        port = "0" if self._is_one_server else "greatest(client_port, 0)"
         left = {
-            (backend_pid(one), 0 if self._is_one_server else port_of(self.descriptor(one))): one
+            (backend_pid(one), self._port_of(one)): one
             for one in drivers
+            if one is not None and not self.is_closed(one)
         }
-        wanted = ", ".join(map(str, left))  # of numbers: safe
+        wanted = " OR ".join(  # of numbers: safe
+            f"pid = {pid}" + (f" AND client_port = {port}" if port else "") for pid, port in left
+        )
 
         def terminate(connection: Connection) -> None:
             ended = connection.exec_driver_sql(
-                f"SELECT pid, {port}, pg_terminate_backend(pid) FROM pg_stat_activity"  # noqa: S608
-                f" WHERE (pid, {port}) IN ({wanted})"
+                "SELECT pid, client_port, pg_terminate_backend(pid)"  # noqa: S608
+                f" FROM pg_stat_activity WHERE {wanted}"
             )
-            for pid, client, _ in ended.all():
-                left.pop((pid, client), None)
+            for pid, port, _ in ended.all():
+                left.pop((pid, port), None)
+                left.pop((pid, 0), None)
 
         try:
-            apart(terminate)
+            if left:
+                apart(terminate)
         except Exception as error:  # noqa: BLE001
             logger.info("Backends are cancelled, for none could be asked to end them: %r", error)
-        silent_from = time.monotonic() + BREAK_OFF_LIMIT
+        asks = True
         for driver in left.values():
+            began = time.monotonic()
             with suppress(Exception):
-                self.stop(driver, is_abandoned, asks=time.monotonic() < silent_from)
+                self.stop(driver, is_abandoned, asks=asks)
+            asks = asks and time.monotonic() - began < BREAK_OFF_LIMIT  # or it is silent
+
+    def _port_of(self, driver: Any) -> int:
+        """Return by which port a server knows who its client is; 0 where that need not be known.
+
+        Or is not: uvloop closes the sockets with the loop.
+        """
+        return port_of(self.descriptor(driver)) if self._has_many_hosts else 0
 
     def stop(self, driver: Any, is_abandoned: bool, *, asks: bool = True) -> None:
         """Stop what a connection runs, and close it, without another one that could end it.

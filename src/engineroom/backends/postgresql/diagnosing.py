@@ -126,9 +126,10 @@ def _said(state: str | None) -> Diagnosis | None:
 
 def _not_reached(error: BaseException, place: str) -> Diagnosis:
     if isinstance(error, socket.gaierror):
+        names = " or ".join(one.rpartition(":")[0] for one in place.split(", "))
         return Diagnosis(
             True,
-            f"the name {place.rpartition(':')[0]} does not resolve",
+            f"the name {names} does not resolve",
             "See that it is spelled right; that of a container is known once it runs.",
             is_reached=False,
         )
