@@ -23,7 +23,7 @@ from .secrecy import chain, is_ours
 # As asyncpg writes it: the value, cut after forty characters, and why.
 ASYNCPGS = re.compile(r"invalid input for query argument \$\d+(?: in element #\d+ of .*?)?: ")
 VALUE_AND_WHY = re.compile(r"(?P<value>.*) \((?P<why>.*)\)\Z", re.DOTALL)
-TELLING = 8  # characters of a text by which it is known where no quotes are around it
+TELLING = 4  # characters of a text by which it is known where no quotes are around it
 CUT = 38  # and after which some errors cut it
 PLAIN = (str, bytes, bytearray, Number, date, time, timedelta, UUID, Enum)
 HOLDERS = (dict, list, tuple, set, frozenset, deque)

@@ -362,7 +362,9 @@ class PostgreSQL:
 
         Or is not: uvloop closes the sockets with the loop.
         """
-        return port_of(self.descriptor(driver)) if self._has_many_hosts else 0
+        with suppress(OSError):
+            return port_of(self.descriptor(driver)) if self._has_many_hosts else 0
+        return 0
 
     def stop(self, driver: Any, is_abandoned: bool, *, asks: bool = True) -> None:
         """Stop what a connection runs, and close it, without another one that could end it.
