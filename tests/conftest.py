@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    subprocess.Popen = unsaid.Listening  # type: ignore[misc]
+    subprocess.Popen = unsaid.Listening  # type: ignore[misc]  # whoever starts one is heard
     for name, level in unsaid.LEVELS.items():
         logging.getLogger(name).setLevel(level)
     config.addinivalue_line("markers", "both_loops: run the test on asyncio's loop and on uvloop")
@@ -85,7 +85,7 @@ def anyio_backend() -> tuple[str, dict[str, Any]]:
 def pg18() -> Iterator[PostgresServer]:
     """PostgreSQL 18, one for the run."""
     with postgres(18) as server:
-        unsaid.KNOWN[server.password] = f"The password of {server!r}"
+        unsaid.learn(server.url())
         yield server
 
 
@@ -93,7 +93,7 @@ def pg18() -> Iterator[PostgresServer]:
 def pg16() -> Iterator[PostgresServer]:
     """PostgreSQL 16, one for the run."""
     with postgres(16) as server:
-        unsaid.KNOWN[server.password] = f"The password of {server!r}"
+        unsaid.learn(server.url())
         yield server
 
 
@@ -110,7 +110,7 @@ def mariadb() -> Iterator[MariaServer]:
     if find_mariadbd() is None:
         pytest.skip("did not run: there is no mariadbd here. `make servers`, as root, installs it")
     with MariaServer() as server:
-        unsaid.KNOWN[server.password] = f"The password of {server!r}"
+        unsaid.learn(server.url())
         yield server
 
 

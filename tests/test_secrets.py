@@ -670,15 +670,14 @@ def test_asyncios_debug_mode_shows_no_secret(
     driver: str, kind: str, pg18: PostgresServer, log: Callable[[], str]
 ) -> None:
     """It prints what a task or a future came to that took long."""
-    known = f"{OF_CALLABLE}"
 
     async def coroutine() -> str:
         time.sleep(0.15)  # as somebody's client does that blocks
-        return known
+        return OF_CALLABLE
 
     def function() -> str:
         time.sleep(0.15)
-        return known
+        return OF_CALLABLE
 
     url = wrong_url(pg18.url(driver=driver)).replace(f":{IN_URL}", "")
     password: Any = coroutine if kind == "coroutine" else function

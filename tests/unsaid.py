@@ -63,6 +63,7 @@ def look_through_errors() -> None:
             refuse(said)
         return leave(self, kind, error, traceback)
 
+    # No hook of pytest is told of an error that a test expects.
     pytest.RaisesExc.__exit__ = look_and_leave  # type: ignore[method-assign]
 
 

@@ -63,7 +63,7 @@ class Credentials:
                 raise _late(name, left) from TimeoutError()
             if (error := answer.exception()) is not None:
                 raise _raised(name, error) from error
-            value = answer.result()
+            value = answer.result().reveal()
             if inspect.iscoroutine(value):
                 value.close()
                 raise _not_here(name)
@@ -118,7 +118,7 @@ async def _answer(name: str, function: Callable[[], Any]) -> Sealed[str]:
 
 
 async def _from_thread(function: Callable[[], Any]) -> Any:
-    answer = in_thread(lambda: Sealed(function()))
+    answer = in_thread(function)
     try:
         return (await asyncio.wrap_future(answer)).reveal()
     except asyncio.CancelledError:
@@ -126,12 +126,11 @@ async def _from_thread(function: Callable[[], Any]) -> Any:
         raise
 
 
-def _close_unawaited(answer: Future[Any]) -> None:
+def _close_unawaited(answer: Future[Sealed[Any]]) -> None:
     """Part with the coroutine that a plain function has returned, for which nobody waits now."""
     if answer.cancelled() or answer.exception() is not None:
         return
-    value = answer.result()
-    if inspect.iscoroutine(coroutine := value.reveal() if isinstance(value, Sealed) else value):
+    if inspect.iscoroutine(coroutine := answer.result().reveal()):
         coroutine.close()
 
 
@@ -141,14 +140,14 @@ def _hear(asked: asyncio.Future[Any]) -> None:
         asked.exception()
 
 
-def in_thread(function: Callable[[], Any]) -> Future[Any]:
+def in_thread(function: Callable[[], Any]) -> Future[Sealed[Any]]:
     """Call a function in a thread, for which the end of the process does not wait."""
-    answer: Future[Any] = Future()
+    answer: Future[Sealed[Any]] = Future()
 
     def call() -> None:
         if answer.set_running_or_notify_cancel():
             try:
-                answer.set_result(function())
+                answer.set_result(Sealed(function()))
             except (StopIteration, SystemExit) as error:  # no future may have it; no process ends
                 ended = RuntimeError(f"it raised {type(error).__name__}")
                 ended.__cause__ = error

@@ -22,7 +22,7 @@ from .secrecy import chain, is_ours
 
 # As asyncpg writes it: the value, cut after forty characters, and why.
 ASYNCPGS = re.compile(r"invalid input for query argument \$\d+(?: in element #\d+ of .*?)?: ")
-VALUE_AND_WHY = re.compile(r"(?P<value>.*) \((?P<why>.*)\)\Z", re.DOTALL)
+VALUE_AND_WHY = re.compile(r".* \((?P<why>.*)\)\Z", re.DOTALL)
 TELLING = 4  # characters of a text by which it is known where no quotes are around it
 CUT = 38  # and after which some errors cut it
 PLAIN = (str, bytes, bytearray, Number, date, time, timedelta, UUID, Enum)
@@ -67,26 +67,21 @@ def _bound(parameters: object, frames: list[FrameType], *, is_types: bool) -> It
     held = [one for variables in sending for one in variables if isinstance(one, dict)]
     yield from _flat([parameters, *held])
     if is_types and frames and is_ours(frames[-1]):  # of any kind: its text was asked for already
-        yield from (one for one in frames[-1].f_locals.values() if not is_sqlalchemys(one))
+        for one in frames[-1].f_locals.values():
+            if not type(one).__module__.startswith("sqlalchemy"):
+                yield one
 
 
-def _flat(values: Iterable[Any], depth: int = 4) -> Iterator[Any]:
+def _flat(values: Iterable[Any]) -> Iterator[Any]:
     """Yield what has a text of its own, out of whatever holds it."""
-    seen = set[int]()
-    waiting = [(each, depth) for each in values]
+    waiting, seen = [*values], set[int]()
     while waiting:
-        each, levels = waiting.pop()
+        each = waiting.pop()
         if isinstance(each, PLAIN) and not isinstance(each, bool):
             yield each
-        elif isinstance(each, HOLDERS) and levels and id(each) not in seen:
+        elif isinstance(each, HOLDERS) and id(each) not in seen:
             seen.add(id(each))
-            inside = each.values() if isinstance(each, dict) else each
-            waiting += [(one, levels - 1) for one in inside]
-
-
-def is_sqlalchemys(value: object) -> bool:
-    """Whether it is no value."""
-    return type(value).__module__.startswith("sqlalchemy")
+            waiting += each.values() if isinstance(each, dict) else each
 
 
 class Names:

@@ -52,8 +52,11 @@ def address_of(descriptor: int | None) -> str | None:
 
 
 def port_of(descriptor: int | None) -> int:
-    """Return the port at our end, by which the server knows a client; 0 where there is none."""
-    if descriptor is None:
+    """Return the port at our end, by which the server knows a client; 0 where there is none.
+
+    Or where it is not known: uvloop closes the sockets with the loop.
+    """
+    if descriptor is None or descriptor < 0:
         return 0
     with duplicate(descriptor) as same:
         return 0 if same.family == socket.AF_UNIX else int(same.getsockname()[1])

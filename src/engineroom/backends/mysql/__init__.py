@@ -46,6 +46,7 @@ class MySQL:
     """MySQL or MariaDB, spoken to directly."""
 
     has_server = True
+    keeps_time = False  # the drivers count for each answer
 
     def __init__(self, url: URL, guards: Mapping[str, float] | None = None) -> None:
         refuse_unknown_driver(url, DRIVERS)
@@ -59,7 +60,6 @@ class MySQL:
             make_context(parameters, mode)  # says now what cannot be read
         self._mode = mode
         self._has_file_of_tls = bool(of_file)
-        self.keeps_time: bool = False  # the driver counts for each answer
         self._sealed = Sealed(parameters)
         self._guards = guards or {}
         # Its parameters tell it apart from others; the secret ones are with the password.

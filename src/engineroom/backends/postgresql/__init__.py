@@ -328,17 +328,17 @@ class PostgreSQL:
         """
         drivers: list[Any] = [connection.driver_connection for connection in connections]
         left = {
-            (backend_pid(one), self._port_of(one)): one
+            (backend_pid(one), port_of(self.descriptor(one)) if self._has_many_hosts else 0): one
             for one in drivers
             if one is not None and not self.is_closed(one)
         }
-        wanted = " OR ".join(  # of numbers: safe
+        wanted = " OR ".join(
             f"pid = {pid}" + (f" AND client_port = {port}" if port else "") for pid, port in left
         )
 
         def terminate(connection: Connection) -> None:
             ended = connection.exec_driver_sql(
-                "SELECT pid, client_port, pg_terminate_backend(pid)"  # noqa: S608
+                "SELECT pid, client_port, pg_terminate_backend(pid)"  # noqa: S608  # of numbers
                 f" FROM pg_stat_activity WHERE {wanted}"
             )
             for pid, port, _ in ended.all():
@@ -348,7 +348,7 @@ class PostgreSQL:
         try:
             if left:
                 apart(terminate)
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:  # noqa: BLE001  # a server at its limit takes cancel requests
             logger.info("Backends are cancelled, for none could be asked to end them: %r", error)
         asks = True
         for driver in left.values():
@@ -356,15 +356,6 @@ class PostgreSQL:
             with suppress(Exception):
                 self.stop(driver, is_abandoned, asks=asks)
             asks = asks and time.monotonic() - began < BREAK_OFF_LIMIT  # or it is silent
-
-    def _port_of(self, driver: Any) -> int:
-        """Return by which port a server knows who its client is; 0 where that need not be known.
-
-        Or is not: uvloop closes the sockets with the loop.
-        """
-        with suppress(OSError):
-            return port_of(self.descriptor(driver)) if self._has_many_hosts else 0
-        return 0
 
     def stop(self, driver: Any, is_abandoned: bool, *, asks: bool = True) -> None:
         """Stop what a connection runs, and close it, without another one that could end it.

@@ -110,7 +110,7 @@ def diagnose(
         return BAD_CERTIFICATE
     is_systems = isinstance(error, OSError) and not isinstance(error, ssl.SSLError)
     if is_systems and type(error) is not ConnectionError:  # (which is asyncpg's)
-        return _not_reached(error, ", ".join(f"{host}:{port}" for host, port in places(parameters)))
+        return _not_reached(error, *places(parameters))
     is_drivers = type(error).__module__.partition(".")[0] in DRIVERS
     return _ask(str(error), parameters, end) if is_drivers or is_systems else None
 
@@ -124,12 +124,12 @@ def _said(state: str | None) -> Diagnosis | None:
     return BY_STATE.get(state, unknown)
 
 
-def _not_reached(error: BaseException, place: str) -> Diagnosis:
+def _not_reached(error: BaseException, *tried: tuple[str, int]) -> Diagnosis:
+    place = ", ".join(f"{host}:{port}" for host, port in tried)
     if isinstance(error, socket.gaierror):
-        names = " or ".join(one.rpartition(":")[0] for one in place.split(", "))
         return Diagnosis(
             True,
-            f"the name {names} does not resolve",
+            f"the name {' or '.join(host for host, _ in tried)} does not resolve",
             "See that it is spelled right; that of a container is known once it runs.",
             is_reached=False,
         )
@@ -144,7 +144,7 @@ def _not_reached(error: BaseException, place: str) -> Diagnosis:
         )
     return Diagnosis(
         True,
-        f"nothing answers at {place or 'the default place'} ({type(error).__name__})",
+        f"nothing answers at {place} ({type(error).__name__})",
         "See that the server runs, that host and port are its own, and that no firewall is "
         "between.",
         is_reached=False,
@@ -169,7 +169,7 @@ def _ask(said: str, parameters: Mapping[str, str], end: float) -> Diagnosis:
         try:
             state = knock(host, port, end - time.monotonic(), needs_tls=needs_tls)
         except OSError as error:
-            found.append(_not_reached(error, place))
+            found.append(_not_reached(error, (host, port)))
         except NoTLS:
             found.append(NO_TLS)
         except NoPostgreSQL:
