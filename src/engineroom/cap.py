@@ -335,11 +335,12 @@ class Cap(Slots):
         super().recover()
         self.make_room()
 
-    def is_lost(self, permit: Permit) -> bool:
-        """Whether it is nobody's: not an open connection's either, nor one's that is leaving."""
-        stay = stay_of(permit)
-        is_free = permit.owner is GONE and (stay is None or not stay.places)
-        return is_free or super().is_lost(permit)
+    def nobodys(self) -> list[Permit]:
+        """Return the places that are neither a caller's nor an open or a leaving connection's."""
+        stays = ((place, stay_of(place)) for place in self.permits if place.owner is GONE)
+        return super().nobodys() + [
+            place for place, stay in stays if stay is None or not stay.places
+        ]
 
     def offer(self, stay: Stay, place: Place) -> None:
         """Let those who wait have what has come back: in its own pool without connecting."""

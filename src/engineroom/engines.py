@@ -273,6 +273,7 @@ class EngineRoom:
             **options,
         )
         lender.engine = engine
+        lender.is_at_rest = staticmethod(self.backend.tells_rest(engine.dialect.driver))
         self._note_derived(engine)
         note_statements(engine.dialect)
         note_closings(engine.dialect)
@@ -322,8 +323,8 @@ class EngineRoom:
         if connection is None or (permit := permit_of_open(connection)) is None:
             return
         since = permit.statement_since  # of a ROLLBACK, nothing is noted
-        idle, ran = permit.failed_after or (time.monotonic() - since if since else 0.0, 0.0)
-        permit.failed_after = None
+        idle, ran = permit.marks.failed_after or (time.monotonic() - since if since else 0.0, 0.0)
+        permit.mark().failed_after = None
         entry = None if permit.entry is None else permit.entry()
         own = {} if entry is None else entry.guards or {}
         struck = self.backend.struck(error, own, idle, ran, context.is_disconnect)
@@ -474,7 +475,7 @@ class EngineRoom:
         connection = entry.held()
         permit = None if connection is None else permit_of(connection)
         if connection is not None and permit is not None and permit.running:
-            permit.is_interrupted = True
+            permit.mark().is_interrupted = True
             with suppress(Exception):  # it was closed just now
                 self.backend.interrupt(connection.driver_connection)
 

@@ -42,8 +42,6 @@ EXTENSION = "engineroom"  # our key in `app.extensions`, and in `g`
 class ContextScope(FrameworkScope):
     """The session of a request or an app context; an asynchronous view's loop ends with it."""
 
-    __slots__ = ()
-
     def mind_the_loop(self) -> None:
         """Let an asynchronous view pass: its loop serves nobody else."""
         if not has_request_context():

@@ -17,8 +17,6 @@ from .scopes import SessionScope, mind_the_loop, triple
 class FrameworkScope(SessionScope):
     """A session that a framework ends, whichever thread or event loop used it last."""
 
-    __slots__ = ()
-
     def can_end(self) -> bool:
         """Whether somebody may still leave it."""
         return True
@@ -34,14 +32,13 @@ class HandedScope(FrameworkScope):
     It is entered and left on the framework's event loop; statements and its end run in threads.
     """
 
-    __slots__ = ("_reservations",)
+    _reservations: Reservations | None = None
 
     def open(self) -> Session:
         """Open the session; no thread has it yet."""
-        self._reservations: Reservations | None = None
         session = self.__enter__()
-        self.thread: int = 0
-        self.task: asyncio.Task[Any] | None = None
+        self.thread = 0
+        self.task = None
         return session
 
     @property

@@ -44,21 +44,9 @@ REQUEST: ContextVar[Request | None] = ContextVar("engineroom_request", default=N
 class Entry:
     """One scope, from enter to exit: whose it is, which line opened it, since when.
 
-    Scopes inherit from it: what the ledger must know costs no object of its own.
+    Scopes inherit from it: what the ledger must know costs no object of its own. What most never
+    have stands on the class.
     """
-
-    __slots__ = (
-        "__weakref__",
-        "code",
-        "connection",
-        "is_open",
-        "kind",
-        "line",
-        "request",
-        "since",
-        "task",
-        "thread",
-    )
 
     has_greenlets: ClassVar[bool] = False  # each call on what it gives runs in one of its own
 
@@ -66,12 +54,12 @@ class Entry:
     code: CodeType
     line: int
     since: float
-    is_open: bool  # whether it stands in the ledger
-    guards: dict[str, float] | None  # deadlines of the server that are its own
+    is_open: bool = False  # whether it stands in the ledger
+    guards: dict[str, float] | None = None  # deadlines of the server that are its own
     thread: int
     task: asyncio.Task[Any] | None
     request: Request | None  # what it serves, if a framework said so
-    connection: weakref.ref[Any] | None  # what the pool lent to it, once a transaction began
+    connection: weakref.ref[Any] | None = None  # what was lent to it, once a transaction began
 
     @property
     def where(self) -> str:
@@ -184,8 +172,8 @@ class Ledger:
     def __init__(self) -> None:
         self._entries: dict[int, weakref.ref[Entry]] = {}
 
-    def enter(self, entry: Entry) -> None:
-        """Note that the running task or thread entered a scope.
+    def enter(self, entry: Entry) -> asyncio.AbstractEventLoop | None:
+        """Note that the running task or thread entered a scope; return the loop that runs, if any.
 
         Raises:
             AlreadyEntered: it is open.
@@ -195,13 +183,14 @@ class Ledger:
                 f"The {entry.kind} opened at {entry.where} was entered a second time, while "
                 f"{entry.owner} is inside it. Call {entry.kind}() again for another one."
             )
+        loop = asyncio._get_running_loop()
         entry.since = time.monotonic()
         entry.thread = threading.get_ident()
-        entry.task = None if asyncio._get_running_loop() is None else asyncio.current_task()
+        entry.task = None if loop is None else asyncio.current_task(loop)
         entry.request = REQUEST.get()
-        entry.connection = None
         entry.is_open = True
         self._entries[id(entry)] = weakref.ref(entry)
+        return loop
 
     def leave(self, entry: Entry) -> None:
         """Forget a scope."""

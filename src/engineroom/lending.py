@@ -54,6 +54,7 @@ SHORT_PAUSE, LONG_PAUSE = 0.02, 0.5  # seconds before a server that refuses is a
 TRIES = 3  # to replace a connection, where others come back to the pool instead
 CLEAN_LIMIT = 1.5  # seconds; a server that answers takes a millisecond
 LEAST_CONNECT = 0.1  # seconds that connecting has, though waiting took all but that of the time
+RECLAIM_EVERY = 0.05  # seconds, where always somebody waits
 SLACK = 0.01  # seconds by which a timer may be early
 
 # Connections that are being rolled back, and since when: noted around the dialect's own verb.
@@ -118,7 +119,7 @@ class Berth:
         permit, self.permit = self.permit, None
         # (`_reclaim` may have come first, and it be another's.)
         if permit is not None and permit.connection is self.lent:
-            part(permit)
+            LENT.pop(permit.key, None)
         return permit
 
     def note(self, leaving: Leaving, sent: Sent) -> None:
@@ -128,12 +129,6 @@ class Berth:
             self.hooks.append(sent)
         elif leaving > Leaving.CALLED:
             self.left = max(self.left, leaving)
-
-
-def part(permit: Permit) -> None:
-    """Note that the connection that was lent against a permit is no more."""
-    if LENT.get(permit.key) is permit:  # (and not of a proxy that was made where that one was)
-        del LENT[permit.key]
 
 
 def forfeit(connection: PoolProxiedConnection) -> None:
@@ -168,9 +163,15 @@ class Rack(Generic[T]):
 
     def put(self, item: T, block: bool = True, timeout: float | None = None) -> None:
         """Put one back."""
-        if len(self.items) >= self.maxsize:
+        if not self.take_in(item):
             raise Full
+
+    def take_in(self, item: T) -> bool:
+        """Put one back; False if there is no room."""
+        if len(self.items) >= self.maxsize:
+            return False
         self.items.append(item)
+        return True
 
     def qsize(self) -> int:
         """How many lie here."""
@@ -197,7 +198,7 @@ class LiesIdle(CameBack):
 class Sightings:
     """What a pool has seen of its server, and whether it waits for one that refuses."""
 
-    __slots__ = ("is_patient", "refused_since", "silence", "suspicion", "was_reached")
+    __slots__ = ("is_patient", "reclaimed", "refused_since", "silence", "suspicion", "was_reached")
 
     def __init__(self) -> None:
         self.is_patient: bool = True
@@ -205,6 +206,7 @@ class Sightings:
         self.refused_since: float = 0.0  # when the server began to let nobody in; 0: it does
         self.suspicion: float = 0.0  # when a connection was last found dead
         self.silence: float = 0.0  # when one was last asked in vain
+        self.reclaimed: float = 0.0  # when what never came back was last looked for
 
 
 class Opener:
@@ -269,6 +271,7 @@ class Lender(QueuePool):
     cleans_always: ClassVar[bool]  # whatever is seen to be left
     caps: ClassVar[Any]  # returns the limits over several pools that hold now
     engine: ClassVar[Engine]
+    is_at_rest: ClassVar[Any]  # takes a driver's connection: whether it does nothing
     ping_after: ClassVar[float]  # seconds idle; 0: ask the server at every checkout
     spare: ClassVar[int]  # `max_overflow`; SQLAlchemy's own queue is told: no limit (-1)
     end_apart: ClassVar[Any]  # takes connections, and ends over another one what runs on them
@@ -322,26 +325,25 @@ class Lender(QueuePool):
             permit = self.slots.take(owner) or self.wait_for(self.slots)
             permit.since = now = time.monotonic()
             permit.waited += waited
-            connection = None
-            while connection is None:
+            while True:
                 try:
                     connection = super().connect()
                 except CameBack as came:  # it is what the pool lends next
                     came.put_back()
-                    now = time.monotonic()
                 else:
                     known: Any = connection.record_info
                     berth: Berth = known["berth"]
-                    if not self._lives(connection, berth, now):
-                        self._discard(connection)
-                        connection, now = None, time.monotonic()
+                    was_just_here = now - berth.answered < JUST_NOW and self.ping_after
+                    if was_just_here or self._lives(connection, berth, now):
+                        break
+                    self._discard(connection)
+                now = time.monotonic()
             if self.refusal:
                 self._discard(connection)
                 raise ManagerClosed(self.refusal)
             berth.lend(connection, permit)
         except BaseException:
-            for slots in (self.slots, *self.caps()):
-                slots.forsake(owner)
+            self._forsake(owner)
             raise
         if now >= self.next_look:
             self.look_for_slow(now)
@@ -349,6 +351,11 @@ class Lender(QueuePool):
             self.is_filled = True
             self.fill_beside()
         return connection
+
+    def _forsake(self, owner: object) -> None:
+        """Take back what a caller was about to connect with."""
+        for slots in (self.slots, *self.caps()):
+            slots.forsake(owner)
 
     def find_place(self, caps: Sequence[Cap], record: ConnectionPoolEntry) -> Stay:
         """Wait until one more connection may be opened.
@@ -475,8 +482,10 @@ class Lender(QueuePool):
         `tests/test_private_names.py` fails when it goes.
         """
         kept: Any = record.record_info
+        berth: Berth | None = kept.get("berth")
         is_lost = record.dbapi_connection is None  # or detached
-        berth: Berth | None = kept.pop("berth", None) if is_lost else kept.get("berth")
+        if is_lost:
+            kept.pop("berth", None)
         now = time.monotonic()
         if berth is None or (permit := berth.release()) is None:  # it was never lent
             super()._do_return_conn(record)
@@ -484,31 +493,54 @@ class Lender(QueuePool):
                 berth.returned = now
             return
         berth.returned = now
-        berth.answered = permit.answered if permit.failed_after is None else 0.0
+        berth.answered = permit.answered if permit.marks.failed_after is None else 0.0
         try:
             try:
                 if now - permit.since > self.slow_after:
                     self.report_slow(permit, now)
-                if is_lost:
-                    self.is_filled = self.least == 0
-                elif not self.backend.is_at_rest(berth.driver()):
-                    self._end(record)
-                elif (
-                    self.ended
-                    or permit.is_interrupted
+                if (
+                    is_lost
+                    or self.ended
+                    or self.cleans_always
+                    or berth.left
+                    or permit.is_marked
                     or now >= berth.expires
-                    or len(self.rack.items) >= self.rack.maxsize
+                    or not self.is_at_rest(berth.driver())
                 ):
-                    self._close(record)  # SQLAlchemy would, but where it can be interrupted
-                elif berth.left or self.cleans_always:
-                    self._clean(record, berth)
+                    self._look_over(record, berth, permit, now)
             finally:
-                super()._do_return_conn(record)
+                if not self.rack.take_in(record):
+                    self._part_with(record)
         finally:
             if permit.connection is berth.lent:
                 self.slots.give(permit)
             if berth.stay is not None:
                 berth.stay.come_back()
+
+    def _look_over(
+        self, record: ConnectionPoolEntry, berth: Berth, permit: Permit, now: float
+    ) -> None:
+        """See what becomes of a connection that may not go back as it is."""
+        if record.dbapi_connection is None:
+            self.is_filled = self.least == 0
+        elif not self.is_at_rest(berth.driver()):
+            self._end(record)
+        elif (
+            self.ended
+            or permit.marks.is_interrupted
+            or now >= berth.expires
+            or len(self.rack.items) >= self.rack.maxsize
+        ):
+            self._close(record)
+        elif berth.left or self.cleans_always:
+            self._clean(record, berth)
+
+    def _part_with(self, record: ConnectionPoolEntry) -> None:
+        """Close what has no room; SQLAlchemy would, but where that can be interrupted."""
+        try:
+            self._close(record)
+        finally:
+            super()._do_return_conn(record)
 
     def _clean(self, record: ConnectionPoolEntry, berth: Berth) -> None:
         """Have the next one find nothing of what was left; who left it waits for that, not they.
@@ -558,10 +590,12 @@ class Lender(QueuePool):
         A listener that raises at `checkin` keeps SQLAlchemy from returning the connection; and a
         loop may be closed over a task that just connects.
         """
-        for permit in self.slots.held:
-            connection, owner = permit.connection, permit.owner
-            if has_ended(owner) if connection is None else connection() is None:
-                part(permit)
+        self.seen.reclaimed = time.monotonic()
+        for permit in self.slots.permits:  # of those that are nobody's, neither is so
+            connection = permit.connection
+            if has_ended(permit.owner) if connection is None else connection() is None:
+                if LENT.get(permit.key) is permit:  # (and not of a proxy made where that one was)
+                    del LENT[permit.key]
                 self.slots.give(permit)
         self.slots.recover()
 
@@ -572,8 +606,6 @@ class Lender(QueuePool):
             self.backend.watch(berth.driver(), berth.note)  # whatever a connect hook has changed
             return True
         if poll is None:  # it has no socket
-            return True
-        if now - berth.answered < JUST_NOW and self.ping_after:
             return True
         events = GONE if self.backend.is_closed(berth.driver()) else poll(0)
         if events and events[0][1] & HUNG_UP:
@@ -681,7 +713,8 @@ class Lender(QueuePool):
             PoolExhausted: none came free in time.
             PoolDeadlock: none ever will, for every holder waits for another one.
         """
-        self._reclaim()
+        if not slots.waiting or time.monotonic() - self.seen.reclaimed > RECLAIM_EVERY:
+            self._reclaim()
         owner = current_owner()
         bell = bell or self.new_bell()
         ticket = slots.queue(owner, bell.ring, self)
@@ -692,6 +725,8 @@ class Lender(QueuePool):
                 slots.make_room()
                 self._refuse_deadlock(slots, ticket)
                 bell.wait(slots)
+                if ticket.waits:
+                    self._reclaim()
             if self.refusal:
                 raise ManagerClosed(self.refusal)
         except BaseException:
@@ -870,7 +905,7 @@ class Lender(QueuePool):
         whoever waits at a socket that is shut wakes up at once, in a thread and on a loop.
         """
         for permit in self.slots.held:
-            if permit.running and not permit.epitaph:
+            if permit.running and not permit.marks.epitaph:
                 self._cut_if_silent(permit, now)
         for connection, since in list(ROLLING_BACK.items()):
             limit = min(self.answer_within, SETTLE_LIMIT)
@@ -891,7 +926,7 @@ class Lender(QueuePool):
         return True
 
     def _cut_if_silent(self, permit: Permit, now: float) -> None:
-        since, cursor, own = permit.statement_since, permit.cursor, permit.statement_within
+        since, cursor, own = permit.statement_since, permit.cursor, permit.marks.statement_within
         within = self.statement_within if own is None else own
         connection = None if permit.connection is None else permit.connection()
         if connection is None or now - since <= min(
@@ -920,7 +955,7 @@ class Lender(QueuePool):
         def is_still_waiting() -> bool:
             if waits := permit.running and permit.statement_since == since:
                 # All is said before it wakes up.
-                permit.epitaph = (
+                permit.mark().epitaph = (
                     f"The server did not answer {what} within {limit:g} s ({setting}), and the "
                     f"connection was cut.{outcome}"
                 )
@@ -969,8 +1004,8 @@ class Lender(QueuePool):
         """Say once who holds a connection for too long."""
         if permit.owner == self.filler:  # who only fills holds nothing up
             return
-        if not permit.is_reported and (holder := describe(permit, now)) is not None:
-            permit.is_reported = True
+        if not permit.marks.is_reported and (holder := describe(permit, now)) is not None:
+            permit.mark().is_reported = True
             logger.warning(
                 "A connection is held for longer than %g s (DB_SLOW_CHECKOUT), by %s. Do slow work "
                 "outside of the scope, or raise the limit.",

@@ -39,14 +39,12 @@ PROJECT = "pyproject.toml"  # which Alembic reads beside its ini file, or withou
 class SchemaScope(ConnectScope):
     """A connection on which `create_once` begins."""
 
-    __slots__ = ()
     begins = False
 
 
 class AsyncSchemaScope(AsyncConnectScope):
     """A connection on which `create_once` begins."""
 
-    __slots__ = ()
     begins = False
 
 
@@ -193,7 +191,7 @@ def take(
     pause, told = FIRST_PAUSE, False
     lock.set_guards(connection, whole_session=whole_session)
     if (permit := permit_of(connection.connection)) is not None:
-        permit.statement_within = 0.0  # our own deadline as well
+        permit.mark().statement_within = 0.0  # our own deadline as well
     while True:
         taken = lock.try_take(connection, whole_session=whole_session)
         waited = time.monotonic() - started

@@ -67,10 +67,13 @@ class Scope(Entry):
     any order.
     """
 
-    __slots__ = ("_resource", "_room", "_target", "guards", "hooks", "is_rollback_only", "obituary")
-
     side: ClassVar[Side]
     keyword: ClassVar[str]  # what it is entered with
+
+    obituary: str = ""  # why it was ended from outside, once it was
+    hooks: Hooks | None = None  # what is called after its end
+    is_rollback_only: bool = False
+    _resource: Any = None  # while it is open
 
     def __init__(
         self,
@@ -86,14 +89,10 @@ class Scope(Entry):
         self.kind: str = kind
         self.code: CodeType = caller.f_code
         self.line: int = caller.f_lineno
-        self.is_open: bool = False
-        self.obituary: str = ""  # why it was ended from outside, once it was
-        self.guards: dict[str, float] | None = read_guards(guards) if guards else None
-        self.hooks: Hooks | None = None  # what is called after its end
-        self.is_rollback_only: bool = False
-        self._resource: Any = None  # while it is open
         self._room = room
         self._target = (self.side, role, read_only, isolation_level)
+        if guards:
+            self.guards: dict[str, float] | None = read_guards(guards)
 
     def stand_at(self, function: Any) -> None:
         """Take the first line of this function for the caller's: a framework calls for it."""
@@ -110,7 +109,7 @@ class Scope(Entry):
 
     def retire(self, why: str) -> None:
         """End the scope from outside: from now on, using its session raises."""
-        self.obituary = why
+        self.is_rollback_only, self.obituary = True, why
         opened = self._resource
         if isinstance(opened, AsyncSession):
             retire(opened.sync_session, why)
@@ -123,7 +122,7 @@ class Scope(Entry):
         """Set the server's deadlines for the transaction that has begun."""
         guards = self.guards or {}
         if (permit := permit_of(connection.connection)) is not None:
-            permit.statement_within = guards.get("statement_timeout")
+            permit.mark().statement_within = guards.get("statement_timeout")
         self._room.backend.guard(connection, guards)
 
     @property
@@ -131,11 +130,6 @@ class Scope(Entry):
         """Whether each of its statements does, outside of a transaction."""
         _, role, _, isolation_level = self._target
         return role is Role.READER or isolation_level == "AUTOCOMMIT"
-
-    @property
-    def has_nothing_to_commit(self) -> bool:
-        """Whether it is a reader, of whose COMMIT nobody wants to hear."""
-        return self._target[1] is Role.READER and self.hooks is None
 
     def _bind(self) -> Any:
         """Return what the session or connection binds to, if the manager is open."""
@@ -146,9 +140,11 @@ class Scope(Entry):
 
     def _must_fail(self, error: BaseException | None) -> bool:
         """Whether it is to be rolled back; or was, where the error came from its own end."""
-        if error is not None and self.hooks is not None:
+        if error is None:
+            return self.is_rollback_only
+        if self.hooks is not None:
             self.hooks.doubt(error)
-        return error is not None or self.is_rollback_only or bool(self.obituary)
+        return True
 
     def _hide_values(self) -> None:
         """Empty the frames that have the values of a statement, unless echo is on.
@@ -186,7 +182,6 @@ class Scope(Entry):
 class SyncScope(Scope, Generic[R]):
     """A scope of the synchronous side: `with`."""
 
-    __slots__ = ()
     side = Side.SYNC
     keyword = "with"
 
@@ -195,9 +190,11 @@ class SyncScope(Scope, Generic[R]):
 
     def __enter__(self) -> R:
         """Open what the scope gives."""
-        self._room.ledger.enter(self)  # before the question whether the manager is open: it may
-        try:  # just be closing, and waits for all who stand there
-            if asyncio._get_running_loop() is not None:
+        # Before the question whether the manager is open: it may just be closing, and waits for
+        # all who stand there.
+        loop = self._room.ledger.enter(self)
+        try:
+            if loop is not None:
                 self.mind_the_loop()
             if self.request is not None and self.request.is_abandoned:
                 raise SessionClosed(
@@ -218,7 +215,7 @@ class SyncScope(Scope, Generic[R]):
     ) -> None:
         """Commit, or roll back on any exception; then close for good."""
         if self.is_open:
-            self.is_open: bool = False  # at once: nobody else ends it now
+            self.is_open = False  # at once: nobody else ends it now
             failed = True
             overlap: SessionInUse | None = None
             try:
@@ -294,7 +291,6 @@ class SyncScope(Scope, Generic[R]):
 class AsyncScope(Scope, Generic[R]):
     """A scope of the asynchronous side: `async with`."""
 
-    __slots__ = ()
     side = Side.ASYNC
     has_greenlets = True
     keyword = "async with"
@@ -350,8 +346,6 @@ class AsyncScope(Scope, Generic[R]):
 class SessionScope(SyncScope[Session]):
     """A session and its transaction. Nothing is sent before its first statement."""
 
-    __slots__ = ()
-
     def _open(self, engine: Engine) -> Session:
         session = self._room.new_session(engine)
         session._scope = self
@@ -360,8 +354,6 @@ class SessionScope(SyncScope[Session]):
 
 class LooseScope(SessionScope):
     """Stands for a session that its caller ends: whose it is, and which line asked for it."""
-
-    __slots__ = ()
 
     def open(self) -> Session:
         """Open the session; the ledger does not know it."""
@@ -383,8 +375,6 @@ class LooseScope(SessionScope):
 class AsyncSessionScope(AsyncScope[AsyncSession]):
     """A session and its transaction. Nothing is sent before its first statement."""
 
-    __slots__ = ()
-
     def open(self) -> AsyncSession:
         """Open the session, for which nothing has to be awaited."""
         self._room.ledger.enter(self)
@@ -401,24 +391,25 @@ class AsyncSessionScope(AsyncScope[AsyncSession]):
         """Open the session."""
         return self.open()
 
-    async def __aexit__(
+    def __aexit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         traceback: TracebackType | None,
-    ) -> None:
+    ) -> Coroutine[Any, Any, None]:
         """End the scope; a call that another task has not finished is cut off before."""
-        session = self._resource.sync_session if self.is_open else None
-        if session is not None and (task := session._call_in_flight()) is not None:
-            overlap = error or in_use(self, task)
-            try:
-                await settle(cut_off(session, task))
-            finally:
-                await super().__aexit__(type(overlap), overlap, traceback)
-            if error is None:
-                raise overlap
-        else:
-            await super().__aexit__(kind, error, traceback)
+        if self.is_open and (task := self._resource.sync_session._call_in_flight()) is not None:
+            return self._cut_off_task(task, error)
+        return super().__aexit__(kind, error, traceback)
+
+    async def _cut_off_task(self, task: asyncio.Task[Any], error: BaseException | None) -> None:
+        overlap = error or in_use(self, task)
+        try:
+            await settle(cut_off(self._resource.sync_session, task))
+        finally:
+            await super().__aexit__(*triple(overlap))
+        if error is None:
+            raise overlap
 
 
 async def cut_off(session: Guarded, task: asyncio.Task[Any]) -> None:
@@ -438,7 +429,6 @@ def triple(
 class ConnectScope(SyncScope[Connection]):
     """A connection in a transaction, without the ORM."""
 
-    __slots__ = ()
     begins: ClassVar[bool] = True
 
     def _open(self, engine: Engine) -> Connection:
@@ -448,7 +438,6 @@ class ConnectScope(SyncScope[Connection]):
 class AsyncConnectScope(AsyncScope[AsyncConnection]):
     """A connection in a transaction, without the ORM."""
 
-    __slots__ = ()
     begins: ClassVar[bool] = True
 
     async def _open(self, engine: AsyncEngine) -> AsyncConnection:
@@ -489,11 +478,13 @@ def finish(resource: Guarded | Connection, scope: Scope, failed: bool) -> None:
     """
     session = resource if isinstance(resource, Guarded) else None
     ending: Any = resource
+    store = ending.commit
     if session is not None:
         session._ending = True
-        ending = super(Guarded, session)  # nobody else is in it any more: its guards are not asked
-    only_reads = session is not None and scope.has_nothing_to_commit
-    store = ending.flush if only_reads else ending.commit  # which is refused, if there is anything
+        ending = super(Guarded, session)  # nobody else is in it: its guards are not asked
+        # Of a reader's COMMIT nobody wants to hear, unless a hook is to be called.
+        only_reads = scope._target[1] is Role.READER and scope.hooks is None
+        store = ending.flush if only_reads else ending.commit  # refused, if there is anything
     try:
         if resource.in_transaction():
             if failed:

@@ -11,12 +11,24 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 GROW_AFTER = 0.01  # seconds without a return before a connection beyond `pool_size` is opened
 CONNECTS_AT_ONCE = 5  # beyond `pool_size`: a server that is slow to connect gets no more of them
 NO_OPTIONS: Mapping[str, Any] = {}
 RECOVER_AFTER = 1.0  # seconds that a permit was nobody's, before it is taken for lost
+
+
+@dataclass(slots=True)
+class Marks:
+    """What befalls few who hold a permit."""
+
+    statement_within: float | None = None  # seconds that are the scope's own; else the pool's
+    failed_after: tuple[float, float] | None = None  # seconds idle, and run, of the last statement
+    epitaph: str = ""  # why its connection was cut
+    is_reported: bool = False  # held too long, and the log has said so
+    is_interrupted: bool = False  # from outside: what did that may still be on its way
 
 
 class Permit:
@@ -27,18 +39,15 @@ class Permit:
         "connection",
         "cursor",
         "entry",
-        "epitaph",
-        "failed_after",
-        "is_interrupted",
-        "is_reported",
+        "is_marked",
         "key",
+        "marks",
         "options",
         "owner",
         "running",
         "since",
         "statement",
         "statement_since",
-        "statement_within",
         "waited",
     )
 
@@ -57,13 +66,15 @@ class Permit:
         self.options: Mapping[str, Any] = NO_OPTIONS  # its execution options
         self.statement_since: float = 0.0  # when it began; when it ended, if it runs no more
         self.answered: float = 0.0  # when the last statement ended; a COMMIT may send nothing
-        self.statement_within: float | None = None  # seconds; None: the pool's setting
         self.running: bool = False
         self.cursor: Any = None  # what runs the statement; None of COMMIT and ROLLBACK
-        self.epitaph: str = ""  # why its connection was cut, once it was
-        self.failed_after: tuple[float, float] | None = None  # seconds idle, and run, of the last
-        self.is_reported: bool = False  # held too long, and the log has said so
-        self.is_interrupted: bool = False  # from outside: what did that may still be on its way
+        self.marks: Marks = Marks()  # to look at
+        self.is_marked: bool = False
+
+    def mark(self) -> Marks:
+        """Return its marks to write to."""
+        self.is_marked = True
+        return self.marks
 
     @property
     def lent(self) -> Permit:
@@ -227,7 +238,8 @@ class Slots:
         """
         ticket = Ticket(self, owner, wake, lender)
         self._queue.append(ticket)
-        self._hand_out()
+        if self._free:  # one came back just now: who gives back later looks at the queue
+            self._hand_out()
         return ticket
 
     def serve(self, ticket: Ticket, permit: Permit) -> bool:
@@ -263,7 +275,7 @@ class Slots:
 
         For a moment a permit is nobody's whenever it changes hands. So it must have been for long.
         """
-        lost: list[Any] = [one for one in self.permits if self.is_lost(one)]
+        lost: list[Any] = self.nobodys()
         if lost:
             ours = {*self._free, *self._spare}
             lost = [one for one in lost if one not in ours]
@@ -282,19 +294,19 @@ class Slots:
                     self._handing_out = threading.Lock()
                     self._hand_out()
 
-    def is_lost(self, permit: Permit) -> bool:
-        """Whether it is nobody's, who would give it back."""
-        return permit.owner is None
+    def nobodys(self) -> list[Permit]:
+        """Return the permits that are nobody's, who would give them back."""
+        return [permit for permit in self.permits if permit.owner is None]
 
     def give(self, permit: Permit) -> None:
         """Give a permit back, and with it serve whoever waits longest."""
         # `clear()`, written out: every return passes here.
         permit.owner = permit.connection = permit.entry = permit.cursor = None
-        permit.failed_after = permit.statement_within = None
-        permit.waited = permit.since = permit.statement_since = permit.answered = 0.0
-        permit.key = 0
-        permit.statement, permit.options, permit.epitaph = "", NO_OPTIONS, ""
-        permit.running = permit.is_reported = permit.is_interrupted = False
+        permit.since = permit.waited = permit.statement_since = permit.answered = 0.0
+        permit.statement, permit.options = "", NO_OPTIONS
+        permit.running = False
+        if permit.is_marked:
+            permit.is_marked, permit.marks = False, Marks()
         self.came_back = time.monotonic()
         self._free.append(permit)
         if self._queue:

@@ -12,7 +12,7 @@ from sqlalchemy.engine import Dialect, ExecutionContext, RootTransaction
 from sqlalchemy.engine.interfaces import ExecuteStyle
 from sqlalchemy.pool import PoolProxiedConnection
 
-from .ledger import berth_of, permit_of
+from .ledger import LENT, berth_of, permit_of
 from .lending import ROLLING_BACK
 from .slots import NO_OPTIONS
 
@@ -82,14 +82,14 @@ def begin_anew(cursor: Any, context: ExecutionContext, error: Exception) -> bool
 def note_failure(permit: Any, before: float) -> None:
     """Note for how long the connection was idle until the statement that failed, and that ran."""
     began = permit.statement_since
-    permit.failed_after = began - (before or began), time.monotonic() - began
+    permit.mark().failed_after = began - (before or began), time.monotonic() - began
 
 
 def noting(execute: Callable[..., None]) -> Callable[..., None]:
     """Wrap a way to execute."""
 
     def noted(cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
-        permit = permit_of(context.root_connection.connection)
+        permit = LENT.get(id(context.root_connection.connection))  # `permit_of`, written out
         if permit is None:
             return execute(cursor, statement, parameters, context)
         is_first = not permit.statement
@@ -100,8 +100,8 @@ def noting(execute: Callable[..., None]) -> Callable[..., None]:
         try:
             execute(cursor, statement, parameters, context)
         except Exception as error:
-            if permit.epitaph:
-                error.add_note(permit.epitaph)
+            if permit.marks.epitaph:
+                error.add_note(permit.marks.epitaph)
                 raise
             permit.running, permit.cursor = False, None
             if not (is_first and begin_anew(cursor, context, error)):
@@ -159,8 +159,8 @@ class Stream:
         try:
             return ask(*arguments)
         except Exception as error:
-            if permit.epitaph:
-                error.add_note(permit.epitaph)
+            if permit.marks.epitaph:
+                error.add_note(permit.marks.epitaph)
                 with suppress(Exception):  # SQLAlchemy does not, and psycopg would warn of it
                     self._streamed.close()
             raise
@@ -197,7 +197,7 @@ def noting_commit(commit: Callable[[Any], None], dialect: Dialect) -> Callable[[
     """
 
     def noted(connection: Any) -> None:
-        permit = permit_of(connection)
+        permit = LENT.get(id(connection))
         if permit is not None:
             before = permit.statement_since
             permit.statement, permit.statement_since = "COMMIT", time.monotonic()
@@ -206,8 +206,8 @@ def noting_commit(commit: Callable[[Any], None], dialect: Dialect) -> Callable[[
         try:
             commit(connection)
         except BaseException as error:
-            if permit is not None and permit.epitaph and isinstance(error, Exception):
-                error.add_note(permit.epitaph)
+            if permit is not None and permit.marks.epitaph and isinstance(error, Exception):
+                error.add_note(permit.marks.epitaph)
             elif not isinstance(error, dialect.loaded_dbapi.Error):
                 error.add_note(UNKNOWN_OUTCOME)
             elif permit is not None:

@@ -159,8 +159,8 @@ class Backend(Protocol):
     def is_closed(self, driver: Any) -> bool:
         """Whether the driver has closed its socket, whose number may be another's by now."""
 
-    def is_at_rest(self, driver: Any) -> bool:
-        """Whether a connection that comes back does nothing and is in no transaction."""
+    def tells_rest(self, driver: str) -> Callable[[Any], bool]:
+        """Return what tells whether a driver's connection does nothing, in no transaction."""
 
     def ping(self, connection: PoolProxiedConnection, engine: Engine) -> None:
         """Ask the server, in one round trip, whether the connection lives; raise if not."""

@@ -329,9 +329,9 @@ class SQLite:
         """A file has no socket to be closed."""
         return False
 
-    def is_at_rest(self, driver: Any) -> bool:
-        """It is: SQLAlchemy rolls back whatever is open before it returns a connection."""
-        return True
+    def tells_rest(self, driver: str) -> Callable[[Any], bool]:
+        """It rests: SQLAlchemy rolls back whatever is open before it returns a connection."""
+        return lambda opened: True
 
     def ping(self, connection: PoolProxiedConnection, engine: Engine) -> None:
         """A file has no server that could have gone."""

@@ -187,9 +187,9 @@ class MySQL:
             return not driver.open
         return not driver.connected or bool(_transport_of(driver).is_closing())
 
-    def is_at_rest(self, driver: Any) -> bool:
+    def tells_rest(self, driver: str) -> Callable[[Any], bool]:
         """Look at what was noted of its last statement."""
-        return self.is_closed(driver) or bool(driver.rests)
+        return lambda opened: self.is_closed(opened) or bool(opened.rests)
 
     def ping(self, connection: PoolProxiedConnection, engine: Engine) -> None:
         """Ask the server in one round trip."""

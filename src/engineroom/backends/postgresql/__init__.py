@@ -36,6 +36,7 @@ from ..sockets import is_one_place, port_of, shut
 from . import leavings, lost, pipelining, readers, undeclared
 from .beginning import has_sent, tell_what_is_sent
 from .cancelling import BREAK_OFF_LIMIT, request_cancel
+from .describing import describe_when_read
 from .diagnosing import REFUSED, diagnose
 from .finished import sealing
 from .guards import at_start, for_transaction, struck
@@ -238,16 +239,9 @@ class PostgreSQL:
         """Ask the driver: none of them forgets its socket before it knows that it is closed."""
         return is_closed(driver)
 
-    def is_at_rest(self, driver: Any) -> bool:
+    def tells_rest(self, driver: str) -> Callable[[Any], bool]:
         """Ask the driver, which knows what the server said last."""
-        if hasattr(driver, "pgconn"):
-            pgconn = driver.pgconn
-            return pgconn.transaction_status == IDLE and not pgconn.pipeline_status
-        if hasattr(driver, "get_transaction_status"):  # psycopg2
-            return bool(driver.get_transaction_status() == IDLE)
-        if getattr(driver, "with_begin", ""):
-            driver.with_begin = ""  # no BEGIN took it along: it goes with its session
-        return not _has_begun(driver)
+        return {"asyncpg": _rests_asyncpg, "psycopg": _rests_psycopg}.get(driver, _rests_psycopg2)
 
     def ping(self, connection: PoolProxiedConnection, engine: Engine) -> None:
         """Ask the server in one round trip."""
@@ -279,6 +273,7 @@ class PostgreSQL:
         """Have its class, which is ours, tell."""
         leavings.watch(driver, note)
         tell_what_is_sent(driver)
+        describe_when_read(driver)
 
     def clean(self, connection: ConnectionPoolEntry, hooks: Sequence[Sent]) -> None:
         """Clean in one message; each of the hooks' has its own."""
@@ -452,6 +447,21 @@ def _has_begun(driver: Any) -> bool | None:
         return bool(driver.is_in_transaction())
     except AttributeError:
         return None
+
+
+def _rests_asyncpg(opened: Any) -> bool:
+    if getattr(opened, "with_begin", ""):
+        opened.with_begin = ""  # no BEGIN took it along: it goes with its session
+    return not _has_begun(opened)
+
+
+def _rests_psycopg(opened: Any) -> bool:
+    pgconn = opened.pgconn
+    return pgconn.transaction_status == IDLE and not pgconn.pipeline_status
+
+
+def _rests_psycopg2(opened: Any) -> bool:
+    return bool(opened.get_transaction_status() == IDLE)
 
 
 def _rolling_back(rollback: Callable[[Any], None], is_async: bool) -> Callable[[Any], None]:
