@@ -205,6 +205,10 @@ class Ledger:
             elif self._entries.get(key) is reference:
                 self._entries.pop(key, None)
 
+    def __len__(self) -> int:
+        """How many scopes are open; one that was dropped counts until somebody looks."""
+        return len(self._entries)
+
     def __bool__(self) -> bool:
         """Whether there is a scope whose end may be waited for."""
         return any(entry.can_end() for entry in self)
