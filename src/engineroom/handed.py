@@ -37,8 +37,8 @@ class HandedScope(FrameworkScope):
     def open(self) -> Session:
         """Open the session; no thread has it yet."""
         session = self.__enter__()
-        self.thread = 0
-        self.task = None
+        self.thread: int = 0
+        self.task: asyncio.Task[Any] | None = None
         return session
 
     @property

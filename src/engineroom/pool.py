@@ -79,33 +79,31 @@ class ThreadBell:
 
 
 class LoopBell:
-    """A task waits on an event of its loop."""
+    """A task waits on a future of its loop."""
 
     def __init__(self, limit: float, request: object = None) -> None:
         self.limit: float = limit
         self.request: object = request
-        self.event: asyncio.Event = asyncio.Event()
         self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
+        self.rung: asyncio.Future[None] = self.loop.create_future()
 
     def ring(self) -> None:
-        """Set the event."""
+        """End the wait."""
         if asyncio._get_running_loop() is self.loop:
-            self.event.set()
+            self._end_wait()
         else:
-            self.loop.call_soon_threadsafe(self.event.set)
+            self.loop.call_soon_threadsafe(self._end_wait)
+
+    def _end_wait(self) -> None:
+        if not self.rung.done():  # it is cancelled with its task
+            self.rung.set_result(None)
 
     def wait(self, slots: Slots) -> None:
-        """Wait on the event; now and then, see whether the pool should grow."""
+        """Wait on the future; now and then, see whether the pool should grow."""
         for seconds in steps(self.limit, slots):
-            if await_only(self.rings_within(seconds)):
+            rung, _ = await_only(asyncio.wait([self.rung], timeout=seconds))
+            if rung:
                 return
-
-    async def rings_within(self, seconds: float) -> bool:
-        """Wait for so long; whether it rang."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self.event.wait()
-        return self.event.is_set()
 
     def also_stopped(self) -> Iterable[object]:
         """Name the request that waits for its session; the loop goes on."""
@@ -113,16 +111,17 @@ class LoopBell:
 
 
 class ShelfBell(LoopBell):
-    """One timer of the shelf sees to growth, for all who wait there."""
+    """The shelf has one timer for growth, and one for the limit, for all who wait there."""
 
     def __init__(self, shelf: Shelf) -> None:
         super().__init__(shelf.limit)
         self.shelf: Shelf = shelf
 
     def wait(self, slots: Slots) -> None:
-        """Wait on the event."""
+        """Wait on the future."""
         self.shelf.mind_growth(slots)
-        await_only(self.rings_within(self.limit))
+        self.shelf.mind_limit()
+        await_only(self.rung)
 
 
 class Reservations(list[Reservation]):
@@ -300,6 +299,7 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
     _queue_class = Lender._queue_class  # type: ignore[assignment]
 
     _growth: asyncio.TimerHandle | None = None
+    _limit_ends: asyncio.TimerHandle | None = None
     _filling: asyncio.Task[None] | None = None
 
     def __init__(self, creator: Any, *args: Any, **kw: Any) -> None:
@@ -351,7 +351,7 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
             raise
 
     def new_bell(self, seconds: float | None = None) -> LoopBell:
-        """Return an event of the running loop to wait on."""
+        """Return a future of the running loop to wait on."""
         return ShelfBell(self) if seconds is None else LoopBell(seconds)
 
     # -- giving way to others ---------------------------------------------------------------------
@@ -446,6 +446,23 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
         if (lags and not waits_long) or self.slots.grow():
             self._plan_growth(GROW_AFTER)
 
+    def mind_limit(self) -> None:
+        """Have one timer, for all who wait, send away who has waited for too long."""
+        if self._limit_ends is None:
+            self._plan_end(self.limit)
+
+    def _plan_end(self, seconds: float) -> None:
+        self._limit_ends = asyncio.get_running_loop().call_later(seconds, self._end_limit)
+
+    def _end_limit(self) -> None:
+        self._limit_ends = None
+        self._reclaim()
+        for ticket in self.slots.waiters:  # who came first is first
+            if (left := ticket.since + self.limit - time.monotonic()) > 0:
+                self._plan_end(left)
+                break
+            ticket.dismiss()
+
     def open_in_time(self, connect: Callable[[], Any], seconds: float) -> Any:
         """Open a connection; cancel that when the time is over."""
         return await_only(self._open_in_time(connect, seconds))
@@ -537,7 +554,9 @@ class LoopPool(AsyncAdaptedQueuePool):
         SQLAlchemy guards that moment with a lock of one event loop, and there may be several.
         """
         try:
-            turn = self._first.take(current_owner()) or shelf.wait_for(self._first)
+            turn = self._first.take(current_owner()) or shelf.wait_for(
+                self._first, shelf.new_bell(shelf.limit)
+            )
         except PoolDeadlock:
             raise
         except PoolExhausted as error:

@@ -215,7 +215,7 @@ class SyncScope(Scope, Generic[R]):
     ) -> None:
         """Commit, or roll back on any exception; then close for good."""
         if self.is_open:
-            self.is_open = False  # at once: nobody else ends it now
+            self.is_open: bool = False  # at once: nobody else ends it now
             failed = True
             overlap: SessionInUse | None = None
             try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 
 def describe_when_read(driver: Any) -> None:
@@ -70,7 +70,7 @@ class Columns(Sequence[Any]):
     def __eq__(self, other: object) -> bool:
         return self._columns == (other._columns if isinstance(other, Columns) else other)
 
-    __hash__ = None  # type: ignore[assignment]  # as a list has none
+    __hash__: ClassVar[None]  # type: ignore[assignment]  # as a list has none
 
     def __repr__(self) -> str:
         return repr(self._columns)
