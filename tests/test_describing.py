@@ -12,7 +12,9 @@ from typing import Any
 import psycopg
 import pytest
 from psycopg.rows import dict_row
+from psycopg.types import TypeInfo
 from scenario import Item, Model
+from sqlalchemy import event, text
 from sqlalchemy.orm import Session
 
 from engineroom import DatabaseSessionManager
@@ -79,8 +81,9 @@ def test_nothing_is_written_down_of_what_is_known(run: Callable[..., Any]) -> No
     assert run(watched) == []
 
 
+@pytest.mark.parametrize("late", [True, False])
 def test_it_says_what_psycopg_says_whenever_it_is_read(
-    run: Callable[..., Any], postgres_url: str
+    run: Callable[..., Any], postgres_url: str, late: bool
 ) -> None:
     with psycopg.connect(postgres_url) as plain:
         expected = plain.execute(KINDS).description
@@ -89,12 +92,15 @@ def test_it_says_what_psycopg_says_whenever_it_is_read(
 
     def compare(db: Session) -> None:
         with db.connection().connection.cursor() as cursor:
+            if late:  # as those are that SQLAlchemy asks for itself
+                getattr(cursor, "_cursor", cursor).describes_late = True
             assert cursor.description is None
             cursor.execute("SELECT")
             assert cursor.description == nothing == []
             cursor.execute(KINDS)
             at_once, later, closed = (cursor.description for _ in range(3))
             assert said(at_once) == said(expected)
+            assert (type(at_once) is list) == (not late)
             assert len(later) == len(expected)
             cursor.execute("SELECT 2 AS two")
             assert said(later) == said(expected)
@@ -139,3 +145,47 @@ def test_a_cursor_that_describes_by_itself_is_left_alone(postgres_url: str) -> N
         cursor.execute("SELECT 1")
         assert cursor.description == ["mine"]
     manager.sync.close()
+
+
+def test_what_a_cursor_knows_of_types_is_said(run: Callable[..., Any], postgres_url: str) -> None:
+    with psycopg.connect(postgres_url) as plain:
+        plain.execute("CREATE TYPE mood AS ENUM ('well')")
+        info = TypeInfo.fetch(plain, "mood")
+        assert info is not None
+
+    def register(context: Any) -> None:
+        cursor = getattr(context.cursor, "_cursor", context.cursor)
+        info.register(cursor)
+
+    def work(db: Session) -> list[str]:
+        def before(*arguments: Any) -> None:
+            register(arguments[4])
+
+        event.listen(db.get_bind(), "before_cursor_execute", before)
+        said: list[str] = []
+        event.listen(
+            db.get_bind(),
+            "after_cursor_execute",
+            lambda *arguments: said.append(arguments[1].description[0].type_display),
+        )
+        db.execute(text("SELECT 'well'::mood"))
+        return said
+
+    assert run(work) == ["mood"]
+
+
+def test_a_cursor_class_that_wants_its_row_factory_is_used_as_it_is(
+    run: Callable[..., Any],
+) -> None:
+    def work(db: Session) -> list[str]:
+        driver: Any = db.connection().connection.driver_connection
+        base = driver.cursor_factory
+
+        class Own(base):  # type: ignore[misc]
+            def __init__(self, connection: Any, *, row_factory: Any) -> None:
+                super().__init__(connection, row_factory=row_factory)
+
+        driver.cursor_factory = Own
+        return list(db.execute(text("SELECT 1 AS one, 2 AS two")).keys())
+
+    assert run(work) == ["one", "two"]

@@ -16,7 +16,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -960,5 +960,36 @@ def test_a_hook_that_raises_at_the_end_of_a_failed_scope_costs_no_connection(
             assert await one(manager) == 1
             del error
         await manager.close()
+
+    asyncio.run(main())
+
+
+def test_whoever_comes_next_finds_what_another_has_lost(driver_url: str) -> None:
+    """Though somebody has looked just before, and waits."""
+    lose = threading.Event()
+
+    def hook(*_: object) -> None:
+        if lose.is_set():
+            lose.clear()
+            raise ZeroDivisionError
+
+    async def main() -> None:
+        manager = DatabaseSessionManager().init(driver_url, **ONE, pool_timeout=20)
+        engine = manager.engine
+        event.listen(engine.sync_engine, "checkin", hook)
+        connection = await engine.connect()
+        driver = (await connection.get_raw_connection()).driver_connection
+        assert driver is not None
+        first = asyncio.create_task(one(manager))
+        while manager.stats().pools[0].waiting == 0:  # nothing announces it
+            await asyncio.sleep(0)
+        lose.set()
+        with suppress(ZeroDivisionError):
+            await connection.close()
+        del connection
+        async with asyncio.timeout(10):
+            assert await asyncio.gather(first, *(one(manager) for _ in range(3))) == [1] * 4
+        await manager.close()
+        await driver.close()
 
     asyncio.run(main())

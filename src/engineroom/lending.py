@@ -54,7 +54,7 @@ SHORT_PAUSE, LONG_PAUSE = 0.02, 0.5  # seconds before a server that refuses is a
 TRIES = 3  # to replace a connection, where others come back to the pool instead
 CLEAN_LIMIT = 1.5  # seconds; a server that answers takes a millisecond
 LEAST_CONNECT = 0.1  # seconds that connecting has, though waiting took all but that of the time
-RECLAIM_EVERY = 0.05  # seconds, where always somebody waits
+RECOVER_EVERY = 0.05  # seconds, where always somebody waits
 SLACK = 0.01  # seconds by which a timer may be early
 
 # Connections that are being rolled back, and since when: noted around the dialect's own verb.
@@ -198,7 +198,7 @@ class LiesIdle(CameBack):
 class Sightings:
     """What a pool has seen of its server, and whether it waits for one that refuses."""
 
-    __slots__ = ("is_patient", "reclaimed", "refused_since", "silence", "suspicion", "was_reached")
+    __slots__ = ("is_patient", "recovered", "refused_since", "silence", "suspicion", "was_reached")
 
     def __init__(self) -> None:
         self.is_patient: bool = True
@@ -206,7 +206,7 @@ class Sightings:
         self.refused_since: float = 0.0  # when the server began to let nobody in; 0: it does
         self.suspicion: float = 0.0  # when a connection was last found dead
         self.silence: float = 0.0  # when one was last asked in vain
-        self.reclaimed: float = 0.0  # when what never came back was last looked for
+        self.recovered: float = 0.0  # when it was last looked for what interruptions have lost
 
 
 class Opener:
@@ -590,14 +590,17 @@ class Lender(QueuePool):
         A listener that raises at `checkin` keeps SQLAlchemy from returning the connection; and a
         loop may be closed over a task that just connects.
         """
-        self.seen.reclaimed = time.monotonic()
-        for permit in self.slots.permits:  # of those that are nobody's, neither is so
-            connection = permit.connection
-            if has_ended(permit.owner) if connection is None else connection() is None:
+        for permit in self.slots.permits:
+            connection, owner = permit.connection, permit.owner
+            if owner is None:
+                continue
+            if has_ended(owner) if connection is None else connection() is None:
                 if LENT.get(permit.key) is permit:  # (and not of a proxy made where that one was)
                     del LENT[permit.key]
                 self.slots.give(permit)
-        self.slots.recover()
+        if (now := time.monotonic()) - self.seen.recovered > RECOVER_EVERY:
+            self.seen.recovered = now
+            self.slots.recover()
 
     def _lives(self, connection: PoolProxiedConnection, berth: Berth, now: float) -> bool:
         """Look at a connection: its socket first, which costs nothing; the server when in doubt."""
@@ -713,8 +716,7 @@ class Lender(QueuePool):
             PoolExhausted: none came free in time.
             PoolDeadlock: none ever will, for every holder waits for another one.
         """
-        if not slots.waiting or time.monotonic() - self.seen.reclaimed > RECLAIM_EVERY:
-            self._reclaim()
+        self._reclaim()
         owner = current_owner()
         bell = bell or self.new_bell()
         ticket = slots.queue(owner, bell.ring, self)

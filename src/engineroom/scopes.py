@@ -22,7 +22,7 @@ from sqlalchemy.exc import ResourceClosedError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import PoolProxiedConnection
-from sqlalchemy.util import await_only, greenlet_spawn
+from sqlalchemy.util import greenlet_spawn
 
 from .backends import Role, Side
 from .cancellation import settle
@@ -391,7 +391,7 @@ class AsyncSessionScope(AsyncScope[AsyncSession]):
         """Open the session; where others are open, the tasks that are ready go on first.
 
         They mostly do the same, and find it in the processor's caches where one does it right after
-        another. COMMIT makes such a pause by itself, and a reader's end another one.
+        another.
         """
         if len(self._room.ledger) > 0:
             await asyncio.sleep(0)
@@ -490,7 +490,7 @@ def finish(resource: Guarded | Connection, scope: Scope, failed: bool) -> None:
         ending = super(Guarded, session)  # nobody else is in it: its guards are not asked
         # Of a reader's COMMIT nobody wants to hear, unless a hook is to be called.
         only_reads = scope._target[1] is Role.READER and scope.hooks is None
-        store = partial(end_reading, scope, ending) if only_reads else ending.commit
+        store = ending.flush if only_reads else ending.commit  # refused, if there is anything
     try:
         if resource.in_transaction():
             if failed:
@@ -518,13 +518,6 @@ def finish(resource: Guarded | Connection, scope: Scope, failed: bool) -> None:
                 forfeit(held)
             if session is not None and session._last_seen is not None:
                 recall(session)
-
-
-def end_reading(scope: Scope, ending: Any) -> None:
-    """Refuse what is to be written, if anything is; the tasks that are ready go on first."""
-    if scope.has_greenlets and len(scope._room.ledger) > 1:
-        await_only(asyncio.sleep(0))
-    ending.flush()
 
 
 async def settle_quietly(finishing: Coroutine[Any, Any, None]) -> None:

@@ -36,7 +36,7 @@ from ..sockets import is_one_place, port_of, shut
 from . import leavings, lost, pipelining, readers, undeclared
 from .beginning import has_sent, tell_what_is_sent
 from .cancelling import BREAK_OFF_LIMIT, request_cancel
-from .describing import describe_when_read
+from .describing import asking_late, describe_when_read
 from .diagnosing import REFUSED, diagnose
 from .finished import sealing
 from .guards import at_start, for_transaction, struck
@@ -180,6 +180,7 @@ class PostgreSQL:
         dialect: Any = engine.dialect
         if dialect.driver == "psycopg":
             dialect.do_rollback = _rolling_back(dialect.do_rollback, dialect.is_async)
+            dialect.execution_ctx_cls = asking_late(dialect.execution_ctx_cls, dialect.is_async)
             dialect.connect = sealing(dialect.connect)
             if not dialect.is_async:
                 watch_broken_off(engine)
