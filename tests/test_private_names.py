@@ -214,7 +214,7 @@ def test_what_the_hot_path_asks_python_finds_without_a_search(postgres_url: str)
             loops: Any = manager.engine.pool
             (shelf,) = loops.shelves.values()
             assert len(vars(shelf)) <= 30
-            assert {"_growth", "_filling"} <= vars(shelf).keys()  # that come and go
+            assert {"timers", "_filling"} <= vars(shelf).keys()  # that come and go
             connection = await session.connection()
             assert not vars(await connection.get_raw_connection())
 

@@ -293,19 +293,28 @@ class Partings:
         self.tasks: set[asyncio.Task[None]] = set()  # (a loop holds its tasks weakly)
 
 
+class Timers:
+    """One each, for all who wait at a shelf."""
+
+    __slots__ = ("growth", "limit")
+
+    def __init__(self) -> None:
+        self.growth: asyncio.TimerHandle | None = None  # sees whether the pool should grow
+        self.limit: asyncio.TimerHandle | None = None  # sends away who has waited for too long
+
+
 class Shelf(AsyncAdaptedQueuePool, Lender):
     """The connections of one event loop: a task waits for its permit on an event."""
 
     _queue_class = Lender._queue_class  # type: ignore[assignment]
 
-    _growth: asyncio.TimerHandle | None = None
-    _limit_ends: asyncio.TimerHandle | None = None
     _filling: asyncio.Task[None] | None = None
 
     def __init__(self, creator: Any, *args: Any, **kw: Any) -> None:
         super().__init__(creator, *args, **kw)
         self.home: Home = Home()
         self.partings: Partings = Partings()
+        self.timers: Timers = Timers()
 
     def end_here(self) -> None:
         """Close what is idle, and from now on whatever comes back."""
@@ -429,17 +438,17 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
 
     def mind_growth(self, slots: Slots) -> None:
         """Have one timer, for all who wait, see whether the pool should grow."""
-        if self._growth is None and slots.may_grow:
+        if self.timers.growth is None and slots.may_grow:
             self._plan_growth(min(GROW_AFTER, self.limit / 4))
 
     def _plan_growth(self, seconds: float) -> None:
-        self._growth = asyncio.get_running_loop().call_later(seconds, self._grow)
+        self.timers.growth = asyncio.get_running_loop().call_later(seconds, self._grow)
 
     def _grow(self) -> None:
         """Grow, unless the loop lags: what came back has not been seen yet, and more to do will
         not make it faster.
         """
-        due, self._growth = cast(asyncio.TimerHandle, self._growth).when(), None
+        due, self.timers.growth = cast(asyncio.TimerHandle, self.timers.growth).when(), None
         lags = asyncio.get_running_loop().time() - due > GROW_AFTER / 2
         first = next(iter(self.slots.waiters), None)
         waits_long = first is not None and time.monotonic() - first.since > GROW_ANYWAY
@@ -448,14 +457,14 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
 
     def mind_limit(self) -> None:
         """Have one timer, for all who wait, send away who has waited for too long."""
-        if self._limit_ends is None:
+        if self.timers.limit is None:
             self._plan_end(self.limit)
 
     def _plan_end(self, seconds: float) -> None:
-        self._limit_ends = asyncio.get_running_loop().call_later(seconds, self._end_limit)
+        self.timers.limit = asyncio.get_running_loop().call_later(seconds, self._end_limit)
 
     def _end_limit(self) -> None:
-        self._limit_ends = None
+        self.timers.limit = None
         self._reclaim()
         for ticket in self.slots.waiters:  # who came first is first
             if (left := ticket.since + self.limit - time.monotonic()) > 0:
