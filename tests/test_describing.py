@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from types import FrameType
 from typing import Any
 
@@ -91,7 +91,7 @@ def test_it_says_what_psycopg_says_whenever_it_is_read(
         nothing = plain.execute("SELECT").description
 
     def compare(db: Session) -> None:
-        with db.connection().connection.cursor() as cursor:
+        with closing(db.connection().connection.cursor()) as cursor:
             if late:  # as those are that SQLAlchemy asks for itself
                 getattr(cursor, "_cursor", cursor).describes_late = True
             assert cursor.description is None
