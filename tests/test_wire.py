@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from scenario import Item, Model
@@ -29,16 +30,22 @@ def sync_url(request: pytest.FixtureRequest, pg18: PostgresServer, database: str
     return pg18.url(database, request.param)
 
 
+QUIET: dict[str, Any] = {"metadata": Model.metadata, "pool_ping_after": 60, "pipeline": "off"}
+
+
 @pytest.fixture
 def manager(proxy: WireProxy, async_url: str) -> DatabaseSessionManager:
-    """A manager behind the proxy; no connection idles long enough to be asked."""
+    """A manager behind the proxy; no connection idles long enough to be asked.
+
+    On a machine that is busy the server may look far, and BEGIN would travel along.
+    """
     manager = DatabaseSessionManager()
-    return manager.init(proxy.url(async_url), metadata=Model.metadata, pool_ping_after=60)
+    return manager.init(proxy.url(async_url), **QUIET)
 
 
 @pytest.fixture
 def database_(proxy: WireProxy, sync_url: str) -> Iterator[Database]:
-    with Database(proxy.url(sync_url), metadata=Model.metadata, pool_ping_after=60) as database:
+    with Database(proxy.url(sync_url), **QUIET) as database:
         database.create_all()
         with database.session() as db:
             db.add(Item(id=1, value=7))
