@@ -1183,7 +1183,7 @@ def test_three_round_trips_write_and_one_reads(
     postgres_tables: str, proxy: WireProxy, driver: str
 ) -> None:
     url = proxy.url(postgres_tables.replace("postgresql:", f"postgresql+{driver}:"))
-    app = FastAPI(lifespan=lifespan(url=url, pool_ping_after=60))
+    app = FastAPI(lifespan=lifespan(url=url, pool_ping_after=60, pipeline="off"))
 
     @app.post("/write")
     async def write(db: AsyncSessionDep) -> None:
