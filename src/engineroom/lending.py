@@ -590,10 +590,8 @@ class Lender(QueuePool):
         A listener that raises at `checkin` keeps SQLAlchemy from returning the connection; and a
         loop may be closed over a task that just connects.
         """
-        for permit in self.slots.permits:
+        for permit in self.slots.held:
             connection, owner = permit.connection, permit.owner
-            if owner is None:
-                continue
             if has_ended(owner) if connection is None else connection() is None:
                 if LENT.get(permit.key) is permit:  # (and not of a proxy made where that one was)
                     del LENT[permit.key]

@@ -304,7 +304,7 @@ class Slots:
         permit.owner = permit.connection = permit.entry = permit.cursor = None
         permit.since = permit.waited = permit.statement_since = permit.answered = 0.0
         permit.statement, permit.options = "", NO_OPTIONS
-        permit.running = False
+        permit.running, permit.key = False, 0
         if permit.is_marked:
             permit.is_marked, permit.marks = False, Marks()
         self.came_back = time.monotonic()
