@@ -185,7 +185,7 @@ class Bench:
     # --- Counting. --------------------------------------------------------------------------------
 
     def _count(self, crew: list[Worker]) -> None:
-        """Count the round trips of each unit on the wire, and the Python functions it calls."""
+        """Count the round trips of each unit on the wire, and the instructions it executes."""
         units = 6
         for worker in crew:
             entry = worker.entry
@@ -198,13 +198,15 @@ class Bench:
                         proxy.reset()
                         worker.ask("run", units=units - 1)  # and one before it begins
                         trips = proxy.round_trips / units
-                        calls = worker.ask("calls", units=units // 2)
+                        instructions = worker.ask("instructions", units=2 * units)
                         worker.ask("close")
                     except Unable as reason:
                         self.remarks[entry.group, entry.name, unit] = str(reason)
                         continue
                 where = {"group": entry.group, "contender": entry.name, "unit": unit}
-                self.results["counts"].append({**where, "trips": trips, "calls": round(calls)})
+                self.results["counts"].append({**where, "trips": trips})
+                if instructions is not None:
+                    self.results["counts"][-1]["instructions"] = round(instructions)
 
     # --- Speed. -----------------------------------------------------------------------------------
 

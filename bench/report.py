@@ -67,7 +67,7 @@ def page(results: Results) -> Iterator[str]:
                 speed(results, group, unit, tasks),
             )
     yield from section("Client CPU beside SQLAlchemy tuned by hand", pairs(results))
-    yield from section("Python functions called by a unit", counts(results, "calls"))
+    yield from section("Python's instructions executed by a unit", counts(results, "instructions"))
     yield from section("A process's first query, and memory", cold(results))
     yield from section("How a pool grows", growth(results))
     yield from section("Twice the capacity", overload(results))
@@ -196,9 +196,12 @@ def behind(results: Results, ours: set[str]) -> Iterator[str]:
 
 def counts(results: Results, what: str) -> Iterator[str]:
     """Lay a count out: a row for each contender, a column for each unit."""
-    units = list(dict.fromkeys(each["unit"] for each in results["counts"]))
+    counted = [each for each in results["counts"] if what in each]
+    if not counted:
+        return  # Python before 3.12 tells nobody
+    units = list(dict.fromkeys(each["unit"] for each in counted))
     rows: dict[tuple[str, str], dict[str, str]] = {}
-    for each in results["counts"]:
+    for each in counted:
         row = rows.setdefault((each["group"], each["contender"]), {})
         row[each["unit"]] = f"{each[what]:g}"
     yield from table(
