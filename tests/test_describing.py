@@ -181,7 +181,7 @@ def test_a_cursor_class_that_wants_its_row_factory_is_used_as_it_is(
         driver: Any = db.connection().connection.driver_connection
         base = driver.cursor_factory
 
-        class Own(base):  # type: ignore[misc]
+        class Own(base):  # type: ignore[misc]  # a parameter is its base
             def __init__(self, connection: Any, *, row_factory: Any) -> None:
                 super().__init__(connection, row_factory=row_factory)
 

@@ -28,7 +28,7 @@ FOREIGN = {
 }
 # Modules that importing engineroom adds to SQLAlchemy's and pydantic-settings': its own, which are
 # one for each floor and its package, and what they need of the standard library.
-OWN_MODULES = 31
+OWN_MODULES = 32
 OTHER_MODULES = 5
 
 
@@ -86,6 +86,33 @@ def test_importing_brings_little_beside_its_dependencies() -> None:
     assert 1 < len(own) <= OWN_MODULES
     assert len(more - own) <= OTHER_MODULES, sorted(more - own)
     assert "engineroom.testing" not in own
+
+
+WITHOUT = """
+import sys
+
+class Missing:
+    def find_spec(self, name, *_):
+        if name == {extra!r}:
+            raise ModuleNotFoundError(name=name)
+
+sys.meta_path.insert(0, Missing())
+import engineroom.{extra}
+"""
+
+
+@pytest.mark.parametrize("extra", ["alembic", "celery", "fastapi", "flask", "litestar"])
+def test_who_imports_an_integration_without_its_framework_is_told_the_extra(extra: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT.format(extra=extra)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr.splitlines()[-1] == (
+        f"ModuleNotFoundError: engineroom.{extra} is imported, but {extra} is not installed: pip "
+        f'install "engineroom[{extra}]".'
+    )
 
 
 def seconds(statement: str) -> float:

@@ -15,8 +15,6 @@ from logging.config import fileConfig
 from pathlib import Path
 from typing import Any, Self
 
-from alembic import command, context
-from alembic.config import Config
 from sqlalchemy import MetaData
 from sqlalchemy.engine import URL, Connection
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -24,10 +22,15 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from .backends import POOLER, Role, Side, find_schema_lock
 from .database import Database
 from .errors import DriverNotInstalled, InvalidOption, NoDatabaseURL, NoMigrations
+from .extras import brought_by
 from .manager import DatabaseSessionManager
 from .models import Base
 from .schema import Revisions, find_ini, locked, read_config, read_option, refuse_unknown
 from .secrecy import Sealed
+
+with brought_by("alembic", "engineroom.alembic is imported"):
+    from alembic import command, context
+    from alembic.config import Config
 from .settings import read_settings
 from .urls import in_full, read_url
 

@@ -13,7 +13,6 @@ import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-from celery.backends.database.session import ResultModelBase
 from sqlalchemy import Column, inspect
 from sqlalchemy.engine import Connection, Dialect, Engine
 from sqlalchemy.exc import DBAPIError
@@ -24,9 +23,13 @@ from sqlalchemy.schema import CreateColumn
 from . import schema
 from .backends import find_schema_lock
 from .errors import SchemaMismatch
+from .extras import brought_by
 from .hooks import Callback, register
 from .registry import SessionManager
 from .urls import masked
+
+with brought_by("celery", "engineroom.celery is imported"):
+    from celery.backends.database.session import ResultModelBase
 
 if TYPE_CHECKING:
 

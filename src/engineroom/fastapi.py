@@ -7,12 +7,10 @@ import inspect
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
-from traceback import walk_stack
+from itertools import repeat
+from operator import is_
 from typing import Annotated, Any, TypeVar
 
-from fastapi import Depends, HTTPException, WebSocket
-from fastapi.requests import HTTPConnection
-from fastapi.websockets import WebSocketState
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
@@ -21,6 +19,7 @@ from .backends import Role
 from .database import Database
 from .errors import NotInitialized, OutsideRequest, PoolExhausted
 from .exchange import deciding_by_status, is_application
+from .extras import brought_by
 from .handed import HandedScope
 from .ledger import REQUEST
 from .lifespans import lifespan
@@ -32,11 +31,16 @@ from .requests import (
     Exit,
     Message,
     end_before_close,
-    request_of,
+    serve_request,
     stand_at_endpoint,
 )
 from .scopes import AsyncSessionScope
 from .sessions import is_open
+
+with brought_by("fastapi", "engineroom.fastapi is imported"):
+    from fastapi import Depends, HTTPException, WebSocket
+    from fastapi.requests import HTTPConnection
+    from fastapi.websockets import WebSocketState
 
 __all__ = [
     "AsyncSessionDep",
@@ -78,9 +82,9 @@ def function_stack(scope: ASGIScope) -> AsyncExitStack | None:
     """
     stack: AsyncExitStack | None = scope.get("fastapi_function_astack")
     called = sys._getframe()
-    for frame, _ in walk_stack(called):
+    while (frame := called.f_back) is not None:
         is_fastapis = frame.f_globals.get("__name__", "").startswith("fastapi.")
-        if is_fastapis and any(value is stack for value in frame.f_locals.values()):
+        if is_fastapis and any(map(is_, frame.f_locals.values(), repeat(stack))):
             return None if is_application(called.f_code) else stack
         called = frame
     return None
@@ -186,7 +190,7 @@ def open_between(
     if exchange is not None:
         exchange.mind_the_end()
     before = REQUEST.get()
-    request_of(connection.scope)
+    serve_request(connection.scope)
     stand_at_endpoint(opening, connection.scope)
     try:
         session = opening.open()
@@ -228,8 +232,9 @@ def enlist(
                 await socket.close(1011)  # internal error; the server would just hang up
             refuse(failure)  # its first statement came with the COMMIT
             raise
-        refuse(error)
-        if error is None and closes and socket is not None:
+        if error is not None:
+            refuse(error)
+        elif closes and socket is not None:
             await socket.send(closes[0])
 
     stack.push_async_exit(end)

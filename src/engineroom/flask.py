@@ -8,12 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Unpack
 from weakref import WeakKeyDictionary
 
-from flask import Flask, Response, current_app, g, has_app_context, has_request_context, request
-from flask.signals import request_started
-from flask.typing import ResponseReturnValue
 from sqlalchemy.engine import URL
 from sqlalchemy.orm import Session
-from werkzeug.exceptions import ServiceUnavailable
 
 from .arguments import mind_manager, mind_policy
 from .database import Database
@@ -26,6 +22,7 @@ from .errors import (
     PoolExhausted,
     SessionClosed,
 )
+from .extras import brought_by
 from .handed import FrameworkScope
 from .ledger import REQUEST, Request
 from .refusals import BUSY, RETRY_AFTER, log_refusal
@@ -33,6 +30,12 @@ from .retiring import ENDED
 from .scopes import triple
 from .secrecy import unseen
 from .settings import Options
+
+with brought_by("flask", "engineroom.flask is imported"):
+    from flask import Flask, Response, current_app, g, has_app_context, has_request_context, request
+    from flask.signals import request_started
+    from flask.typing import ResponseReturnValue
+    from werkzeug.exceptions import ServiceUnavailable
 
 __all__ = ["EngineRoom"]
 

@@ -5,15 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Unpack
 
-from litestar import Request, Response
-from litestar.config.app import AppConfig
-from litestar.di import NamedDependency, Provide
-from litestar.exceptions import ServiceUnavailableException
-from litestar.exceptions.responses import create_exception_response
-from litestar.middleware import DefineMiddleware
-from litestar.plugins import InitPlugin
-from litestar.types import Scope
-from litestar.utils.scope.state import ScopeState
 from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -21,12 +12,24 @@ from .arguments import mind_policy
 from .asgi import DatabaseMiddleware
 from .errors import PoolExhausted
 from .exchange import Exchange
+from .extras import brought_by
 from .lifespans import Lifespan, lifespan
 from .manager import DatabaseSessionManager, session_manager
 from .refusals import BUSY, RETRY_AFTER, log_refusal
-from .requests import EXCHANGE_KEY, ASGIScope, Receive, Send, request_of
+from .requests import EXCHANGE_KEY, ASGIScope, Receive, Send, serve_request
 from .secrecy import unseen
 from .settings import Options
+
+with brought_by("litestar", "engineroom.litestar is imported"):
+    from litestar import Request, Response
+    from litestar.config.app import AppConfig
+    from litestar.di import NamedDependency, Provide
+    from litestar.exceptions import ServiceUnavailableException
+    from litestar.exceptions.responses import create_exception_response
+    from litestar.middleware import DefineMiddleware
+    from litestar.plugins import InitPlugin
+    from litestar.types import Scope
+    from litestar.utils.scope.state import ScopeState
 
 __all__ = ["AsyncSessionDep", "EngineRoomPlugin"]
 
@@ -118,7 +121,7 @@ def passage_key(name: str) -> str:
 
 def refuse(request: Request[Any, Any, Any], error: PoolExhausted) -> Response[Any]:
     """Answer 503: the names are for the log."""
-    request_of(request.scope)  # type: ignore[arg-type]
+    serve_request(request.scope)  # type: ignore[arg-type]
     log_refusal(error)
     headers = {"Retry-After": str(RETRY_AFTER)}
     return create_exception_response(

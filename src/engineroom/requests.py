@@ -33,12 +33,7 @@ class RoutedRequest(Request):
 
     def __str__(self) -> str:
         """Name it: `GET /items/{id}`; by its path before it has found its route."""
-        scope = self.scope
-        if scope is None:
-            return self.name
-        template = getattr(scope.get("route"), "path", None) or scope.get("path_template")
-        path = template or scope.get("path", "")
-        return f"{scope.get('method', 'WEBSOCKET')} {path}"
+        return self.name if self.scope is None else name_of_request(self.scope)
 
     def freeze(self) -> None:
         """Keep the name and let the rest go: the two would keep each other alive."""
@@ -46,14 +41,18 @@ class RoutedRequest(Request):
         self.scope = None
 
 
-def request_of(scope: ASGIScope) -> RoutedRequest:
+def name_of_request(scope: ASGIScope) -> str:
+    """Name a request: `GET /items/{id}`; by its path before it has found its route."""
+    template = getattr(scope.get("route"), "path", None) or scope.get("path_template")
+    return f"{scope.get('method', 'WEBSOCKET')} {template or scope.get('path', '')}"
+
+
+def serve_request(scope: ASGIScope) -> None:
     """Have what is opened from here on know the request that it serves."""
-    request: RoutedRequest | None = scope.get(REQUEST_KEY)
+    request: Request | None = scope.get(REQUEST_KEY)
     if request is None:
-        request = scope[REQUEST_KEY] = RoutedRequest(scope)
-        request.freeze()
+        request = scope[REQUEST_KEY] = Request(name_of_request(scope))
     REQUEST.set(request)
-    return request
 
 
 def stand_at_endpoint(opening: Scope, scope: ASGIScope) -> None:

@@ -19,6 +19,7 @@ from sqlalchemy.util import await_only
 
 from .backends import SchemaLock, find_schema_lock
 from .errors import InvalidOption, SchemaLocked, SchemaMismatch
+from .extras import brought_by
 from .ledger import permit_of
 from .scopes import AsyncConnectScope, ConnectScope
 from .settings import DatabaseSettings
@@ -340,14 +341,8 @@ def read_revisions(ini: Path) -> Revisions:
     Raises:
         ModuleNotFoundError: Alembic is not installed.
     """
-    try:
+    with brought_by("alembic", f"{ini} says that migrations make the tables"):
         from alembic.script import ScriptDirectory
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"{ini} says that migrations make the tables, but Alembic is not installed: pip "
-            'install "engineroom[alembic]".',
-            name=error.name,
-        ) from None
     config = read_config(ini)
     table = read_option(config, "version_table") or "alembic_version"
     schema = read_option(config, "version_table_schema")

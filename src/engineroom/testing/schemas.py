@@ -14,6 +14,7 @@ from sqlalchemy.engine import make_url
 
 from engineroom.database import Database
 from engineroom.errors import DriverNotInstalled, TemplateUnusable
+from engineroom.extras import brought_by
 from engineroom.manager import DatabaseSessionManager
 from engineroom.schema import missing_tables
 from engineroom.secrecy import unseen
@@ -51,16 +52,10 @@ def migrate(url: str, ini: Path, metadata: MetaData) -> None:
         ModuleNotFoundError: Alembic is not installed.
         TemplateUnusable: tables are missing.
     """
-    try:
+    with brought_by("alembic", f"{ini} says that migrations make the tables"):
         from alembic import command
 
         from engineroom.alembic import config_for, same_logging
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"{ini} says that migrations make the tables, but Alembic is not installed: pip "
-            "install alembic, or have the fixture db_prepare make them.",
-            name=error.name,
-        ) from None
     config = config_for(ini, make_url(url))
     with chdir(ini.parent), database_url(url), same_logging():
         command.upgrade(config, "heads")
