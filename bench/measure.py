@@ -198,7 +198,7 @@ class Bench:
                         proxy.reset()
                         worker.ask("run", units=units - 1)  # and one before it begins
                         trips = proxy.round_trips / units
-                        instructions = worker.ask("instructions", units=2 * units)
+                        instructions = worker.ask("instructions", units=units // 3)
                         worker.ask("close")
                     except Unable as reason:
                         self.remarks[entry.group, entry.name, unit] = str(reason)
