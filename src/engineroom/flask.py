@@ -191,7 +191,8 @@ class EngineRoom:
     def _begin_request(self, app: Flask, **signal: Any) -> None:
         """Have what is opened from here on know the request that it serves."""
         current_visit()
-        REQUEST.set(Request(f"{request.method} {request.url_rule or request.path}"))
+        now: Any = request._get_current_object()  # type: ignore[attr-defined]
+        REQUEST.set(Request(f"{now.method} {now.url_rule or now.path}"))
 
     def _after_request(self, response: Response) -> Response:
         """Commit or roll back; a failure is handled as if the view had raised it."""
@@ -236,9 +237,18 @@ def current_visit() -> Visit:
 
     In Flask 3.1 an app context that was pushed by hand serves the requests of a test client in it.
     """
-    visits: WeakKeyDictionary[Any, Visit] = g.setdefault(EXTENSION, WeakKeyDictionary())
-    whose: Any = request if has_request_context() else g
-    return visits.setdefault(whose._get_current_object(), Visit())
+    # What the proxies stand for: each name that is looked up by one costs as much as all of this.
+    whose: Any = (context := g._get_current_object())
+    if has_request_context():
+        whose = request._get_current_object()  # type: ignore[attr-defined]
+    visits: WeakKeyDictionary[Any, Visit] | None = context.get(EXTENSION)
+    if visits is None:
+        visits = WeakKeyDictionary()
+        setattr(context, EXTENSION, visits)
+    visit = visits.get(whose)
+    if visit is None:
+        visit = visits[whose] = Visit()
+    return visit
 
 
 def current_view() -> Callable[..., Any] | None:
