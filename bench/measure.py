@@ -25,7 +25,6 @@ POOL = {"pool_size": 10, "max_overflow": 0, "pool_timeout": 30}
 GROWING = {"pool_size": 5, "max_overflow": 45, "pool_timeout": 30}
 HURRIED = {"pool_size": 10, "max_overflow": 0, "pool_timeout": 1}
 COUNTED = ("empty", "get", "update", "insert", "list", "request")
-CONNECTIONS, MANAGERS = 100, 50  # over which the memory of one is taken
 CALLERS = 50  # of a burst
 PACKAGES = ["sqlalchemy", "asyncpg", "psycopg", "fastapi", "starlette", "flask", "greenlet"]
 
@@ -56,6 +55,10 @@ class Plan:
     bursts: int
     overload: float
     """Seconds of twice the capacity."""
+    connections: int = 100
+    """Over which the memory of one is taken."""
+    managers: int = 50
+    """The same."""
     names: tuple[str, ...] = ()
     """Of the contenders; without any, all of them."""
 
@@ -166,12 +169,12 @@ class Bench:
         entry, url = worker.entry, self.url(worker.entry.group)
         cold = self._cold.setdefault((entry.group, entry.name), defaultdict(list))
         cold["first"].append(first)
-        many = {**POOL, "pool_size": CONNECTIONS}
+        many = {**POOL, "pool_size": self.plan.connections}
         self._open(worker, "hold", url, pool=many)
         worker.ask("connection_memory", number=1)
-        cold["connection"].append(worker.ask("connection_memory", number=CONNECTIONS))
+        cold["connection"].append(worker.ask("connection_memory", number=self.plan.connections))
         worker.ask("close")
-        if managed := worker.ask("manager_memory", url=url, pool=POOL, number=MANAGERS):
+        if managed := worker.ask("manager_memory", url=url, pool=POOL, number=self.plan.managers):
             cold["manager"].append(managed)
         if text := remark(entry):
             self.remarks[entry.group, entry.name, "python"] = text.strip(" ()")

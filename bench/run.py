@@ -88,6 +88,8 @@ TINY = Plan(
     places=(("asyncpg", "asyncio", "get", 1),),
     bursts=1,
     overload=1,
+    connections=10,
+    managers=5,
     names=(BASELINE, BY_HAND, SESSION, READER),
 )
 

@@ -230,7 +230,7 @@ class Work:
                 self.make_venv()
             UNFINISHED.touch()
             extras = ",".join(pyproject()["project"]["optional-dependencies"])
-            command: list[str | Path] = [PYTHON, "-m", "pip", "install", "--quiet"]
+            command: list[str | Path] = [PYTHON, "-m", "pip", "install", "--quiet", "--no-compile"]
             command += ["--editable", f".[{extras}]"]
             command += [word for group in groups for word in ("--group", group)]
             self.step(f"installing engineroom[{extras}] with {', '.join(groups)}", *command)
