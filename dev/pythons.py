@@ -51,7 +51,10 @@ def pyenv_folders() -> list[Path]:
         root = subprocess.run([pyenv, "root"], capture_output=True, text=True, check=True).stdout
     else:
         return []
-    folders = Path(root.strip(), "versions").glob("3.*/bin")
+    try:
+        folders = list(Path(root.strip(), "versions").glob("3.*/bin"))
+    except PermissionError:  # another user's, whose environment we have inherited
+        return []
     return sorted(folders, key=lambda f: [int(n) for n in re.findall(r"\d+", f.parent.name)])[::-1]
 
 
