@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import operator
+import pickle
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -189,3 +192,22 @@ def test_a_cursor_class_that_wants_its_row_factory_is_used_as_it_is(
         return list(db.execute(text("SELECT 1 AS one, 2 AS two")).keys())
 
     assert run(work) == ["one", "two"]
+
+
+def test_what_takes_a_list_takes_it(run: Callable[..., Any]) -> None:
+    def work(db: Session) -> list[Any]:
+        said: list[Any] = []
+        event.listen(
+            db.get_bind(),
+            "after_cursor_execute",
+            lambda *arguments: said.append(arguments[1].description),
+        )
+        for _ in range(3):
+            db.execute(text("SELECT 1 AS one, 2 AS two"))
+        return said
+
+    first, second, third = run(work)
+    more = operator.add([*second], operator.add(third, second))
+    assert [column.name for column in more] == ["one", "two"] * 3
+    assert [column.name for column in pickle.loads(pickle.dumps(first))] == ["one", "two"]
+    assert copy.copy(third) == [*third]

@@ -686,20 +686,30 @@ def test_a_dependency_called_where_nothing_would_end_its_session(tables: str, op
     @app.get("/dependency")
     async def dependency(db: Any = Depends(by_hand)) -> None: ...
 
+    async def late(request: Request) -> AsyncIterator[None]:
+        yield
+        await by_hand(request)
+
+    @app.get("/after", dependencies=[Depends(late)])  # the response
+    async def after() -> None: ...
+
+    @app.get("/between", dependencies=[Depends(late, scope="function")])  # endpoint and response
+    async def between() -> None: ...
+
     if options is not None:
         app.add_middleware(DatabaseMiddleware, **options)
-    elsewhere = ("/handler", "/middleware", "/background", "/stream", "/task")
+    elsewhere = ("/handler", "/middleware", "/background", "/stream", "/task", "/after")
     with served(app) as base, calling(base) as client:
         for count, path in enumerate(elsewhere, 1):
             assert client.get(path).status_code == 200, path
             until(lambda: len(told), lambda told, count=count: told == count)
             assert "[outside-request]" in told[-1], path
             assert "async with session_manager.session()" in told[-1]
-        for path in ("/endpoint", "/dependency"):
+        for path in ("/endpoint", "/dependency", "/between"):
             assert client.get(path).status_code == 200
         assert session_manager.stats().scopes == ()
     assert len(told) == len(elsewhere)
-    assert names(tables) == ["/endpoint", "/dependency"]
+    assert names(tables) == ["/endpoint", "/dependency", "/between"]
 
 
 class TimeLimit:

@@ -711,6 +711,29 @@ def test_a_request_that_raises_inside_an_app_context_ends_at_once(
         assert (shop.stats().scopes, lent(shop)) == ((), 0)
 
 
+def test_a_teardown_function_that_fails_leaves_no_request_behind(
+    app: Flask, db: EngineRoom, shop: Database
+) -> None:
+    """Flask calls ours last, and then not at all; only the end of the context is left."""
+    app.logger.disabled = True
+
+    @app.post("/items")
+    def create() -> str:
+        add(db)
+        return "created"
+
+    @app.teardown_request
+    def fail(error: BaseException | None) -> None:
+        raise ZeroDivisionError
+
+    with app.app_context():
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError):
+                app.test_client().post("/items")
+    assert REQUEST.get() is None
+    assert (shop.stats().scopes, lent(shop)) == ((), 0)
+
+
 def test_callbacks_at_the_end_of_a_context_get_no_session_that_nobody_ends(
     app: Flask, db: EngineRoom, shop: Database
 ) -> None:

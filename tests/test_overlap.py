@@ -240,6 +240,25 @@ def test_a_task_that_was_forgotten_fails_its_scope(on: Any) -> None:
 
 
 @every_driver_and_loop
+@pytest.mark.parametrize("wrap", [asyncio.create_task, asyncio.shield, asyncio.gather])
+def test_a_scope_that_is_left_in_another_task_looks_when_that_runs(on: Any, wrap: Any) -> None:
+    """And not already when the end is asked for: a task that is ready goes on before."""
+
+    async def work(manager: DatabaseSessionManager) -> None:
+        scope = manager.session()
+        db = await scope.__aenter__()
+        await db.execute(insert(Item).values(id=1))
+        other = asyncio.create_task(db.execute(endless(manager)))
+        with pytest.raises(SessionInUse, match="in the middle of a call"):
+            await wrap(scope.__aexit__(None, None, None))
+        await asyncio.wait([other])
+        assert other.cancelled()
+        assert await stored(manager) == []
+
+    on(work)
+
+
+@every_driver_and_loop
 def test_the_bodys_own_exception_says_more_than_a_forgotten_task(on: Any) -> None:
     async def work(manager: DatabaseSessionManager) -> None:
         mine = ValueError("mine")

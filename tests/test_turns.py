@@ -70,3 +70,20 @@ async def test_a_reader_that_ends_does_not(driver_url: str) -> None:
         assert not noted.went_on
         with pytest.raises(SessionClosed):
             await late
+
+
+async def test_close_waits_for_those_that_let_others_go_on(driver_url: str) -> None:
+    async with opened(driver_url) as manager:
+        done: list[int] = []
+
+        async def unit(number: int) -> None:
+            async with manager.session() as db:
+                await db.execute(text("SELECT 1"))
+            done.append(number)
+
+        async with manager.session():
+            units = [asyncio.create_task(unit(number)) for number in range(3)]
+            closing = asyncio.create_task(manager.close())
+            await asyncio.sleep(0.01)
+        await asyncio.gather(*units, closing)
+        assert sorted(done) == [0, 1, 2]

@@ -56,6 +56,8 @@ __all__ = [
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+CLOSING = AsyncExitStack.__aexit__.__code__
+
 
 class PoolUnavailable(PoolExhausted, HTTPException):
     """`PoolExhausted` in a request: 503 with `Retry-After`, unless the app handles the former."""
@@ -77,7 +79,8 @@ def function_stack(scope: ASGIScope) -> AsyncExitStack | None:
 
     A private name: nothing public comes at that moment for a dependency that several spellings
     share. FastAPI leaves it there once it is closed, and then it would end nothing any more. It is
-    open while the function that has it is among the callers, and is not sending the response.
+    open while the function that has it is among the callers, and has not come to the response, nor
+    to closing the stack around it (of dependencies that end after the response).
     `tests/test_private_names.py` fails when this goes.
     """
     stack: AsyncExitStack | None = scope.get("fastapi_function_astack")
@@ -85,7 +88,10 @@ def function_stack(scope: ASGIScope) -> AsyncExitStack | None:
     while (frame := called.f_back) is not None:
         is_fastapis = frame.f_globals.get("__name__", "").startswith("fastapi.")
         if is_fastapis and any(map(is_, frame.f_locals.values(), repeat(stack))):
-            return None if is_application(called.f_code) else stack
+            is_past = is_application(called.f_code) or (
+                called.f_code is CLOSING and called.f_locals["self"] is not stack
+            )
+            return None if is_past else stack
         called = frame
     return None
 

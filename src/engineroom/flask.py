@@ -51,7 +51,7 @@ class ContextScope(FrameworkScope):
             super().mind_the_loop()
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Visit:
     """What one request, or an app context without one, does with the database."""
 
@@ -68,6 +68,14 @@ class Visit:
                 scope.__exit__(*triple(error))
             finally:
                 self.session = None  # only now, for callbacks would get another one
+
+
+class Visits:
+    """Those of one app context."""
+
+    def __init__(self) -> None:
+        self.known: WeakKeyDictionary[Any, Visit] = WeakKeyDictionary()  # by the request, or by `g`
+        self.open: dict[Visit, None] = {}
 
 
 class EngineRoom:
@@ -220,16 +228,20 @@ class EngineRoom:
 
     def _teardown_request(self, error: BaseException | None) -> None:
         """Roll back what an exception left."""
-        visit = current_visit()
-        REQUEST.set(visit.named_before)
-        with suppress(SessionClosed):  # by `close()`: nothing is left to do
-            visit.end(error)
+        self._end_visit(current_visit(), error)
 
     def _teardown_appcontext(self, error: BaseException | None) -> None:
         """Roll back what was not committed."""
-        for visit in g.get(EXTENSION, {}).values():
-            with suppress(SessionClosed):
-                visit.end(error)
+        visits: Visits | None = g.get(EXTENSION)
+        if visits is not None:
+            for visit in [*visits.open][::-1]:  # of requests, where another teardown has failed
+                self._end_visit(visit, error)
+
+    def _end_visit(self, visit: Visit, error: BaseException | None) -> None:
+        REQUEST.set(visit.named_before)
+        with suppress(SessionClosed):  # by `close()`: nothing is left to do
+            visit.end(error)
+        g.get(EXTENSION).open.pop(visit, None)
 
 
 def current_visit() -> Visit:
@@ -238,16 +250,18 @@ def current_visit() -> Visit:
     In Flask 3.1 an app context that was pushed by hand serves the requests of a test client in it.
     """
     # What the proxies stand for: each name that is looked up by one costs as much as all of this.
-    whose: Any = (context := g._get_current_object())
+    context = g._get_current_object()
+    whose: Any = context
     if has_request_context():
         whose = request._get_current_object()  # type: ignore[attr-defined]
-    visits: WeakKeyDictionary[Any, Visit] | None = context.get(EXTENSION)
+    visits: Visits | None = context.get(EXTENSION)
     if visits is None:
-        visits = WeakKeyDictionary()
+        visits = Visits()
         setattr(context, EXTENSION, visits)
-    visit = visits.get(whose)
+    visit = visits.known.get(whose)
     if visit is None:
-        visit = visits[whose] = Visit()
+        visit = visits.known[whose] = Visit()
+        visits.open[visit] = None
     return visit
 
 

@@ -314,15 +314,16 @@ class AsyncScope(Scope, Generic[R]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Commit, or roll back on any exception, cancellation included; then close for good."""
+        """Commit, or roll back on any exception, cancellation included; then close for good.
+
+        A call that another task has not finished is cut off before.
+        """
         if self.is_open:
-            failed = self._must_fail(error)
+            task = self.task_inside()
+            overlap = None if task is None else in_use(self, task)
+            failed = self._must_fail(error or overlap)
             try:
-                finishing = self._resource.run_sync(finish, self, failed)
-                if failed:
-                    await settle_quietly(finishing)
-                else:
-                    await finishing
+                await self._finish(failed) if task is None else await self._finish_over(task)
             except BaseException as struck:
                 failed = self._must_fail(struck)
                 raise
@@ -332,8 +333,29 @@ class AsyncScope(Scope, Generic[R]):
                     self._hide_values()
                 if self.hooks is not None:
                     await self._take_hooks().run_async(failed)
-            if self.obituary and error is None:  # it must not pass for a success
-                raise SessionClosed(self.obituary)
+            if error is None and (overlap or self.obituary):  # it must not pass for a success
+                raise overlap or SessionClosed(self.obituary)
+
+    def task_inside(self) -> asyncio.Task[Any] | None:
+        """Return the task whose call on what it gave has not returned yet."""
+        return None
+
+    def _finish(self, failed: bool) -> Coroutine[Any, Any, None]:
+        finishing = self._resource.run_sync(finish, self, failed)
+        return settle_quietly(finishing) if failed else finishing
+
+    async def _finish_over(self, task: asyncio.Task[Any]) -> None:
+        """Cancel the task that is inside, wait for the end of its call, and roll back."""
+        try:
+            task.cancel("its session came to the end of its scope")
+            await settle(self._left())
+        finally:
+            await self._finish(failed=True)
+
+    async def _left(self) -> None:
+        """Wait until no task is inside."""
+        while self.task_inside() is not None:  # noqa: ASYNC110  # nothing announces it
+            await asyncio.sleep(0.001)
 
     if not TYPE_CHECKING:
 
@@ -393,36 +415,20 @@ class AsyncSessionScope(AsyncScope[AsyncSession]):
         They mostly do the same, and find it in the processor's caches where one does it right after
         another.
         """
-        if len(self._room.ledger) > 0:
-            await asyncio.sleep(0)
-        return self.open()
+        session = self.open()
+        if len(self._room.ledger) > 1:
+            try:
+                await asyncio.sleep(0)
+            except BaseException as error:
+                await self.__aexit__(*triple(error))
+                raise
+        return session
 
-    def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> Coroutine[Any, Any, None]:
-        """End the scope; a call that another task has not finished is cut off before."""
-        if self.is_open and (task := self._resource.sync_session._call_in_flight()) is not None:
-            return self._cut_off_task(task, error)
-        return super().__aexit__(kind, error, traceback)
-
-    async def _cut_off_task(self, task: asyncio.Task[Any], error: BaseException | None) -> None:
-        overlap = error or in_use(self, task)
-        try:
-            await settle(cut_off(self._resource.sync_session, task))
-        finally:
-            await super().__aexit__(*triple(overlap))
-        if error is None:
-            raise overlap
-
-
-async def cut_off(session: Guarded, task: asyncio.Task[Any]) -> None:
-    """Cancel the task whose call runs on a session, and wait for the end of that call."""
-    task.cancel("its session came to the end of its scope")
-    while session._call_in_flight() is not None:  # noqa: ASYNC110  # nothing announces it
-        await asyncio.sleep(0.001)
+    def task_inside(self) -> asyncio.Task[Any] | None:
+        """Return the task whose call on the session has not returned yet."""
+        session: Any = self._resource.sync_session
+        task: asyncio.Task[Any] | None = session._call_in_flight()
+        return task
 
 
 def triple(

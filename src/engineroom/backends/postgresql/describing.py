@@ -92,5 +92,14 @@ class Columns(Sequence[Any]):
 
     __hash__: ClassVar[None]  # type: ignore[assignment]  # as a list has none
 
+    def __add__(self, other: Sequence[Any]) -> list[Any]:
+        return [*self, *other]
+
+    def __radd__(self, other: Sequence[Any]) -> list[Any]:
+        return [*other, *self]
+
+    def __reduce__(self) -> Any:
+        return list, (self._written(),)
+
     def __repr__(self) -> str:
         return repr(self._written())
