@@ -419,8 +419,9 @@ class AsyncSessionScope(AsyncScope[AsyncSession]):
         if len(self._room.ledger) > 1:
             try:
                 await asyncio.sleep(0)
-            except BaseException as error:
-                await self.__aexit__(*triple(error))
+            except BaseException:  # nobody has it yet: it has no connection, and nothing to await
+                session.sync_session.close()
+                self._leave()
                 raise
         return session
 
