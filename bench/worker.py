@@ -244,15 +244,16 @@ class Job:
     def instructions(self, units: int) -> float | None:
         """Count the instructions of Python that a unit executes; None before Python 3.12.
 
-        Unlike the CPU that they take, they are as many in each run of the same Python.
+        Unlike the CPU that they take, they are as many in each run of the same Python: of this
+        thread, for what others do beside it is more the longer the counting takes.
         """
         if sys.version_info < (3, 12):
             return None
-        seen, monitoring = 0, sys.monitoring
+        seen, monitoring, here = 0, sys.monitoring, threading.get_ident()
 
         def note(code: object, offset: int) -> None:
             nonlocal seen
-            seen += 1
+            seen += threading.get_ident() == here
 
         monitoring.use_tool_id(monitoring.PROFILER_ID, "bench")
         monitoring.register_callback(monitoring.PROFILER_ID, monitoring.events.INSTRUCTION, note)
