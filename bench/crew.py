@@ -19,6 +19,10 @@ from typing import Any, Self
 from contenders import Entry
 
 BENCH = Path(__file__).resolve().parent
+sys.path.append(str(BENCH.parent / "dev"))
+
+from pythons import pythons  # noqa: E402  # beside us, in no package
+
 CACHE = BENCH.parent / ".cache" / "bench"
 
 
@@ -58,15 +62,13 @@ def interpreter(wants: tuple[int, int]) -> Path:
     """Return this Python, or a newer one of the machine where that is too old, if there is one."""
     if sys.version_info >= wants:
         return Path(sys.executable)
-    kept = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
-    for minor in range(wants[1], wants[1] + 4):
-        name = f"python{wants[0]}.{minor}"
-        places = [shutil.which(name), *kept.glob(f"*/bin/{name}")]
-        for place in filter(None, places):
-            run = subprocess.run([place, "-c", ""], capture_output=True, check=False)
-            if run.returncode == 0:  # a shim may name one that is not there
-                return Path(place)
-    return Path(sys.executable)
+    able = (path for version, path in pythons().items() if numbers(version) >= wants)
+    return next(able, Path(sys.executable))
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """Read a version."""
+    return tuple(map(int, version.split(".")))
 
 
 def remark(entry: Entry) -> str:

@@ -207,9 +207,10 @@ class Bench:
                         self.remarks[entry.group, entry.name, unit] = str(reason)
                         continue
                 where = {"group": entry.group, "contender": entry.name, "unit": unit}
-                self.results["counts"].append({**where, "trips": trips})
+                counted = {**where, "trips": trips}
                 if instructions is not None:
-                    self.results["counts"][-1]["instructions"] = round(instructions)
+                    counted["instructions"] = round(instructions)
+                self.results["counts"].append(counted)
 
     # --- Speed. -----------------------------------------------------------------------------------
 

@@ -255,18 +255,20 @@ class Job:
             nonlocal seen
             seen += threading.get_ident() == here
 
-        monitoring.use_tool_id(monitoring.PROFILER_ID, "bench")
-        monitoring.register_callback(monitoring.PROFILER_ID, monitoring.events.INSTRUCTION, note)
+        tool, instruction = monitoring.PROFILER_ID, monitoring.events.INSTRUCTION
+        monitoring.use_tool_id(tool, "bench")
+        monitoring.register_callback(tool, instruction, note)
         counts = []
-        for number in units, 2 * units:
-            seen = 0
-            monitoring.set_events(monitoring.PROFILER_ID, monitoring.events.INSTRUCTION)
-            try:
+        try:
+            for number in units, 2 * units:
+                seen = 0
+                monitoring.set_events(tool, instruction)
                 self.side.work(self.unit, 1, Stop(number, 0))
-            finally:
-                monitoring.set_events(monitoring.PROFILER_ID, 0)
-            counts.append(seen)
-        monitoring.free_tool_id(monitoring.PROFILER_ID)
+                monitoring.set_events(tool, 0)
+                counts.append(seen)
+        finally:
+            monitoring.set_events(tool, 0)
+            monitoring.free_tool_id(tool)
         return (counts[1] - counts[0]) / units  # without what it costs to begin and to end
 
     def connection_memory(self, number: int) -> float:

@@ -69,6 +69,20 @@ PRELOADED = [  # by the process from which scenarios are forked
 ]
 
 
+# What a process begins with that lacks the modules named in its first argument.
+HIDE = """
+import importlib.util, sys
+hidden = set(sys.argv[1].split(","))
+class Hider:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in hidden:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Hider())
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name in hidden else find_spec(name, *a)
+"""
+
+
 def sample(names: str, first: list[tuple[Any, ...]], *axes: list[Any]) -> pytest.MarkDecorator:
     """Run a test with these each time, and with all other combinations in the long runs."""
     rest = [

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scenario import HIDE
 
 import engineroom
 from engineroom.database import Database
@@ -88,23 +89,10 @@ def test_importing_brings_little_beside_its_dependencies() -> None:
     assert "engineroom.testing" not in own
 
 
-WITHOUT = """
-import sys
-
-class Missing:
-    def find_spec(self, name, *_):
-        if name == {extra!r}:
-            raise ModuleNotFoundError(name=name)
-
-sys.meta_path.insert(0, Missing())
-import engineroom.{extra}
-"""
-
-
 @pytest.mark.parametrize("extra", ["alembic", "celery", "fastapi", "flask", "litestar"])
 def test_who_imports_an_integration_without_its_framework_is_told_the_extra(extra: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT.format(extra=extra)],
+        [sys.executable, "-c", f"{HIDE}import engineroom.{extra}", extra],
         capture_output=True,
         text=True,
         check=False,

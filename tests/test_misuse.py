@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scenario import in_threads
+from scenario import HIDE, in_threads
 from sqlalchemy import Column, Integer, MetaData, String, Table, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -152,16 +152,7 @@ def test_an_unsupported_database_is_named_with_the_supported_ones(opens: Any, nu
     assert_teaches(caught.value, errors.InvalidURL, name[0], "postgresql://", "sqlite://")
 
 
-HIDE = """
-import importlib.util, sys
-hidden = set(sys.argv[1].split(","))
-class Hider:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in hidden:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Hider())
-find_spec = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *a: None if name in hidden else find_spec(name, *a)
+OPEN = """
 import asyncio
 from engineroom import Database, DatabaseSessionManager
 async def ask(url):
@@ -183,7 +174,10 @@ else:
 def without(hidden: str, url: str, side: str) -> str:
     """Open a session in an interpreter that lacks some modules, and return what it said."""
     return subprocess.run(
-        [sys.executable, "-c", HIDE, hidden, url, side], capture_output=True, text=True, check=True
+        [sys.executable, "-c", HIDE + OPEN, hidden, url, side],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
 
 

@@ -27,12 +27,12 @@ from .manager import DatabaseSessionManager
 from .models import Base
 from .schema import Revisions, find_ini, locked, read_config, read_option, refuse_unknown
 from .secrecy import Sealed
+from .settings import read_settings
+from .urls import in_full, read_url
 
 with brought_by("alembic", "engineroom.alembic is imported"):
     from alembic import command, context
     from alembic.config import Config
-from .settings import read_settings
-from .urls import in_full, read_url
 
 __all__ = ["run", "upgrade"]
 

@@ -7,8 +7,6 @@ import inspect
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
-from itertools import repeat
-from operator import is_
 from typing import Annotated, Any, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -21,7 +19,7 @@ from .errors import NotInitialized, OutsideRequest, PoolExhausted
 from .exchange import deciding_by_status, is_application
 from .extras import brought_by
 from .handed import HandedScope
-from .ledger import REQUEST
+from .ledger import REQUEST, has
 from .lifespans import lifespan
 from .manager import DatabaseSessionManager, session_manager
 from .refusals import BUSY, RETRY_AFTER, log_refusal, pool_exhausted
@@ -87,7 +85,7 @@ def function_stack(scope: ASGIScope) -> AsyncExitStack | None:
     called = sys._getframe()
     while (frame := called.f_back) is not None:
         is_fastapis = frame.f_globals.get("__name__", "").startswith("fastapi.")
-        if is_fastapis and any(map(is_, frame.f_locals.values(), repeat(stack))):
+        if is_fastapis and has(frame, stack):
             is_past = is_application(called.f_code) or (
                 called.f_code is CLOSING and called.f_locals["self"] is not stack
             )

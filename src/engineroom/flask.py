@@ -171,7 +171,7 @@ class EngineRoom:
                 "body outlives its request's: take database = db.database in the view, and open a "
                 "session in the body: with database.session() as session: …"
             )
-        app = current_app._get_current_object()  # type: ignore[attr-defined]  # a LocalProxy
+        app = behind(current_app)
         if app not in self._databases:
             raise NotInitialized(
                 f"This EngineRoom does not know the application {app.name!r}. Call "
@@ -199,7 +199,7 @@ class EngineRoom:
     def _begin_request(self, app: Flask, **signal: Any) -> None:
         """Have what is opened from here on know the request that it serves."""
         current_visit()
-        now: Any = request._get_current_object()  # type: ignore[attr-defined]
+        now = behind(request)
         REQUEST.set(Request(f"{now.method} {now.url_rule or now.path}"))
 
     def _after_request(self, response: Response) -> Response:
@@ -244,16 +244,18 @@ class EngineRoom:
         g.get(EXTENSION).open.pop(visit, None)
 
 
+def behind(proxy: Any) -> Any:
+    """Return what a proxy of Flask's stands for: each name that is looked up by one is a search."""
+    return proxy._get_current_object()
+
+
 def current_visit() -> Visit:
     """Return the current request's, or the app context's own outside of one.
 
     In Flask 3.1 an app context that was pushed by hand serves the requests of a test client in it.
     """
-    # What the proxies stand for: each name that is looked up by one costs as much as all of this.
-    context = g._get_current_object()
-    whose: Any = context
-    if has_request_context():
-        whose = request._get_current_object()  # type: ignore[attr-defined]
+    context = behind(g)
+    whose = behind(request) if has_request_context() else context
     visits: Visits | None = context.get(EXTENSION)
     if visits is None:
         visits = Visits()

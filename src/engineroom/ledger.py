@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from traceback import walk_stack
 from types import CodeType, FrameType
@@ -321,7 +322,7 @@ def is_known_to_a_thread(opened: object, code: CodeType) -> bool:
 
 def has(frame: FrameType, opened: object) -> bool:
     """Whether `opened` is in a variable of this frame."""
-    return any(value is opened for value in frame.f_locals.values())
+    return any(map(operator.is_, frame.f_locals.values(), repeat(opened)))
 
 
 def applications_line() -> tuple[CodeType, int]:

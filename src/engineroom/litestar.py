@@ -121,7 +121,7 @@ def passage_key(name: str) -> str:
 
 def refuse(request: Request[Any, Any, Any], error: PoolExhausted) -> Response[Any]:
     """Answer 503: the names are for the log."""
-    serve_request(request.scope)  # type: ignore[arg-type]
+    serve_request(request.scope)  # type: ignore[arg-type]  # Litestar has a type of its own
     log_refusal(error)
     headers = {"Retry-After": str(RETRY_AFTER)}
     return create_exception_response(

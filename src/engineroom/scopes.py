@@ -323,7 +323,7 @@ class AsyncScope(Scope, Generic[R]):
             overlap = None if task is None else in_use(self, task)
             failed = self._must_fail(error or overlap)
             try:
-                await self._finish(failed) if task is None else await self._finish_over(task)
+                await (self._finish(failed) if task is None else self._finish_over(task))
             except BaseException as struck:
                 failed = self._must_fail(struck)
                 raise

@@ -52,7 +52,8 @@ def migrate(url: str, ini: Path, metadata: MetaData) -> None:
         ModuleNotFoundError: Alembic is not installed.
         TemplateUnusable: tables are missing.
     """
-    with brought_by("alembic", f"{ini} says that migrations make the tables"):
+    why = f"{ini} says that migrations make the tables, and no fixture db_prepare does"
+    with brought_by("alembic", why):
         from alembic import command
 
         from engineroom.alembic import config_for, same_logging
