@@ -150,8 +150,13 @@ def all_can_be_used(url: str, limit: int) -> bool:
     return True
 
 
-def is_empty(cap: Cap) -> Callable[[], bool]:
-    return lambda: cap.info().open == 0 and cap.waiting == 0
+def until_empty(cap: Cap, deadline: float = 15.0) -> None:
+    def who_is_left() -> list[str]:
+        return [f"{place.owner!r} of {stay_of(place)}" for place in cap.held] + [
+            f"{ticket.owner!r}, who waits" for ticket in cap.waiters
+        ]
+
+    until(who_is_left, lambda left: not left, deadline)
 
 
 # -- never more than the cap ---------------------------------------------------------------------
@@ -212,7 +217,10 @@ def test_sixty_callers_of_ten_engines_share_twenty(
     assert watch.most <= 20
 
 
-def test_loops_in_threads_and_the_sync_side_share_one_cap(driver_url: str, watch: Watch) -> None:
+def test_loops_in_threads_and_the_sync_side_share_one_cap(
+    driver_url: str, watch: Watch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And a loop that ends while its connections give way closes them without a word."""
     managers = opened(driver_url, 3, 5)
 
     async def several() -> None:
@@ -230,8 +238,9 @@ def test_loops_in_threads_and_the_sync_side_share_one_cap(driver_url: str, watch
     cap = cap_of_process()
     for manager in managers:
         manager.sync.close()
-    until(is_empty(cap), bool)
+    until_empty(cap)
     assert watch.most <= 5
+    assert [record for record in caplog.records if record.levelno > logging.INFO] == []
 
 
 @pytest.mark.parametrize("side", ["async", "sync"])
@@ -674,7 +683,7 @@ def test_a_waiter_that_is_cancelled_costs_no_place(driver_url: str) -> None:
         assert cap.waiting == 0
         assert await asyncio.gather(*map(one, managers)) == [1] * 8
         await close_all(managers)
-        await asyncio.to_thread(until, is_empty(cap), bool)
+        await asyncio.to_thread(until_empty, cap)
 
     asyncio.run(main())
     assert all_can_be_used(driver_url, 2)
@@ -693,7 +702,7 @@ def test_a_loop_that_ends_while_a_connection_gives_way_costs_no_place(driver_url
     for step in range(20):
         with suppress(asyncio.CancelledError):
             asyncio.run(leave_early(step * 0.001))
-    until(is_empty(cap_of_process()), bool)
+    until_empty(cap_of_process())
     for manager in managers:
         manager.sync.close()
     assert all_can_be_used(driver_url, 2)
@@ -803,7 +812,7 @@ def struck_at_each_line(url: str, every: int, what: str) -> int:
             assert (cap.info().open, cap.waiting) == (2, 0), f"at line {step}"
         for manager in managers:
             manager.close()
-        until(is_empty(cap), bool)
+        until_empty(cap)
         step += every
     return step
 
@@ -940,7 +949,7 @@ def test_however_a_connection_ends_its_place_is_free(
         cap = cap_of_process()
         until(lambda: cap.info().open - len(backends(url)), lambda lost: lost == 0)
         assert cap.info().open <= 1
-    until(is_empty(cap), bool)
+    until_empty(cap)
     assert all_can_be_used(url, 3)
 
 
@@ -956,7 +965,7 @@ def test_a_place_is_free_though_somebody_keeps_the_drivers_object(
                 await connection.invalidate()
         if way == "close":
             await manager.engine.dispose()
-        await asyncio.to_thread(until, is_empty(cap_of_process()), bool)
+        await asyncio.to_thread(until_empty, cap_of_process())
         assert kept is not None
         await manager.close()
 
@@ -1224,7 +1233,7 @@ class AnyOrder(RuleBasedStateMachine):
             manager.close()
         self.lent = self.detached = []
         gc.collect()
-        until(is_empty(self.cap), bool, 5)
+        until_empty(self.cap, 5)
         self.folder.cleanup()
 
 

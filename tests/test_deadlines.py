@@ -15,13 +15,14 @@ from queue import SimpleQueue
 from typing import Any
 
 import pytest
-from scenario import Item, Log, Model, fork, run, until
+from scenario import Item, Log, Model, backends, fork, loop_factory, run, until
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from engineroom import Database, DatabaseSessionManager
 from engineroom.deadlines import WATCH
+from engineroom.departures import GONE_LIMIT
 from engineroom.errors import ConnectTimeout
 from engineroom.testing import PostgresServer, WireProxy
 
@@ -395,6 +396,37 @@ def test_a_stopped_server_holds_no_cleaning(pg16: PostgresServer, side: str, dri
     one.unit(ask)
     one.close()
     pg16.drop_database(name)
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+def test_a_stopped_server_holds_no_end_of_a_loop(
+    pg16: PostgresServer, driver: str, loop: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """asyncpg waits for the answer to its farewell, of one connection after the other."""
+    url = pg16.url(pg16.create_database(), driver)
+    manager = DatabaseSessionManager().init(url)
+
+    async def one() -> None:
+        async with manager.session() as db:
+            await db.execute(text("SELECT pg_sleep(0.05)"))
+
+    async def main() -> None:
+        await asyncio.gather(one(), one(), one())
+        pg16.freeze()
+
+    began = time.monotonic()
+    try:
+        with asyncio.Runner(loop_factory=loop_factory(loop)) as runner:
+            runner.run(main())
+            began = time.monotonic()
+        took = time.monotonic() - began
+    finally:
+        pg16.thaw()
+    assert took < GONE_LIMIT + ROOM
+    assert [record for record in caplog.records if record.levelno > logging.INFO] == []
+    manager.sync.close()
+    until(lambda: backends(url), lambda left: left == [])
 
 
 def longest_gap(stop: threading.Event, found: list[float]) -> None:

@@ -6,6 +6,7 @@ A driver's `close()` returns while the server still counts the backend, for some
 from __future__ import annotations
 
 import _thread
+import asyncio
 import logging
 import os
 import socket
@@ -117,6 +118,26 @@ class Farewell:
                 os.close(descriptor)
                 self._descriptors.remove(descriptor)
         return not self._descriptors
+
+    def wait(self) -> None:
+        """Wait until it is over, in a thread."""
+        try:
+            while not self.is_over():
+                time.sleep(LOOK_EVERY)
+        finally:
+            self._leave()
+
+    async def answered(self) -> None:
+        """Wait until it is over, in an event loop."""
+        try:
+            while not self.is_over():  # noqa: ASYNC110  # a socket that nobody else may read from
+                await asyncio.sleep(LOOK_EVERY)
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.pop())
 
 
 def hung_up(descriptor: int) -> bool:

@@ -12,7 +12,6 @@ from functools import partial
 
 from sqlalchemy.util import greenlet_spawn
 
-from . import departures
 from .backends import Role, Side
 from .cancellation import settle
 from .departures import Farewell
@@ -44,10 +43,11 @@ def close(room: EngineRoom, timeout: float | None) -> None:
             while connecting(room) and time.monotonic() < opened_by:
                 time.sleep(LOOK_EVERY)
             farewell = say_farewell(room)
-            for pool in list(room.lenders()):
-                end_now(room, *pool)
-            while not farewell.is_over():
-                time.sleep(departures.LOOK_EVERY)
+            try:
+                for pool in list(room.lenders()):
+                    end_now(room, *pool)
+            finally:
+                farewell.wait()
         finally:
             room.clear()
 
@@ -100,9 +100,10 @@ async def end_pools(room: EngineRoom) -> None:
                     await asyncio.wrap_future(elsewhere)
 
     farewell = say_farewell(room)
-    await asyncio.gather(*(end_one(pool) for pool in list(room.lenders())))
-    while not farewell.is_over():  # noqa: ASYNC110  # as above
-        await asyncio.sleep(departures.LOOK_EVERY)
+    try:
+        await asyncio.gather(*(end_one(pool) for pool in list(room.lenders())))
+    finally:
+        await farewell.answered()
 
 
 def say_farewell(room: EngineRoom) -> Farewell:

@@ -28,6 +28,7 @@ from .backends import Diagnosis
 from .cancellation import settle
 from .cap import STUCK_AFTER, Stay, stay_of
 from .deadlines import LOOK_EVERY, WATCH
+from .departures import Farewell
 from .errors import ConnectTimeout, PoolDeadlock, PoolExhausted
 from .ledger import REQUEST, Entry, current_owner, has_ended, line_of, name_of
 from .lending import CLEAN_LIMIT, Berth, Lender
@@ -316,9 +317,17 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
         self.partings: Partings = Partings()
         self.timers: Timers = Timers()
 
-    def end_here(self) -> None:
-        """Close what is idle, and from now on whatever comes back."""
-        super().end()
+    async def end_here(self) -> None:
+        """Close what is idle, all side by side, and from now on whatever comes back."""
+        farewell = Farewell(self.idle_descriptors())
+        try:
+            for record in list(self.rack.items):
+                self.backend.say_farewell(record.driver_connection)
+            await greenlet_spawn(super().end)
+            while self.partings.tasks:
+                await asyncio.wait(self.partings.tasks)
+        finally:
+            await farewell.answered()
 
     def end(self) -> None:
         """End the shelf, and with it what would have ended it later."""
@@ -420,6 +429,8 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
         stay.taken_by = None  # the task has it now
 
     async def _close_apart(self, record: ConnectionPoolEntry) -> None:
+        # Its place is free once the server has let go; nobody else need wait for that.
+        self.backend.say_farewell(record.driver_connection)
         await settle(greenlet_spawn(record.close))
 
     def _parted(self, stay: Stay, parting: asyncio.Task[None]) -> None:
@@ -604,9 +615,7 @@ class LoopPool(AsyncAdaptedQueuePool):
         finally:
             self.shelves.pop(loop, None)
             shelf.note_parted(shelf)
-            await greenlet_spawn(shelf.end_here)
-            while shelf.partings.tasks:
-                await asyncio.wait(shelf.partings.tasks)
+            await shelf.end_here()
 
     def reap(self) -> None:
         """Part with the loops that were closed by hand, of which no hook told us."""
