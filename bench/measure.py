@@ -48,6 +48,9 @@ class Plan:
     pairs: int
     """Of CPU samples; in all their rounds together."""
     pair_rounds: int
+    """Each in processes of its own: how Python lies in memory differs from one to the next, and
+    costs or saves a tenth of the CPU.
+    """
     slices: int
     """Of a sample; those of a pair take turns."""
     places: tuple[tuple[Group, str, str, int], ...]

@@ -49,7 +49,7 @@ FULL = Plan(
         ("request", 10),
     ),
     pairs=30,
-    pair_rounds=3,
+    pair_rounds=30,
     slices=4,
     places=(
         ("asyncpg", "asyncio", "get", 1),
