@@ -104,8 +104,8 @@ class Farewell:
     """Idle connections that are about to be closed: whether their servers have let go of all."""
 
     def __init__(self, descriptors: Iterable[int]) -> None:
-        """Take duplicates: who has said farewell hears only that the server has gone."""
-        self._descriptors: set[int] = {os.dup(descriptor) for descriptor in descriptors}
+        """Take duplicates of their sockets: who closes his own hears no more of the server."""
+        self._descriptors: set[int] = set(descriptors)
         self._deadline = time.monotonic() + GONE_LIMIT
 
     def is_over(self) -> bool:

@@ -112,7 +112,7 @@ def say_farewell(room: EngineRoom) -> Farewell:
         descriptor
         for _, _, loop, lender in room.lenders()
         if loop is None or not loop.is_closed()  # (their sockets are closed, or will be)
-        for descriptor in lender.idle_descriptors()
+        for descriptor in lender.duplicate_idle()
     )
 
 

@@ -1024,11 +1024,18 @@ class Lender(QueuePool):
         self.refusal = why
         self.slots.dismiss()
 
-    def idle_descriptors(self) -> list[int]:
-        """Return the sockets of the connections that lie here."""
-        drivers = [record.driver_connection for record in list(self.rack.items)]
-        found = [self.backend.descriptor(driver) for driver in drivers if driver is not None]
-        return [descriptor for descriptor in found if descriptor is not None]
+    def duplicate_idle(self) -> list[int]:
+        """Duplicate the sockets of the connections that lie here, for the caller to close."""
+        found: list[int] = []
+        for record in list(self.rack.items):
+            driver = record.driver_connection
+            descriptor = None if driver is None else self.backend.descriptor(driver)
+            if descriptor is not None:
+                with suppress(OSError):
+                    found.append(os.dup(descriptor))
+                    if self.backend.is_closed(driver):  # the number may be another's by now
+                        os.close(found.pop())
+        return found
 
     def end(self) -> None:
         """Close what is idle, and from now on whatever comes back."""

@@ -319,7 +319,7 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
 
     async def end_here(self) -> None:
         """Close what is idle, all side by side, and from now on whatever comes back."""
-        farewell = Farewell(self.idle_descriptors())
+        farewell = Farewell(self.duplicate_idle())
         try:
             for record in list(self.rack.items):
                 self.backend.say_farewell(record.driver_connection)
