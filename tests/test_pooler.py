@@ -22,7 +22,7 @@ from sqlalchemy.exc import DBAPIError
 from starting import FIRST, SECOND, alembic, models, project, say, starters, together
 
 from engineroom import ConfigurationError, Database, DatabaseSessionManager
-from engineroom.backends.postgresql import AdvisoryLock
+from engineroom.backends.postgresql import AdvisoryLock, undeclared
 from engineroom.errors import NotBehindPooler
 from engineroom.registry import SessionManager
 from engineroom.testing import PostgresServer, WireProxy, clones, sandbox
@@ -503,9 +503,12 @@ async def test_a_sandbox_behind_a_pooler_takes_a_template_of_the_server(
     assert str(inside).startswith("engineroom")
 
 
+@pytest.mark.parametrize("largest", [undeclared.LARGEST_PID, 2**32])
 def test_no_pooler_holds_clones_though_nobody_has_declared_it(
-    pg18: PostgresServer, url: str
+    pg18: PostgresServer, url: str, largest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Nor does one that makes up a number which a process might have."""
+    monkeypatch.setattr(undeclared, "LARGEST_PID", largest)
     before = locks_and_databases(pg18)
     for prepare in (None, print):
         with pytest.raises(NotBehindPooler, match="no process id") as caught:

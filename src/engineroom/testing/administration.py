@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from sqlalchemy import NullPool, event, text
 from sqlalchemy.engine import URL
@@ -42,7 +42,7 @@ SELECT set_config(name, '0', false) FROM pg_settings
 WHERE name IN ('statement_timeout', 'lock_timeout', 'idle_session_timeout')
 """
 FACTS = """
-SELECT oid, current_setting('fsync'), current_setting('server_version_num')::int
+SELECT oid, current_setting('fsync'), current_setting('server_version_num')::int, pg_backend_pid()
 FROM pg_database WHERE datname = current_database()
 """
 CONNECTED = """
@@ -59,6 +59,7 @@ class Administrator:
         Raises:
             NotBehindPooler: it is no server that answers there.
         """
+        self._url = url
         backend, side = PostgreSQL(url), Side.SYNC
         if url.drivername == "postgresql+asyncpg":  # the URL's parameters are for it
             side = Side.ASYNC
@@ -72,16 +73,11 @@ class Administrator:
         watch_connects(engine, side, backend, Credentials())
 
         def look(opened: Any, record: object) -> None:
-            pid = backend_pid(engine.dialect.get_driver_connection(opened))
-            if is_made_up(pid):
-                raise not_behind_pooler(
-                    f"A clone of {masked(url)}",
-                    f"{pid} is no process id of a server",
-                    "in the URL of clones(), or as the DATABASE_URL of the tests",
-                )
+            self._pid: int = backend_pid(engine.dialect.get_driver_connection(opened))
+            if is_made_up(self._pid):
+                self._refuse_pooler()
 
         event.listen(engine, "connect", look, insert=True)  # before SQLAlchemy asks anything
-        self._url = url
         # An asynchronous driver gets a loop that is nobody else's.
         self._runner = asyncio.Runner() if side is Side.ASYNC else None
         try:
@@ -90,8 +86,10 @@ class Administrator:
             self._end_loop()
             raise
         try:
+            place, fsync, version, pid = self.execute(FACTS)[0]
+            if pid != self._pid:
+                self._refuse_pooler()
             self.execute(WITHOUT_LIMITS)
-            place, fsync, version = self.execute(FACTS)[0]
         except BaseException:
             self.close()
             raise
@@ -99,6 +97,13 @@ class Administrator:
         # Copying files is faster where nothing is synced, and much slower where it is.
         strategy = "file_copy" if fsync == "off" else "wal_log"
         self._strategy = f" STRATEGY {strategy}" if version >= 150_000 else ""
+
+    def _refuse_pooler(self) -> NoReturn:
+        raise not_behind_pooler(
+            f"A clone of {masked(self._url)}",
+            f"{self._pid} is no process id of that server",
+            "in the URL of clones(), or as the DATABASE_URL of the tests",
+        )
 
     def execute(self, statement: str, **values: object) -> Sequence[Any]:
         """Run a statement and return its rows."""
