@@ -38,7 +38,7 @@ from sqlalchemy import insert, select, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError
 
-from engineroom import Database, DatabaseSessionManager, SessionClosed, UsageError
+from engineroom import Database, DatabaseSessionManager, SessionClosed, UsageError, on_commit
 from engineroom.departures import GONE_LIMIT
 from engineroom.errors import CloseInsideScope, ManagerClosed
 from engineroom.testing import PostgresServer, WireProxy
@@ -1158,6 +1158,48 @@ def test_close_of_a_server_at_its_limit_ends_every_backend(url: str, role: str, 
 @pytest.mark.parametrize("url", ["psycopg", "psycopg2"], indirect=True)
 def test_synchronous_close_of_a_server_at_its_limit(url: str, role: str) -> None:
     run(sync_at_its_limit, url, limit(url, role), deadline=LONG - 10)
+
+
+# -- a COMMIT that is under way --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+def test_what_was_committed_as_close_came_is_no_failure(
+    driver: str, pg18: PostgresServer, database: str
+) -> None:
+    """Nor does the scope say that it was rolled back."""
+    called: list[str] = []
+    insert_one = text("INSERT INTO kept VALUES (1)")
+    pg18.execute("CREATE TABLE kept (id int)", database=database)
+
+    async def main(manager: DatabaseSessionManager) -> None:
+        async def one() -> None:
+            async with manager.session() as db:
+                await db.execute(insert_one)
+                on_commit(db, lambda: called.append("async"))
+
+        under_way = asyncio.create_task(one())
+        while "COMMIT" not in manager._room.report():
+            await asyncio.sleep(0.001)
+        await manager.close(0)
+        await under_way
+
+    def one() -> None:
+        with manager.sync_session() as db:
+            db.execute(insert_one)
+            on_commit(db, lambda: called.append("sync"))
+
+    with WireProxy(pg18.host, pg18.port, delay=0.03) as proxy:
+        url = proxy.url(pg18.url(database, driver))
+        asyncio.run(main(DatabaseSessionManager().init(url)))
+        manager = DatabaseSessionManager().init(url)
+        with ThreadPoolExecutor() as apart:
+            under_way = apart.submit(one)
+            until(manager._room.report, lambda report: "COMMIT" in report)
+            manager.sync.close(0)
+            under_way.result()
+    assert called == ["async", "sync"]
+    assert pg18.execute("SELECT id FROM kept", database=database) == [["1"], ["1"]]
 
 
 # -- the server's side ---------------------------------------------------------------------------

@@ -5,10 +5,15 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import resource
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -17,6 +22,7 @@ import pytest
 from scenario import (
     LOOPS,
     Item,
+    Log,
     Model,
     every_database_and_loop,
     held,
@@ -25,6 +31,7 @@ from scenario import (
     loop_factory,
     run,
     run_on,
+    server_driver_and_loop,
     settled,
     until,
 )
@@ -389,3 +396,102 @@ def close_beside(url: str, loop: str, sync: bool) -> None:
 @every_database_and_loop
 def test_close_ends_the_pools_of_other_threads_loops(url: str, loop: str, sync: bool) -> None:
     run(close_beside, url, loop, sync)
+
+
+def close_as_a_loop_ends(url: str, loop: str, sync: bool) -> None:
+    """What `close()` asks of that loop is cancelled there: it ends its pool by itself."""
+    manager, log = opened(url), Log()
+    ready = threading.Barrier(2)
+
+    async def serve() -> None:
+        await together(manager, 2)
+        ready.wait()
+        time.sleep(0.3)  # it is asked meanwhile
+
+    def work(number: int) -> None:
+        if number == 0:
+            run_on(loop, serve())
+            return
+        ready.wait()
+        if sync:
+            manager.sync.close()
+        else:
+            run_on(loop, manager.close())
+
+    in_threads(2, work)
+    assert log.messages == []
+    nothing_left(manager, url)
+
+
+@pytest.mark.parametrize("sync", [False, True], ids=["close", "sync.close"])
+@every_database_and_loop
+def test_close_as_another_loop_ends(url: str, loop: str, sync: bool) -> None:
+    run(close_as_a_loop_ends, url, loop, sync)
+
+
+def dispose_and_close(url: str, loop: str) -> None:
+    """Each asks the other threads' loops to end their pools: who comes second waits."""
+    manager, log = opened(url), Log()
+
+    async def serve(ready: threading.Barrier, over: threading.Event) -> None:
+        await together(manager, 1)
+        await asyncio.to_thread(ready.wait)
+        await asyncio.to_thread(over.wait)
+
+    async def end() -> None:
+        await asyncio.gather(manager.engine.dispose(), manager.close(), manager.close())
+
+    def work(ready: threading.Barrier, over: threading.Event, number: int) -> None:
+        if number < 2:
+            return run_on(loop, serve(ready, over))
+        ready.wait()
+        try:
+            run_on(loop, end())
+        finally:
+            over.set()
+        return None
+
+    for _ in range(10):
+        in_threads(3, partial(work, threading.Barrier(3), threading.Event()))
+        manager.init(url)
+    assert log.messages == []
+    nothing_left(manager, url)
+
+
+@server_driver_and_loop
+def test_dispose_and_close_at_once(url: str, loop: str) -> None:
+    run(dispose_and_close, url, loop)
+
+
+def ended_without_descriptors(url: str, loop: str, way: str) -> None:
+    """All that a process may open is open: an end does without what it cannot have."""
+    manager = opened(url)
+    others = set(Path("/proc/self/fd").iterdir())
+    hog: list[int] = []
+
+    async def main() -> None:
+        await together(manager, 3)
+        with suppress(OSError):
+            while True:
+                hog.append(os.open(os.devnull, os.O_RDONLY))
+        os.close(hog.pop())
+        if way == "close":
+            await manager.close()
+
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, most))
+    try:
+        run_on(loop, main())
+    finally:
+        while hog:
+            os.close(hog.pop())
+    nothing_left(manager, url)
+    assert set(Path("/proc/self/fd").iterdir()) <= others
+    asyncio.run(manager.close())
+
+
+@pytest.mark.parametrize("way", ["loop", "close"])
+@pytest.mark.parametrize("loop", ["asyncio"])
+@pytest.mark.parametrize("url", ["asyncpg", "psycopg"], indirect=True)
+def test_an_end_where_no_descriptor_is_left(url: str, loop: str, way: str) -> None:
+    run(ended_without_descriptors, url, loop, way)

@@ -539,6 +539,7 @@ def test_the_how_to_works_and_changes_few_lines(
     (cases,) = (block for block in blocks if "IsolatedAsyncioTestCase" in block)
     done = run(
         *("-W", "ignore::DeprecationWarning:starlette"),
+        *("-W", "ignore:The anyio.abc.BlockingPortal alias:DeprecationWarning"),
         url=server_url,
         ini=ini,
         **{name: files[f"{name}.py"] for name in names},

@@ -6,8 +6,8 @@ import asyncio
 import logging
 import time
 from collections.abc import Generator, Iterable
-from concurrent.futures import Future
-from contextlib import contextmanager
+from concurrent.futures import CancelledError, Future
+from contextlib import contextmanager, suppress
 from functools import partial
 
 from sqlalchemy.util import greenlet_spawn
@@ -60,7 +60,7 @@ def end_now(
     lender: Lender,
 ) -> None:
     """End a pool, from a thread, and wait for it."""
-    with log_failure():
+    with log_failure(), suppress(CancelledError):  # by the end of its loop, which ends it as well
         if elsewhere := end_where_it_belongs(room, side, role, loop, lender):
             elsewhere.result(POOL_LIMIT)
 
@@ -97,13 +97,24 @@ async def end_pools(room: EngineRoom) -> None:
         with log_failure():
             async with asyncio.timeout(POOL_LIMIT):
                 if elsewhere := await greenlet_spawn(end_where_it_belongs, room, *pool):
-                    await asyncio.wrap_future(elsewhere)
+                    await hear_of(elsewhere)
 
     farewell = say_farewell(room)
     try:
         await asyncio.gather(*(end_one(pool) for pool in list(room.lenders())))
     finally:
         await farewell.answered()
+
+
+async def hear_of(elsewhere: Future[None]) -> None:
+    """Wait for what another loop does; its end cancels that, and ends the pool as well."""
+    ending = asyncio.wrap_future(elsewhere)
+    try:
+        await asyncio.wait((ending,))
+    finally:
+        ending.cancel()
+    if not ending.cancelled():
+        ending.result()
 
 
 def say_farewell(room: EngineRoom) -> Farewell:

@@ -8,7 +8,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator
 from contextlib import suppress
 from contextvars import copy_context
 from functools import partial
@@ -275,13 +275,15 @@ class PassingPool(ThreadPool, NullPool):  # type: ignore[misc]  # theirs differ;
 class Home:
     """Where a shelf stands: its event loop, and the pool that it is a shelf of."""
 
-    __slots__ = ("behind", "keeper", "loop", "thread")
+    __slots__ = ("behind", "end", "ending", "keeper", "loop", "thread")
 
     def __init__(self) -> None:
         self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
         self.thread: int = threading.get_ident()  # that runs the loop
         self.behind: weakref.ref[LoopPool] | None = None
         self.keeper: AsyncGenerator[None]  # ends the shelf with its loop
+        self.end: Callable[[], Coroutine[Any, Any, None]]  # does so before
+        self.ending: asyncio.Lock = asyncio.Lock()
 
 
 class Partings:
@@ -331,7 +333,7 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
 
     def end(self) -> None:
         """End the shelf, and with it what would have ended it later."""
-        await_only(self.home.keeper.aclose())
+        await_only(self.home.end())
 
     # Both in a task of its own: interrupted, SQLAlchemy's pool would log it and miss the place.
 
@@ -602,6 +604,7 @@ class LoopPool(AsyncAdaptedQueuePool):
         shelf.home.behind = weakref.ref(self)
         shelf.dispatch = self.dispatch  # the engine's listeners hear the connections of all loops
         shelf.home.keeper = self._end_with_loop(loop, shelf)
+        shelf.home.end = partial(self._end_before, loop, shelf)
         self.shelves[loop] = shelf
         await_only(anext(shelf.home.keeper))  # runs to its yield, without giving way to other tasks
         return shelf
@@ -613,8 +616,20 @@ class LoopPool(AsyncAdaptedQueuePool):
         try:
             yield
         finally:
-            self.shelves.pop(loop, None)
+            await self._end(loop, shelf)
+
+    async def _end_before(self, loop: asyncio.AbstractEventLoop, shelf: Shelf) -> None:
+        """End the shelf though its loop goes on; or is just ending, and does so as well."""
+        await self._end(loop, shelf)
+        with suppress(RuntimeError):  # it is being closed
+            await shelf.home.keeper.aclose()  # has nothing left to wait for
+
+    async def _end(self, loop: asyncio.AbstractEventLoop, shelf: Shelf) -> None:
+        """End the shelf; of several who do, each returns when that is done."""
+        if self.shelves.get(loop) is shelf:
+            del self.shelves[loop]
             shelf.note_parted(shelf)
+        async with shelf.home.ending:
             await shelf.end_here()
 
     def reap(self) -> None:
@@ -634,6 +649,6 @@ class LoopPool(AsyncAdaptedQueuePool):
             if loop is asyncio.get_running_loop():
                 shelf.end()
             elif loop.is_running():
-                asyncio.run_coroutine_threadsafe(shelf.home.keeper.aclose(), loop)
-            else:
-                self.shelves.pop(loop).reap(loop)
+                asyncio.run_coroutine_threadsafe(shelf.home.end(), loop)
+            elif self.shelves.pop(loop, None) is shelf:
+                shelf.reap(loop)

@@ -235,7 +235,7 @@ class SyncScope(Scope, Generic[R]):
                     self._hide_values()
                 if self.hooks is not None:
                     self._take_hooks().run(failed)
-            if self.obituary and error is None:  # it must not pass for a success
+            if failed and self.obituary and error is None:  # it must not pass for a success
                 raise overlap or SessionClosed(self.obituary)
 
     def _cut_off_thread(self) -> SessionInUse | None:
@@ -319,6 +319,7 @@ class AsyncScope(Scope, Generic[R]):
         A call that another task has not finished is cut off before.
         """
         if self.is_open:
+            self.is_open: bool = False  # at once: nobody else ends it now
             task = self.task_inside()
             overlap = None if task is None else in_use(self, task)
             failed = self._must_fail(error or overlap)
@@ -333,7 +334,7 @@ class AsyncScope(Scope, Generic[R]):
                     self._hide_values()
                 if self.hooks is not None:
                     await self._take_hooks().run_async(failed)
-            if error is None and (overlap or self.obituary):  # it must not pass for a success
+            if failed and error is None and (overlap or self.obituary):  # as above
                 raise overlap or SessionClosed(self.obituary)
 
     def task_inside(self) -> asyncio.Task[Any] | None:

@@ -708,11 +708,11 @@ async def _close_opened(opening: asyncio.Future[Any]) -> None:
 
 
 def _thread_of(connection: Any) -> threading.Thread:
-    """Return the thread of aiosqlite's connection, which until 0.21 is one itself.
+    """Return the thread of aiosqlite's connection.
 
     No public name leads to it. `tests/test_private_names.py` fails when it goes.
     """
-    thread: threading.Thread = getattr(connection, "_thread", connection)
+    thread: threading.Thread = connection._thread
     return thread
 
 

@@ -281,7 +281,7 @@ class MySQL:
             try:
                 driver.close()
             finally:
-                del loop.call_soon
+                vars(loop).pop("call_soon", None)  # (another thread may cut, too)
         else:  # uvloop's have closed their sockets themselves
             with suppress(RuntimeError):
                 driver.close()

@@ -400,14 +400,15 @@ class PostgreSQL:
         descriptor = self.descriptor(driver)
         if descriptor is not None and descriptor >= 0:
             # Not for reading: whoever waits for the server to let go would see our own end.
-            shut(descriptor, socket.SHUT_WR)
+            with suppress(OSError):  # the server was faster
+                shut(descriptor, socket.SHUT_WR)
         if isinstance(loop, asyncio.BaseEventLoop):
             # asyncio closes its socket in a callback that this loop will never run: run it here.
             loop.call_soon = _run_unless_it_resumes_a_task  # type: ignore[method-assign,assignment]
             try:
                 driver.terminate()
             finally:
-                del loop.call_soon
+                vars(loop).pop("call_soon", None)  # (another thread may cut, too)
         else:  # uvloop's have closed their sockets themselves
             with suppress(RuntimeError):
                 driver.terminate()
