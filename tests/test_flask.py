@@ -9,7 +9,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from flask import (
     Flask,
     Response,
     abort,
+    copy_current_request_context,
     request,
     session,
     stream_with_context,
@@ -258,6 +261,52 @@ def test_the_answer_to_a_failed_commit_passes_each_function_once(
     assert response.headers.getlist("passed") == ["blueprint", "later", "earlier"]
 
 
+@pytest.mark.parametrize("raises", [False, True])
+def test_no_success_is_told_where_the_commit_of_a_handler_fails_too(
+    app: Flask, db: EngineRoom, shop: Database, raises: bool
+) -> None:
+    """What is raised then Flask only writes down: it would send the handler's answer."""
+    told: list[str] = []
+
+    @app.post("/items")
+    def create() -> str:
+        add(db, parent=None if raises else ORPHAN)
+        if raises:
+            raise ZeroDivisionError
+        return "created"
+
+    def queue(error: Exception) -> tuple[str, int]:
+        told.append(type(error).__name__)
+        add(db, 2, ORPHAN)
+        return "queued", 202
+
+    app.register_error_handler(500 if raises else Exception, queue)
+    app.logger.disabled = True
+    response = app.test_client().post("/items")
+    assert (response.status_code, "queued" in response.text) == (500, False)
+    assert "InternalServerError" in told
+    assert (lent(shop), shop.stats().scopes) == (0, ())
+
+
+def test_a_failed_commit_is_told_where_the_caller_handles_an_exception(
+    app: Flask, db: EngineRoom
+) -> None:
+    """Of its own: the request is not in an error handler for that."""
+
+    @app.post("/items")
+    def create() -> str:
+        add(db, parent=ORPHAN)
+        return "created"
+
+    app.register_error_handler(500, lambda error: ("sorry", 500))
+    app.logger.disabled = True
+    try:
+        raise ZeroDivisionError
+    except ZeroDivisionError:
+        response = app.test_client().post("/items")
+    assert (response.status_code, response.text) == (500, "sorry")
+
+
 @pytest.mark.parametrize(
     ("status", "kept"), [(200, True), (201, True), (302, True), (400, False), (422, False)]
 )
@@ -444,6 +493,132 @@ def test_every_session_of_a_request_is_the_same(app: Flask, db: EngineRoom) -> N
     app.test_client().get("/")
     first, again, second, _ = seen
     assert first is again is not second
+
+
+# --- copies of its context ----------------------------------------------------------------------
+
+Run = Callable[[Callable[[], None]], None]  # runs a function somewhere, and waits for it
+
+
+def in_the_same_thread(function: Callable[[], None]) -> None:
+    function()
+
+
+def in_a_thread(function: Callable[[], None]) -> None:
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(function).result()
+
+
+def in_a_thread_that_inherits(function: Callable[[], None]) -> None:
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(copy_context().run, function).result()
+
+
+def in_a_task(function: Callable[[], None]) -> None:
+    async def run() -> None:
+        function()
+
+    async def main() -> None:
+        await asyncio.create_task(run())
+        await asyncio.to_thread(function)
+
+    asyncio.run(main())
+
+
+PLACES = [in_the_same_thread, in_a_thread, in_a_thread_that_inherits, in_a_task]
+
+
+@pytest.mark.parametrize("run", PLACES)
+def test_a_copied_context_leaves_the_session_of_the_request_alone(
+    app: Flask, db: EngineRoom, stored: Callable[[], list[int]], run: Run
+) -> None:
+    """Though it may share the request, and in Flask 3.1 the app context."""
+
+    @app.post("/items")
+    def create() -> str:
+        mine = db.session
+        add(db, 1)
+        run(copy_current_request_context(lambda: None))
+        assert db.session is mine
+        add(db, 2)
+        return "created"
+
+    app.testing = True
+    assert app.test_client().post("/items").status_code == 200
+    assert stored() == [1, 2]
+
+
+@pytest.mark.parametrize("run", PLACES)
+def test_a_copied_context_has_a_session_of_its_own(
+    app: Flask,
+    db: EngineRoom,
+    shop: Database,
+    stored: Callable[[], list[int]],
+    run: Run,
+) -> None:
+    """Each time that it runs, and nobody commits for it."""
+    seen: list[Any] = []
+
+    @app.post("/items")
+    def create() -> str:
+        @copy_current_request_context
+        def work() -> None:
+            assert db.session is db.session is not mine
+            seen.append(db.session)
+            add(db, 10 * len(seen))
+            db.session.commit()
+            add(db, 10 * len(seen) + 1)
+
+        mine = db.session
+        run(work)
+        run(work)
+        assert len(shop.stats().scopes) == 1
+        add(db, 1)
+        return "created"
+
+    app.testing = True
+    assert app.test_client().post("/items").status_code == 200
+    assert stored() == [1, *(10 * (number + 1) for number in range(len(seen)))]
+    assert len(set(map(id, seen))) == len(seen) >= 2
+    for own in seen:
+        with pytest.raises(SessionClosed):
+            own.scalar(text("SELECT 1"))
+    assert (lent(shop), shop.stats().scopes, REQUEST.get()) == (0, (), None)
+
+
+def test_a_copied_context_outlives_its_request(
+    app: Flask, db: EngineRoom, shop: Database, stored: Callable[[], list[int]]
+) -> None:
+    """Whether it has begun its work by then or not."""
+    working, go_on = threading.Event(), threading.Event()
+
+    with ThreadPoolExecutor(1) as threads:
+        works: list[Any] = []
+
+        @app.post("/items")
+        def create() -> str:
+            def begun() -> None:
+                add(db, 1)
+                working.set()
+                assert go_on.wait(20)
+                db.session.commit()
+
+            def late() -> None:
+                add(db, 2)
+                db.session.commit()
+
+            for work in (begun, late):
+                run = copy_current_request_context(work)
+                works.append(threads.submit(copy_context().run, run))
+            assert working.wait(20)
+            return "created"
+
+        assert app.test_client().post("/items").status_code == 200
+        go_on.set()
+        for work in works:
+            work.result()
+    assert stored() == [1, 2]
+    assert (lent(shop), shop.stats().scopes) == (0, ())
 
 
 # --- after the end ------------------------------------------------------------------------------
@@ -732,6 +907,46 @@ def test_a_teardown_function_that_fails_leaves_no_request_behind(
                 app.test_client().post("/items")
     assert REQUEST.get() is None
     assert (shop.stats().scopes, lent(shop)) == ((), 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "whose"), [("teardown_request", "request"), ("teardown_appcontext", "app context")]
+)
+@pytest.mark.parametrize("raises", [False, True])
+def test_teardown_functions_after_ours_get_no_session_that_nobody_ends(
+    app: Flask, shop: Database, kind: str, whose: str, raises: bool
+) -> None:
+    """Flask calls those last that were registered first."""
+    told: list[str] = []
+
+    @getattr(app, kind)
+    def audit(error: BaseException | None) -> None:
+        with pytest.raises(SessionClosed) as caught:
+            add(db)
+        told.append(str(caught.value))
+
+    db = EngineRoom(app, shop)
+    app.testing = True
+
+    @app.get("/")
+    def read() -> str:
+        return str(1 / (not raises))
+
+    with suppress(ZeroDivisionError):
+        app.test_client().get("/")
+    with suppress(ZeroDivisionError), app.app_context():
+        app.test_client().get("/")
+    assert len(told) == 2
+    assert all(f"of this {whose} has ended" in line for line in told)
+    assert (lent(shop), shop.stats().scopes) == (0, ())
+
+
+def test_an_app_context_that_was_left_has_no_session(app: Flask, db: EngineRoom) -> None:
+    context = app.app_context()
+    with context:
+        add(db)
+    with context, pytest.raises(SessionClosed, match="of this app context"):
+        add(db)
 
 
 def test_callbacks_at_the_end_of_a_context_get_no_session_that_nobody_ends(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -33,9 +34,10 @@ from .settings import Options
 
 with brought_by("flask", "engineroom.flask is imported"):
     from flask import Flask, Response, current_app, g, has_app_context, has_request_context, request
+    from flask.globals import request_ctx
     from flask.signals import request_started
     from flask.typing import ResponseReturnValue
-    from werkzeug.exceptions import ServiceUnavailable
+    from werkzeug.exceptions import InternalServerError, ServiceUnavailable
 
 __all__ = ["EngineRoom"]
 
@@ -57,7 +59,9 @@ class Visit:
 
     session: Session | None = None
     is_over: bool = False  # it gets no session any more: its response leaves
+    is_served: bool = False  # by the application, and once; a copy of it may be run again
     named_before: Any = field(default_factory=REQUEST.get)
+    around: BaseException | None = field(default_factory=sys.exception)  # handled by who calls us
 
     def end(self, error: BaseException | None = None, *, commit: bool = False) -> None:
         """Commit or roll back, and part with the session."""
@@ -74,8 +78,9 @@ class Visits:
     """Those of one app context."""
 
     def __init__(self) -> None:
-        self.known: WeakKeyDictionary[Any, Visit] = WeakKeyDictionary()  # by the request, or by `g`
-        self.open: dict[Visit, None] = {}
+        # By the request context, or by `g`; one that is served, by its request, too.
+        self.known: WeakKeyDictionary[Any, Visit] = WeakKeyDictionary()
+        self.open: dict[Visit, None] = {}  # they end with the app context at the latest
 
 
 class EngineRoom:
@@ -184,13 +189,14 @@ class EngineRoom:
         """The session of the current request, or of the application context without one.
 
         Raises:
-            SessionClosed: the request's has ended.
+            SessionClosed: the request's has ended, or the app context's.
             OutsideRequest, NotInitialized: as `database` does.
         """
         room, visit = self.database._room, current_visit()
         if visit.session is None:
             if visit.is_over:
-                raise SessionClosed(ENDED.replace("{opened}", " of this request"))
+                whose = "request" if has_request_context() else "app context"
+                raise SessionClosed(ENDED.replace("{opened}", f" of this {whose}"))
             scope = ContextScope(room, "session")  # here, so that it knows the caller's line
             scope.stand_at(current_view())
             visit.session = scope.__enter__()
@@ -198,12 +204,25 @@ class EngineRoom:
 
     def _begin_request(self, app: Flask, **signal: Any) -> None:
         """Have what is opened from here on know the request that it serves."""
-        current_visit()
-        now = behind(request)
+        visit, now = current_visit(), behind(request)
+        visit.is_served = True
+        g.get(EXTENSION).known[now] = visit
         REQUEST.set(Request(f"{now.method} {now.url_rule or now.path}"))
 
     def _after_request(self, response: Response) -> Response:
-        """Commit or roll back; a failure is handled as if the view had raised it."""
+        """Commit or roll back; a failure is never a success."""
+        handled = sys.exception()
+        try:
+            return self._end_or_answer(response)
+        except Exception:
+            if handled is current_visit().around:
+                raise
+            # An error handler's response: Flask would only log this, and send it all the same.
+            current_app.log_exception(sys.exc_info())
+            return current_app.make_response(InternalServerError())
+
+    def _end_or_answer(self, response: Response) -> Response:
+        """End the session; a failure is handled as if the view had raised it."""
         try:
             self._end_request(response)
         except Exception as error:  # noqa: BLE001  # raised again, where nobody handles it
@@ -228,14 +247,15 @@ class EngineRoom:
 
     def _teardown_request(self, error: BaseException | None) -> None:
         """Roll back what an exception left."""
-        self._end_visit(current_visit(), error)
+        visit = current_visit()
+        self._end_visit(visit, error)
+        visit.is_over = visit.is_over or visit.is_served
 
     def _teardown_appcontext(self, error: BaseException | None) -> None:
         """Roll back what was not committed."""
-        visits: Visits | None = g.get(EXTENSION)
-        if visits is not None:
-            for visit in [*visits.open][::-1]:  # of requests, where another teardown has failed
-                self._end_visit(visit, error)
+        current_visit().is_over = True  # nobody would end what a teardown after us opened
+        for visit in [*g.get(EXTENSION).open][::-1]:  # of requests, where another one has failed
+            self._end_visit(visit, error)
 
     def _end_visit(self, visit: Visit, error: BaseException | None) -> None:
         REQUEST.set(visit.named_before)
@@ -250,12 +270,13 @@ def behind(proxy: Any) -> Any:
 
 
 def current_visit() -> Visit:
-    """Return the current request's, or the app context's own outside of one.
+    """Return the current request context's, or the app context's own outside of one.
 
-    In Flask 3.1 an app context that was pushed by hand serves the requests of a test client in it.
+    In Flask 3.1 an app context that was pushed by hand serves the requests of a test client in it,
+    and that of a request the copies of its request context, which share the request itself.
     """
     context = behind(g)
-    whose = behind(request) if has_request_context() else context
+    whose: Any = behind(request_ctx) if has_request_context() else context
     visits: Visits | None = context.get(EXTENSION)
     if visits is None:
         visits = Visits()
@@ -263,7 +284,8 @@ def current_visit() -> Visit:
     visit = visits.known.get(whose)
     if visit is None:
         visit = visits.known[whose] = Visit()
-        visits.open[visit] = None
+        if whose is context or whose.request not in visits.known:
+            visits.open[visit] = None  # but not a copy's: it may outlive the request in a thread
     return visit
 
 
