@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
+from asyncpg import PostgresConnectionError
 from scenario import Item, Model, every_driver_and_loop, is_postgres, run_on
 from sqlalchemy import insert, select, text
 from sqlalchemy.exc import SQLAlchemyError
@@ -86,6 +87,12 @@ def endless(manager: DatabaseSessionManager) -> Any:
         "WITH RECURSIVE t(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM t WHERE n < 4000000000)"
         " SELECT count(*) FROM t"
     )
+
+
+def many(manager: DatabaseSessionManager) -> Any:
+    if manager.engine.dialect.name == "postgresql":
+        return text("SELECT n, pg_sleep(0.002) FROM generate_series(1, 10000) n")
+    return text("WITH RECURSIVE t(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM t) SELECT n FROM t")
 
 
 @asynccontextmanager
@@ -329,6 +336,40 @@ def test_after_a_cancelled_call_the_session_can_roll_back_and_go_on(on: Any) -> 
             await db.rollback()
             await db.execute(insert(Item).values(id=2))
         assert await stored(manager) == [2]
+
+    on(work)
+
+
+@pytest.mark.parametrize("body", ["returns", "raises", "is_cancelled"])
+@every_driver_and_loop
+def test_a_stream_that_another_task_reads_ends_with_the_scope(on: Any, body: str) -> None:
+    """psycopg has one call wait for the other: COMMIT for the stream's end, and a cancelled one
+    leaves the server at work.
+    """
+
+    async def read(manager: DatabaseSessionManager, readers: list[asyncio.Task[Any]]) -> None:
+        async with manager.session() as db:
+            await db.execute(insert(Item).values(id=1))
+            rows = await db.stream(many(manager))
+            async with in_the_middle_of(rows.fetchall()) as reader:
+                readers.append(reader)
+                await asyncio.sleep(0.1)
+                if body == "raises":
+                    raise ZeroDivisionError
+                if body == "is_cancelled":
+                    await asyncio.sleep(LIMIT)
+
+    async def work(manager: DatabaseSessionManager) -> None:
+        readers: list[asyncio.Task[Any]] = []
+        scope = asyncio.create_task(read(manager, readers))
+        await asyncio.wait((scope,), timeout=0.5)
+        scope.cancel()
+        (told,) = await asyncio.gather(scope, return_exceptions=True)
+        expected = {"returns": SessionInUse, "raises": ZeroDivisionError}
+        assert type(told) is expected.get(body, asyncio.CancelledError)
+        with pytest.raises((SQLAlchemyError, PostgresConnectionError)):  # asyncpg's, as it is
+            await readers[0]
+        assert await stored(manager) == []
 
     on(work)
 

@@ -57,6 +57,7 @@ class Entry:
     since: float
     is_open: bool = False  # whether it stands in the ledger
     guards: dict[str, float] | None = None  # deadlines of the server that are its own
+    streams: bool = False  # its rows may be fetched by whoever has them
     thread: int
     task: asyncio.Task[Any] | None
     request: Request | None  # what it serves, if a framework said so

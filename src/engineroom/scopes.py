@@ -321,10 +321,11 @@ class AsyncScope(Scope, Generic[R]):
         if self.is_open:
             self.is_open: bool = False  # at once: nobody else ends it now
             task = self.task_inside()
-            overlap = None if task is None else in_use(self, task)
+            is_used = task is not None or (self.streams and self._held_at_work() is not None)
+            overlap = in_use(self, task) if is_used else None
             failed = self._must_fail(error or overlap)
             try:
-                await (self._finish(failed) if task is None else self._finish_over(task))
+                await (self._finish_over(task) if is_used else self._finish(failed))
             except BaseException as struck:
                 failed = self._must_fail(struck)
                 raise
@@ -345,13 +346,26 @@ class AsyncScope(Scope, Generic[R]):
         finishing = self._resource.run_sync(finish, self, failed)
         return settle_quietly(finishing) if failed else finishing
 
-    async def _finish_over(self, task: asyncio.Task[Any]) -> None:
-        """Cancel the task that is inside, wait for the end of its call, and roll back."""
+    async def _finish_over(self, task: asyncio.Task[Any] | None) -> None:
+        """Cancel the task that is inside, wait for the end of its call, and roll back.
+
+        Where it is not known, what it runs is ended on the server.
+        """
         try:
-            task.cancel("its session came to the end of its scope")
-            await settle(self._left())
+            if task is not None:
+                task.cancel("its session came to the end of its scope")
+                await settle(self._left())
+            elif (held := self._held_at_work()) is not None:
+                permit_of(held).mark().is_interrupted = True  # nobody else gets it
+                await settle_quietly(greenlet_spawn(self._room.end_apart, self._target[1], [held]))
         finally:
             await self._finish(failed=True)
+
+    def _held_at_work(self) -> PoolProxiedConnection | None:
+        """Return its connection, if another task runs a statement or fetches rows there."""
+        held = self.held()
+        permit = None if held is None else permit_of(held)
+        return held if permit is not None and permit.running else None
 
     async def _left(self) -> None:
         """Wait until no task is inside."""
@@ -453,24 +467,12 @@ class AsyncConnectScope(AsyncScope[AsyncConnection]):
     """A connection in a transaction, without the ORM."""
 
     begins: ClassVar[bool] = True
+    streams = True
 
     async def _open(self, engine: AsyncEngine) -> AsyncConnection:
         connection = await engine.connect()
         await connection.run_sync(begin, self)
         return connection
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """End the scope; a statement that another task runs on it is ended on the server before."""
-        held = self.held() if self.is_open else None
-        permit = None if held is None else permit_of(held)
-        if permit is not None and permit.running:
-            await settle_quietly(greenlet_spawn(self._room.end_apart, self._target[1], [held]))
-        await super().__aexit__(kind, error, traceback)
 
 
 def begin(connection: Connection, scope: ConnectScope | AsyncConnectScope) -> Connection:

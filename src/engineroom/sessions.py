@@ -157,11 +157,12 @@ class Guarded(Session):
             self._tell_hooks()
 
 
-def in_use(scope: Entry, other: asyncio.Task[Any]) -> SessionInUse:
-    """Build the error for a call in the middle of another."""
+def in_use(scope: Entry, other: asyncio.Task[Any] | None) -> SessionInUse:
+    """Build the error for a call in the middle of another, of a task that may not be known."""
+    whose = "another task" if other is None else name_of(other)
     return SessionInUse(
         f"The {scope.kind} opened at {scope.where} was used by {name_of(current_owner())} in the "
-        f"middle of a call by {name_of(other)}. A session does one thing after another. Open one "
+        f"middle of a call by {whose}. A session does one thing after another. Open one "
         "in each task: async def one(…): async with manager.session() as db: …, and then "
         "asyncio.gather(one(…), one(…))."
     )

@@ -161,8 +161,8 @@ class Stream:
         except Exception as error:
             if permit.marks.epitaph:
                 error.add_note(permit.marks.epitaph)
-                with suppress(Exception):  # SQLAlchemy does not, and psycopg would warn of it
-                    self._streamed.close()
+            with suppress(Exception):  # SQLAlchemy does not, and psycopg would warn of it
+                self._streamed.close()
             raise
         finally:
             permit.running, permit.cursor = False, None
@@ -174,7 +174,12 @@ def streaming(base: Any) -> Any:
     """Make a class of execution contexts whose cursors of the server's are noted."""
 
     def create_server_side_cursor(self: Any) -> Any:
-        return Stream(base.create_server_side_cursor(self), self.root_connection.connection)
+        lent = self.root_connection.connection
+        permit = permit_of(lent)
+        entry = None if permit is None or permit.entry is None else permit.entry()
+        if entry is not None:
+            entry.streams = True
+        return Stream(base.create_server_side_cursor(self), lent)
 
     own = {"create_server_side_cursor": create_server_side_cursor}
     return type(base.__name__, (base,), own)
