@@ -668,6 +668,15 @@ def test_a_dependency_called_where_nothing_would_end_its_session(tables: str, op
     async def background(request: Request, tasks: BackgroundTasks) -> None:
         tasks.add_task(by_hand, request)
 
+    class TracedResponse(JSONResponse):
+        async def __call__(self, *args: Any, **kw: Any) -> None:
+            await super().__call__(*args, **kw)
+
+    @app.get("/traced")
+    async def traced(request: Request, tasks: BackgroundTasks) -> TracedResponse:
+        tasks.add_task(by_hand, request)
+        return TracedResponse({}, background=tasks)
+
     @app.get("/stream")
     async def stream(request: Request) -> StreamingResponse:
         async def body() -> AsyncIterator[str]:
@@ -698,7 +707,7 @@ def test_a_dependency_called_where_nothing_would_end_its_session(tables: str, op
 
     if options is not None:
         app.add_middleware(DatabaseMiddleware, **options)
-    elsewhere = ("/handler", "/middleware", "/background", "/stream", "/task", "/after")
+    elsewhere = ("/handler", "/middleware", "/background", "/traced", "/stream", "/task", "/after")
     with served(app) as base, calling(base) as client:
         for count, path in enumerate(elsewhere, 1):
             assert client.get(path).status_code == 200, path

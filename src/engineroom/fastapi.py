@@ -77,8 +77,8 @@ def function_stack(scope: ASGIScope) -> AsyncExitStack | None:
 
     A private name: nothing public comes at that moment for a dependency that several spellings
     share. FastAPI leaves it there once it is closed, and then it would end nothing any more. It is
-    open while the function that has it is among the callers, and has not come to the response, nor
-    to closing the stack around it (of dependencies that end after the response).
+    open while the function that has it is among the callers, and has no response yet, which it
+    sends next, nor closes the stack around it (of dependencies that end after the response).
     `tests/test_private_names.py` fails when this goes.
     """
     stack: AsyncExitStack | None = scope.get("fastapi_function_astack")
@@ -86,9 +86,9 @@ def function_stack(scope: ASGIScope) -> AsyncExitStack | None:
     while (frame := called.f_back) is not None:
         is_fastapis = frame.f_globals.get("__name__", "").startswith("fastapi.")
         if is_fastapis and has(frame, stack):
-            is_past = is_application(called.f_code) or (
-                called.f_code is CLOSING and called.f_locals["self"] is not stack
-            )
+            closing = called.f_locals["self"] if called.f_code is CLOSING else None
+            has_response = is_application(frame.f_code) and "response" in frame.f_locals
+            is_past = closing is not stack and (closing is not None or has_response)
             return None if is_past else stack
         called = frame
     return None
