@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+import sys
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -43,3 +44,20 @@ async def settle(coroutine: Coroutine[Any, Any, T], limit: float | None = SETTLE
         seconds = SETTLE_LIMIT if limit is None else limit
         raise TimeoutError(f"A clean-up did not end within {seconds:g} s, and was given up.")
     return task.result()
+
+
+def for_one_cancellation(clean: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Wrap a clean-up that ends what a cancellation left: a second one changes nothing then.
+
+    SQLAlchemy ends so what was cancelled as it was opened, and would log the second as an error.
+    """
+
+    def cleaned(what: Any) -> None:
+        on_its_way = sys.exception()
+        try:
+            clean(what)
+        except asyncio.CancelledError:
+            if not isinstance(on_its_way, asyncio.CancelledError):
+                raise
+
+    return cleaned

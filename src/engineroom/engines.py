@@ -25,7 +25,7 @@ from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.util import await_only, greenlet_spawn
 
 from .backends import Backend, Role, Side, find_backend
-from .cancellation import settle
+from .cancellation import for_one_cancellation, settle
 from .cap import CAPS, Cap, CapInfo, limit_process, note_closings, process_cap, release_process
 from .connecting import watch_connects
 from .credentials import Credentials
@@ -281,6 +281,8 @@ class EngineRoom:
         hide_what_cannot_be_sent(engine)
         self.backend.attach(engine, role, self._refuse_self_deadlock)
         if side is Side.ASYNC:
+            dialect: Any = engine.dialect
+            dialect.do_terminate = for_one_cancellation(dialect.do_terminate)
             event.listen(engine, "handle_error", weakly(self._break_off_cancelled))
         event.listen(engine, "handle_error", weakly(self._explain_guard))
         event.listen(engine, "handle_error", pass_notes_on)
