@@ -327,7 +327,7 @@ class EngineRoom:
         since = permit.statement_since  # of a ROLLBACK, nothing is noted
         idle, ran = permit.marks.failed_after or (time.monotonic() - since if since else 0.0, 0.0)
         permit.mark().failed_after = None
-        entry = None if permit.entry is None else permit.entry()
+        entry = permit.scope
         own = {} if entry is None else entry.guards or {}
         struck = self.backend.struck(error, own, idle, ran, context.is_disconnect)
         if struck is None:
@@ -366,7 +366,7 @@ class EngineRoom:
         owner, request, now = current_owner(), REQUEST.get(), time.monotonic()
         for _, _, _, lender in self.lenders():
             for permit in lender.slots.held:
-                entry = None if permit.entry is None else permit.entry()
+                entry = permit.scope
                 held = None if permit.connection is None else permit.connection()
                 holder = permit.owner if entry is None else entry.holder
                 if (

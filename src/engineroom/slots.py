@@ -71,6 +71,12 @@ class Permit:
         self.marks: Marks = Marks()  # to look at
         self.is_marked: bool = False
 
+    @property
+    def scope(self) -> Any:
+        """The scope that uses its connection; None if there is none, or nobody has it any more."""
+        entry = self.entry
+        return None if entry is None else entry()
+
     def mark(self) -> Marks:
         """Return its marks to write to."""
         self.is_marked = True
@@ -440,7 +446,7 @@ def _awaited_by(permit: Permit) -> Iterator[Ticket]:
     works with it; but not before it is connected.
     """
     asked, permit = permit, permit.lent
-    entry = None if permit.entry is None else permit.entry()
+    entry = permit.scope
     if entry is None and permit.connection is not None:
         return
     owner = permit.owner if entry is None else entry.holder

@@ -73,7 +73,7 @@ def begin_anew(cursor: Any, context: ExecutionContext, error: Exception) -> bool
                 dialect, connection, lent.dbapi_connection, value
             )
     permit = permit_of(lent)
-    entry = None if permit is None or permit.entry is None else permit.entry()
+    entry = None if permit is None else permit.scope
     lender.backend.guard(connection, {} if entry is None else entry.guards or {})
     context.cursor = context.create_cursor()
     return True
@@ -176,7 +176,7 @@ def streaming(base: Any) -> Any:
     def create_server_side_cursor(self: Any) -> Any:
         lent = self.root_connection.connection
         permit = permit_of(lent)
-        entry = None if permit is None or permit.entry is None else permit.entry()
+        entry = None if permit is None else permit.scope
         if entry is not None:
             entry.streams = True
         return Stream(base.create_server_side_cursor(self), lent)

@@ -5,6 +5,10 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+from asyncio import AbstractEventLoop, BaseEventLoop, Future
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
 
 # Seconds after which the kernel asks a peer that is silent whether it is there, between two times
 # that it asks, and how often; and those after which what it sent has to have arrived. A wire that
@@ -41,6 +45,34 @@ def shut(descriptor: int, how: int = socket.SHUT_RDWR) -> None:
     """Shut the socket, whoever else has it open."""
     with duplicate(descriptor) as same:
         same.shutdown(how)
+
+
+def cut(descriptor: int | None, close: Callable[[], object], loop: AbstractEventLoop) -> None:
+    """Close a connection of a loop that does not run; the server ends it when it sees that.
+
+    Args:
+        close: The driver's way to close it, without awaiting anything.
+    """
+    if descriptor is not None and descriptor >= 0:
+        # Not for reading: whoever waits for the server to let go would see our own end.
+        with suppress(OSError):  # the server was faster, or it was shut before
+            shut(descriptor, socket.SHUT_WR)
+    if isinstance(loop, BaseEventLoop):
+        # asyncio closes its socket in a callback that this loop will never run: run it here.
+        loop.call_soon = _run_unless_it_resumes_a_task  # type: ignore[method-assign,assignment]
+        try:
+            close()
+        finally:
+            vars(loop).pop("call_soon", None)  # (another thread may cut, too)
+    else:  # uvloop's have closed their sockets themselves
+        with suppress(RuntimeError):
+            close()
+
+
+def _run_unless_it_resumes_a_task(callback: Any, *args: Any, context: object = None) -> None:
+    """Stand in for the `call_soon` of a loop that has ended: no task of it may go on in another."""
+    if not isinstance(getattr(callback, "__self__", None), Future):
+        callback(*args)
 
 
 def address_of(descriptor: int | None) -> str | None:

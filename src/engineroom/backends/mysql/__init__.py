@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import socket
 import ssl
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -28,7 +26,7 @@ from .. import (
     choose_driver,
     refuse_unknown_driver,
 )
-from ..sockets import keep_alive, shut
+from ..sockets import cut, keep_alive, shut
 from .errnos import NO_SUCH_THREAD, REFUSED, errno
 from .guards import NAMES, NAMES_OF_MYSQL, at_start, is_mariadb, struck
 from .looking import diagnose, look
@@ -270,21 +268,7 @@ class MySQL:
 
     def cut(self, driver: Any, loop: asyncio.AbstractEventLoop) -> None:
         """Close the socket; the server ends the connection when it sees that."""
-        descriptor = self.descriptor(driver)
-        if descriptor is not None and descriptor >= 0:
-            # Not for reading: whoever waits for the server to let go would see our own end.
-            with suppress(OSError):  # it was shut, for the server could not be asked to end it
-                shut(descriptor, socket.SHUT_WR)
-        if isinstance(loop, asyncio.BaseEventLoop):
-            # asyncio closes its socket in a callback that this loop will never run: run it here.
-            loop.call_soon = _run_unless_it_resumes_a_task  # type: ignore[method-assign,assignment]
-            try:
-                driver.close()
-            finally:
-                vars(loop).pop("call_soon", None)  # (another thread may cut, too)
-        else:  # uvloop's have closed their sockets themselves
-            with suppress(RuntimeError):
-                driver.close()
+        cut(self.descriptor(driver), driver.close, loop)
 
     def disown(self, drivers: Iterable[Any]) -> None:
         """Put the null device in the place of each socket."""
@@ -340,9 +324,3 @@ def _read_for_ever(driver: Any, seconds: float | None) -> None:
     `tests/test_private_names.py` fails when the name goes.
     """
     driver._read_timeout = seconds
-
-
-def _run_unless_it_resumes_a_task(callback: Any, *args: Any, context: object = None) -> None:
-    """Stand in for the `call_soon` of a loop that has ended: no task of it may go on in another."""
-    if not isinstance(getattr(callback, "__self__", None), asyncio.Future):
-        callback(*args)

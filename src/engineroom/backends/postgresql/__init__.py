@@ -6,7 +6,6 @@ import asyncio
 import logging
 import math
 import os
-import socket
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -32,7 +31,7 @@ from .. import (
     choose_driver,
     refuse_unknown_driver,
 )
-from ..sockets import is_one_place, port_of, shut
+from ..sockets import cut, is_one_place, port_of, shut
 from . import leavings, lost, pipelining, readers, undeclared
 from .beginning import has_sent, tell_what_is_sent
 from .cancelling import BREAK_OFF_LIMIT, request_cancel
@@ -397,21 +396,7 @@ class PostgreSQL:
         if hasattr(driver, "pgconn"):
             driver.pgconn.finish()
             return
-        descriptor = self.descriptor(driver)
-        if descriptor is not None and descriptor >= 0:
-            # Not for reading: whoever waits for the server to let go would see our own end.
-            with suppress(OSError):  # the server was faster
-                shut(descriptor, socket.SHUT_WR)
-        if isinstance(loop, asyncio.BaseEventLoop):
-            # asyncio closes its socket in a callback that this loop will never run: run it here.
-            loop.call_soon = _run_unless_it_resumes_a_task  # type: ignore[method-assign,assignment]
-            try:
-                driver.terminate()
-            finally:
-                vars(loop).pop("call_soon", None)  # (another thread may cut, too)
-        else:  # uvloop's have closed their sockets themselves
-            with suppress(RuntimeError):
-                driver.terminate()
+        cut(self.descriptor(driver), driver.terminate, loop)
 
     def disown(self, drivers: Iterable[Any]) -> None:
         """Put the null device in the place of each socket."""
@@ -483,12 +468,6 @@ def _rolling_back(rollback: Callable[[Any], None], is_async: bool) -> Callable[[
             rollback(connection)
 
     return roll_back_what_has_begun
-
-
-def _run_unless_it_resumes_a_task(callback: Any, *args: Any, context: object = None) -> None:
-    """Stand in for the `call_soon` of a loop that has ended: no task of it may go on in another."""
-    if not isinstance(getattr(callback, "__self__", None), asyncio.Future):
-        callback(*args)
 
 
 def backend_pid(driver: Any) -> int:
