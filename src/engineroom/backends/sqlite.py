@@ -144,7 +144,6 @@ class SQLite:
 
         def connect(connection: Any, record: Any) -> None:
             self._records.add(record)
-            connection.isolation_level = None  # or the driver begins, where and when it likes
             cursor = connection.cursor()
             self._use_wal(connection, cursor, engine.dialect)
             cursor.close()
