@@ -463,6 +463,29 @@ def test_dispose_and_close_at_once(url: str, loop: str) -> None:
     run(dispose_and_close, url, loop)
 
 
+def end_that_is_cancelled(url: str, loop: str) -> None:
+    """Its loop ends in the middle of it, and cancels it at one step after the other."""
+    manager, log = opened(url), Log()
+
+    async def begin(steps: int) -> None:
+        await together(manager, 5)
+        ending = asyncio.ensure_future(manager.engine.dispose())
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        del ending
+
+    for steps in range(20):
+        run_on(loop, begin(steps))
+        assert log.messages == [], f"after {steps} steps"
+        nothing_left(manager, url)
+    asyncio.run(manager.close())
+
+
+@every_database_and_loop
+def test_an_end_that_its_loop_cancels(url: str, loop: str) -> None:
+    run(end_that_is_cancelled, url, loop)
+
+
 def ended_without_descriptors(url: str, loop: str, way: str) -> None:
     """All that a process may open is open: an end does without what it cannot have."""
     manager = opened(url)

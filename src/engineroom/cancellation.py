@@ -61,3 +61,25 @@ def for_one_cancellation(clean: Callable[[Any], None]) -> Callable[[Any], None]:
                 raise
 
     return cleaned
+
+
+def to_its_end(
+    close: Callable[[Any], None], terminate: Callable[[Any], None]
+) -> Callable[[Any], None]:
+    """Wrap a driver's close: a cancellation that strikes in it goes on after it.
+
+    SQLAlchemy would log it as an error, and keep open what it was to close after that.
+    """
+
+    def closed(connection: Any) -> None:
+        try:
+            close(connection)
+        except asyncio.CancelledError as error:
+            terminate(connection)
+            task = asyncio.current_task()
+            if task is None or not task.cancelling():  # nobody has cancelled it: that is news
+                raise
+            task.uncancel()
+            task.cancel(*error.args)
+
+    return closed

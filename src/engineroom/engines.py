@@ -25,7 +25,7 @@ from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.util import await_only, greenlet_spawn
 
 from .backends import Backend, Role, Side, find_backend
-from .cancellation import for_one_cancellation, settle
+from .cancellation import for_one_cancellation, settle, to_its_end
 from .cap import CAPS, Cap, CapInfo, limit_process, note_closings, process_cap, release_process
 from .connecting import watch_connects
 from .credentials import Credentials
@@ -283,6 +283,7 @@ class EngineRoom:
         if side is Side.ASYNC:
             dialect: Any = engine.dialect
             dialect.do_terminate = for_one_cancellation(dialect.do_terminate)
+            dialect.do_close = to_its_end(dialect.do_close, dialect.do_terminate)
             event.listen(engine, "handle_error", weakly(self._break_off_cancelled))
         event.listen(engine, "handle_error", weakly(self._explain_guard))
         event.listen(engine, "handle_error", pass_notes_on)

@@ -1007,8 +1007,8 @@ class Lender(QueuePool):
         if not permit.marks.is_reported and (holder := describe(permit, now)) is not None:
             permit.mark().is_reported = True
             logger.warning(
-                "A connection is held for longer than %g s (DB_SLOW_CHECKOUT), by %s. Do slow work "
-                "outside of the scope, or raise the limit.",
+                "A connection is held for longer than %g s (DB_SLOW_CHECKOUT, or the lesser "
+                "DB_POOL_TIMEOUT), by %s. Do slow work outside of the scope, or raise the limit.",
                 self.slow_after,
                 holder,
             )
@@ -1039,7 +1039,7 @@ class Lender(QueuePool):
 
     def end(self) -> None:
         """Close what is idle, and from now on whatever comes back."""
-        if not self.ended:
+        if not self.ended or self.idle:  # (a signal may have struck in the middle of it)
             self.ended = True
             super().dispose()
 
