@@ -487,6 +487,27 @@ def test_synchronous_close_inside_a_scope_raises_at_once(url: str) -> None:
     run(sync_inside, url)
 
 
+def after_one_that_is_nobodys(url: str) -> None:
+    """Ctrl-C came between the entering and the body: only the garbage collector knows."""
+    manager = opened(url)
+
+    def enter() -> None:
+        session = manager.sync.session().__enter__()
+        session.scalars(select(Item)).all()
+        session.info["itself"] = session
+
+    gc.disable()
+    enter()
+    assert len(manager.stats().scopes) == 1
+    manager.sync.close()
+    assert settled(url) == []
+
+
+@every_sync_driver
+def test_close_is_not_refused_for_a_session_that_is_nobodys(url: str) -> None:
+    run(after_one_that_is_nobodys, url)
+
+
 def without_waiting(url: str, loop: str) -> None:
     log, manager = Log(), opened(url)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import time
 from collections.abc import Generator, Iterable
@@ -196,6 +197,8 @@ def refuse_inside(room: EngineRoom) -> None:
     Raises:
         CloseInsideScope: the caller is inside a scope.
     """
+    if any(entry.belongs_here() for entry in room.ledger):
+        gc.collect()  # one whose end Ctrl-C prevented may be nobody's any more
     for entry in room.ledger:
         if entry.belongs_here():
             raise CloseInsideScope(
