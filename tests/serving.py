@@ -6,11 +6,16 @@ import asyncio
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import uvicorn
 from scenario import until
+
+
+def no_websocket(protocols: list[type]) -> bool:
+    """Whether none of them speaks to a WebSocket."""
+    return not any("WebSocket" in protocol.__name__ for protocol in protocols)
 
 
 @contextmanager
@@ -37,6 +42,9 @@ def served(app: Any, **options: Any) -> Iterator[str]:
         assert server.started, "uvicorn did not start: see its log"
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
+        # uvicorn refuses the WebSockets that are open; one that it is just refusing takes no other.
+        with suppress(AssertionError):
+            until(lambda: list(map(type, server.server_state.connections)), no_websocket, 2)
         server.should_exit = True
         thread.join()
         listener.close()

@@ -592,7 +592,7 @@ def test_the_deadline_is_one_for_all_addresses_of_a_name(scheme: str, tmp_path: 
         )
     seconds, error = done.stdout.split()
     assert error in {"ConnectTimeout", "DBAPIError", "OperationalError"}
-    assert float(seconds) < 5
+    assert float(seconds) < 7  # one deadline each would be 9
 
 
 AT_EXIT = """
