@@ -504,6 +504,19 @@ def test_async_with_where_with_belongs(manager: Any, verb: str) -> None:
     assert manager.stats().scopes == ()
 
 
+def test_the_wrong_with_for_what_opens_and_closes(sqlite_url: str) -> None:
+    async def main() -> None:
+        async with Database(sqlite_url):  # type: ignore[attr-defined]
+            pass
+
+    with pytest.raises(UsageError) as caught, DatabaseSessionManager().init(sqlite_url):  # type: ignore[attr-defined]
+        pass
+    assert_teaches(caught.value, errors.WrongWith, "DatabaseSessionManager", "'async with'")
+    with pytest.raises(UsageError) as caught:
+        asyncio.run(main())
+    assert_teaches(caught.value, errors.WrongWith, "Database", "'with'")
+
+
 @pytest.mark.parametrize("use", ["execute", "add", "begin", "scalar", "commit"])
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_scope_that_was_not_entered_says_how(manager: Any, verb: str, use: str) -> None:

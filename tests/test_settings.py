@@ -128,6 +128,16 @@ def test_other_programs_variables_are_ignored(monkeypatch: pytest.MonkeyPatch) -
     assert read_settings(URL).pool_size == 5
 
 
+def test_a_variable_that_is_almost_one_is_told_about(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in "DB_POOLSIZE", "DB_PASSWD", "DB_USER", "DB_POOL_MIN", "DB_URL":
+        monkeypatch.setenv(name, "2")
+    read_settings(URL)
+    (said,) = caplog.messages
+    assert said == "DB_POOLSIZE is set, and nothing reads it. Did you mean DB_POOL_SIZE?"
+
+
 def test_the_defaults_are_those_of_the_contract() -> None:
     settings = read_settings(URL)
     assert (settings.pool_size, settings.max_overflow, settings.pool_recycle) == (5, 10, 3600)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
-from typing import ClassVar, Self, TextIO, Unpack
+from typing import TYPE_CHECKING, ClassVar, NoReturn, Self, TextIO, Unpack
 
 from sqlalchemy import MetaData
 from sqlalchemy.engine import URL, Engine
@@ -15,6 +15,7 @@ from . import drain, models
 from .backends import Role, Side
 from .checking import Check, CheckResult, Wait
 from .engines import EngineRoom, Stats
+from .errors import WrongWith
 from .schema import SchemaScope, create_once
 from .scopes import ConnectScope, LooseScope, SessionScope
 from .secrecy import unseen
@@ -204,6 +205,16 @@ class Database:
     def get_base(cls) -> type[DeclarativeBase]:
         """Return the declarative base."""
         return cls.Base
+
+    if not TYPE_CHECKING:  # a type checker finds this mistake by itself
+
+        async def __aenter__(self) -> NoReturn:
+            raise WrongWith(
+                "A Database was entered with 'async with'. Write 'with', or take a "
+                "DatabaseSessionManager."
+            )
+
+        async def __aexit__(self, *args: object) -> None: ...
 
     def __enter__(self) -> Self:
         """Open, if it is not open already."""

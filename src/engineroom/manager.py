@@ -6,7 +6,7 @@ import asyncio
 import sys
 from functools import partial
 from types import TracebackType
-from typing import Self, TextIO, Unpack
+from typing import TYPE_CHECKING, NoReturn, Self, TextIO, Unpack
 
 from sqlalchemy import MetaData
 from sqlalchemy.engine import URL, Engine
@@ -18,6 +18,7 @@ from .backends import Role, Side
 from .checking import Check, CheckResult, Wait
 from .database import Database
 from .engines import EngineRoom, Stats
+from .errors import WrongWith
 from .schema import AsyncSchemaScope, create_once
 from .scopes import AsyncConnectScope, AsyncSessionScope, SessionScope
 from .secrecy import unseen
@@ -207,6 +208,16 @@ class DatabaseSessionManager:
         return SessionScope(
             self._room, "session", Role.PRIMARY, read_only, isolation_level, guards=guards
         )
+
+    if not TYPE_CHECKING:  # a type checker finds this mistake by itself
+
+        def __enter__(self) -> NoReturn:
+            raise WrongWith(
+                "A DatabaseSessionManager was entered with 'with'. Write 'async with' inside of a "
+                "coroutine; where there is none, take a Database."
+            )
+
+        def __exit__(self, *args: object) -> None: ...
 
     async def __aenter__(self) -> Self:
         """Open, if it is not open already."""

@@ -77,6 +77,11 @@ def create_once(connection: Connection, metadata: MetaData, timeout: float = TIM
     Raises:
         SchemaLocked: it was not.
     """
+    if not metadata.tables:
+        logger.warning(
+            "create_all() has no table to create. Import the modules of your models before it, and "
+            "derive them from engineroom's Base, or pass their metadata=."
+        )
     lock = find_schema_lock(connection)
     if lock is None:
         metadata.create_all(connection)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
 import signal
@@ -29,6 +30,9 @@ from .errors import InvalidOption, InvalidURL, NoDatabaseURL, UnknownOption
 from .secrecy import unseen
 from .urls import ACCOUNT, has_account, in_full, read_url, replace_account
 
+logger: logging.Logger = logging.getLogger("engineroom")
+
+ALMOST = 0.92  # of difflib's ratio: DB_POOLSIZE is, DB_PASSWD is not
 TRUE = {"1", "true", "t", "yes", "y", "on"}
 
 
@@ -334,6 +338,7 @@ def read_settings(
         InvalidOption: an option or a variable has a value that it cannot have.
     """
     check_names(options)
+    mind_variables(os.environ)
     for name, kind in OBJECTS.items():
         if name in options:
             _check_object(name, options[name], kind)  # type: ignore[literal-required]
@@ -371,6 +376,15 @@ def check_names(options: Iterable[str]) -> None:
             nearest = difflib.get_close_matches(name, [*Options.__annotations__, *URLS], 1)
             hint = f"Did you mean {nearest[0]}?" if nearest else _known()
             raise UnknownOption(f"There is no option {name}. {hint}")
+
+
+def mind_variables(names: Iterable[str]) -> None:
+    """Log which variable has almost the name of one that is read: it may be somebody else's."""
+    known = ["DB_URL", *(f"DB_{field}".upper() for field in DatabaseSettings.model_fields)]
+    for name in names:
+        if (spelt := name.upper()).startswith("DB_") and spelt not in known:
+            for nearest in difflib.get_close_matches(spelt, known, 1, ALMOST):
+                logger.warning("%s is set, and nothing reads it. Did you mean %s?", name, nearest)
 
 
 def _known() -> str:

@@ -69,8 +69,9 @@ def read_url(url: str | URL) -> URL:
     with suppress(ArgumentError, ValueError):
         if scheme is not None:  # what follows is a path, and may hold anything
             return make_url(text)
+    shown = f'"{_hidden(url)}"' if text else "An empty text"
     raise InvalidURL(
-        f'"{_hidden(url)}" is not a database URL. Write it like '
+        f"{shown} is not a database URL. Write it like "
         '"postgresql://user:password@host:5432/database" or "sqlite:///file.db"; special '
         "characters in the password are percent-encoded (urllib.parse.quote)."
     )
