@@ -31,6 +31,7 @@ from scenario import (
     run_on,
     sample,
     settled,
+    until,
 )
 from sqlalchemy import func, insert, select, text, update
 from sqlalchemy.orm import Session
@@ -499,6 +500,105 @@ def fork_beside_loop(url: str, loop: str, held: str, end: str) -> None:
 @every_database_and_loop
 def test_a_fork_beside_a_loop_that_lives_on(url: str, loop: str, held: str, end: str) -> None:
     run(fork_beside_loop, url, loop, held, end)
+
+
+# -- what the inherited drivers cannot be told any more -----------------------------------------
+
+
+def fork_without_its_loop(url: str, loop: str, why: str) -> None:
+    """Whichever connection cannot be parted with as usual: those behind it are parted with."""
+    manager = opened(url)
+    manager.sync.engine.dispose()  # so that the asynchronous pool is the first
+    ours = loop_factory(loop)()
+    ours.set_debug(why == "another thread's, in debug mode")
+    ours.run_until_complete(async_warm(manager))
+    unit(manager, 1)
+    second = Database(url)
+    with second.reader() as db:
+        db.execute(select(Item))
+    if why == "closed":
+        ours.close()
+    before, hog = backends(url), []
+
+    def child() -> None:
+        while hog:
+            os.close(hog.pop())
+        with second.reader() as db:
+            db.execute(select(Item))
+        work_in_child(manager, "asyncio", CHILD, reads=False)
+
+    def begin() -> None:
+        if why == "no descriptor":
+            with suppress(OSError):
+                while True:
+                    hog.append(os.open(os.devnull, os.O_RDONLY))
+        wait = fork(child)
+        while hog:
+            os.close(hog.pop())
+        wait()
+
+    if ours.is_closed():
+        begin()
+    else:
+        ours.run_until_complete(asyncio.to_thread(begin))
+    assert set(backends(url)) >= set(before)
+    unit(manager, 2)
+    with second.reader() as db:
+        db.execute(select(Item))
+    second.close()
+    manager.sync.close()
+    if not ours.is_closed():
+        ours.run_until_complete(ours.shutdown_default_executor())
+        ours.close()
+
+
+@pytest.mark.parametrize("why", ["closed", "another thread's, in debug mode", "no descriptor"])
+@every_server_and_loop
+def test_a_fork_whose_inherited_loop_hears_nothing(url: str, loop: str, why: str) -> None:
+    run(fork_without_its_loop, url, loop, why)
+
+
+def fork_while_closing(url: str) -> None:
+    manager = opened(url)
+    inside, over = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with manager.sync_session() as db:
+            db.execute(select(Item))
+            inside.set()
+            over.wait()
+
+    holding = threading.Thread(target=hold)
+    holding.start()
+    inside.wait()
+    closing = threading.Thread(target=manager.sync.close)
+    closing.start()
+    until(lambda: refuses(manager), bool)
+
+    def child() -> None:
+        work_in_child(manager, "asyncio", CHILD, reads=False)
+        manager.sync.close()
+
+    wait = fork(child)
+    wait()
+    over.set()
+    closing.join()
+    holding.join()
+    with pytest.raises(UsageError):
+        rows(manager)
+
+
+def refuses(manager: DatabaseSessionManager) -> bool:
+    try:
+        rows(manager)
+    except UsageError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("url", ["psycopg"], indirect=True)
+def test_a_child_forked_while_its_parent_closes_starts_afresh(url: str) -> None:
+    run(fork_while_closing, url)
 
 
 # -- how else processes are forked -------------------------------------------------------------

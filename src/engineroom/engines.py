@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -533,13 +533,16 @@ class EngineRoom:
             retire(session, "The session belongs to the parent of this forked process.")
             make_immortal(session)
         self.ledger.clear()
-        for _, _, _, lender in self.lenders():
-            lender.disown()
-        self._parted.clear()
-        if self.sandbox is not None:
-            self.sandbox.disown()
-        for engine in self._engines.values():
-            engine.dispose(close=False)
+        if self.life.state is State.CLOSING:  # that is another thread of the parent's
+            self.life.enter(State.OPEN)
+        with ExitStack() as then:
+            for engine in self._engines.values():
+                then.callback(engine.dispose, close=False)
+            if self.sandbox is not None:
+                then.callback(self.sandbox.disown)
+            then.callback(self._parted.clear)
+            for _, _, _, lender in self.lenders():
+                then.callback(lender.disown)
 
 
 ROOMS: weakref.WeakSet[EngineRoom] = weakref.WeakSet()
@@ -569,10 +572,9 @@ def _after_fork_in_child() -> None:
     if loops := {loop for room in rooms for _, _, loop, _ in room.lenders() if loop is not None}:
         part_event_loops(loops)
     DEPARTURES.disown()
-    for cap in list(CAPS):
-        cap.disown()
-    for room in rooms:
-        room.disown()
+    with ExitStack() as each:  # comes to its turn, whatever another raises
+        for inherited in reversed([*CAPS, *rooms]):
+            each.callback(inherited.disown)
 
 
 def dump_on(number: signal.Signals) -> None:

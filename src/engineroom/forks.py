@@ -27,13 +27,21 @@ def let_threads_end() -> None:
     locked in the child, whose first connect would wait for it for ever.
     """
     deadline = time.monotonic() + LEAVE_WITHIN
-    while TASKS.exists():
-        more = len(list(TASKS.iterdir())) - threading.active_count()
+    while threads := known_to_linux():
+        more = threads - threading.active_count()
         if time.monotonic() > deadline:
             STRANGERS["seen"] = more
         if more <= STRANGERS["seen"]:
             return
         time.sleep(0.001)
+
+
+def known_to_linux() -> int:
+    """Count the threads of this process as its system does; 0 where that cannot be asked."""
+    try:
+        return len(list(TASKS.iterdir()))
+    except OSError:  # no Linux, or no descriptor left
+        return 0
 
 
 def part_event_loops(inherited: Iterable[asyncio.AbstractEventLoop]) -> None:
@@ -42,10 +50,11 @@ def part_event_loops(inherited: Iterable[asyncio.AbstractEventLoop]) -> None:
     A fork shares the set itself: a child that leaves its inherited loop, by returning through
     `asyncio.run`, would take out of it what the parent's loop waits for.
     """
-    descriptors = Path("/proc/self/fd")
-    if not descriptors.exists():  # no Linux, no epoll: a kqueue is not inherited
+    try:
+        descriptors = list(Path("/proc/self/fd").iterdir())
+    except OSError:  # no Linux, no epoll: a kqueue is not inherited; or no descriptor left
         return
-    for descriptor in list(descriptors.iterdir()):
+    for descriptor in descriptors:
         try:
             if str(descriptor.readlink()) == "anon_inode:[eventpoll]":
                 with select.epoll() as empty:

@@ -6,7 +6,7 @@ import ipaddress
 import os
 import socket
 from asyncio import AbstractEventLoop, BaseEventLoop, Future
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -73,6 +73,27 @@ def _run_unless_it_resumes_a_task(callback: Any, *args: Any, context: object = N
     """Stand in for the `call_soon` of a loop that has ended: no task of it may go on in another."""
     if not isinstance(getattr(callback, "__self__", None), Future):
         callback(*args)
+
+
+def forget(descriptors: Iterable[int | None]) -> None:
+    """Put the null device in the place of sockets that are the parent's, after a fork.
+
+    It takes no descriptor more than there are: the process may have none left.
+    """
+    for descriptor in descriptors:
+        if descriptor is not None and descriptor >= 0:  # uvloop closes them with its loop
+            with suppress(OSError):  # it is closed already
+                os.close(descriptor)
+                nothing = os.open(os.devnull, os.O_RDWR)
+                if nothing != descriptor:
+                    os.dup2(nothing, descriptor, inheritable=False)
+                    os.close(nothing)
+
+
+def abort_inherited(transport: Any) -> None:
+    """Have an inherited loop, if it runs in this child, not miss a transport at its end."""
+    with suppress(RuntimeError):  # it is closed, or was another thread's: it does not run here
+        transport.abort()
 
 
 def address_of(descriptor: int | None) -> str | None:

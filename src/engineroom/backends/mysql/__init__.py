@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import ssl
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -26,7 +25,7 @@ from .. import (
     choose_driver,
     refuse_unknown_driver,
 )
-from ..sockets import cut, keep_alive, shut
+from ..sockets import abort_inherited, cut, forget, keep_alive, shut
 from .errnos import NO_SUCH_THREAD, REFUSED, errno
 from .guards import NAMES, NAMES_OF_MYSQL, at_start, is_mariadb, struck
 from .looking import diagnose, look
@@ -272,15 +271,12 @@ class MySQL:
 
     def disown(self, drivers: Iterable[Any]) -> None:
         """Put the null device in the place of each socket."""
-        nothing = os.open(os.devnull, os.O_RDWR)
-        for driver in drivers:
-            descriptor = self.descriptor(driver)
-            if descriptor is not None:
-                os.dup2(nothing, descriptor, inheritable=False)
-                if not _is_pymysql(driver):
-                    # The inherited loop, if it runs, would miss the transport at its end.
-                    _transport_of(driver).abort()
-        os.close(nothing)
+        opened = {self.descriptor(driver): driver for driver in drivers}
+        opened.pop(None, None)
+        forget(opened)
+        for driver in opened.values():
+            if not _is_pymysql(driver):
+                abort_inherited(_transport_of(driver))
 
     def dispose(self) -> None:
         """There is nothing to remove."""

@@ -31,7 +31,7 @@ from .. import (
     choose_driver,
     refuse_unknown_driver,
 )
-from ..sockets import cut, is_one_place, port_of, shut
+from ..sockets import abort_inherited, cut, forget, is_one_place, port_of, shut
 from . import leavings, lost, pipelining, readers, undeclared
 from .beginning import has_sent, tell_what_is_sent
 from .cancelling import BREAK_OFF_LIMIT, request_cancel
@@ -400,15 +400,12 @@ class PostgreSQL:
 
     def disown(self, drivers: Iterable[Any]) -> None:
         """Put the null device in the place of each socket."""
-        nothing = os.open(os.devnull, os.O_RDWR)
-        for driver in drivers:
-            descriptor = self.descriptor(driver)
-            if descriptor is not None:
-                os.dup2(nothing, descriptor, inheritable=False)
-                if not hasattr(driver, "fileno"):
-                    # The inherited loop, if it runs, would miss asyncpg's transport at its end.
-                    asyncpg_transport(driver).abort()
-        os.close(nothing)
+        opened = {descriptor_of(driver): driver for driver in drivers}
+        opened.pop(None, None)
+        forget(opened)
+        for driver in opened.values():
+            if not hasattr(driver, "fileno"):
+                abort_inherited(asyncpg_transport(driver))
 
     def dispose(self) -> None:
         """There is nothing to remove."""
