@@ -24,6 +24,7 @@ from scenario import (
     backends,
     every_driver_and_loop,
     every_sync_driver,
+    held,
     in_threads,
     is_postgres,
     run,
@@ -36,6 +37,7 @@ from scenario import (
 )
 from sqlalchemy import insert, select, text
 from sqlalchemy.engine import make_url
+from sqlalchemy.event import listen
 from sqlalchemy.exc import DBAPIError
 
 from engineroom import Database, DatabaseSessionManager, SessionClosed, UsageError, on_commit
@@ -485,6 +487,56 @@ def sync_inside(url: str) -> None:
 @every_sync_driver
 def test_synchronous_close_inside_a_scope_raises_at_once(url: str) -> None:
     run(sync_inside, url)
+
+
+def under_a_connect(url: str, loop: str) -> None:
+    """The driver has connected; what the application asks of each connection takes a while."""
+    manager, sync, _ = opened(url), loop == "none", Log()
+    manager.sync.engine.dispose()
+    engine = manager.sync.engine if sync else manager.engine.sync_engine
+    asks, over = threading.Event(), threading.Event()
+
+    def ask(connection: Any, record: Any) -> None:
+        cursor = connection.cursor()
+        asks.set()
+        cursor.execute("SELECT pg_sleep(0.3)")
+        cursor.close()
+
+    async def use() -> None:
+        async with manager.session() as db:
+            await db.execute(select(Item))
+
+    async def main() -> None:
+        using = asyncio.create_task(use())
+        while not asks.is_set():
+            await asyncio.sleep(0.001)
+        await manager.close(timeout=0)
+        assert held(url) == []
+        await asyncio.gather(using, return_exceptions=True)
+
+    def use_here() -> None:
+        with suppress(UsageError, DBAPIError), manager.sync_session() as db:
+            db.execute(select(Item))
+        over.set()
+
+    listen(engine, "connect", ask)
+    if not sync:
+        return run_on(loop, main())
+    threading.Thread(target=use_here).start()
+    asks.wait()
+    manager.sync.close(timeout=0)
+    assert held(url) == []
+    over.wait()
+    return None
+
+
+@pytest.mark.parametrize(
+    ("url", "loop"),
+    [("asyncpg", "asyncio"), ("psycopg", "uvloop"), ("psycopg", "none"), ("psycopg2", "none")],
+    indirect=["url"],
+)
+def test_close_waits_for_what_a_connect_listener_asks(url: str, loop: str) -> None:
+    run(under_a_connect, url, loop)
 
 
 def after_one_that_is_nobodys(url: str) -> None:

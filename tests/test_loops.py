@@ -38,6 +38,7 @@ from scenario import (
 from sqlalchemy import event, func, select, update
 
 from engineroom import DatabaseSessionManager
+from engineroom.pool import Shelf
 from engineroom.testing import PostgresServer
 
 every_loop = pytest.mark.parametrize("loop", LOOPS)
@@ -427,6 +428,39 @@ def close_as_a_loop_ends(url: str, loop: str, sync: bool) -> None:
 @every_database_and_loop
 def test_close_as_another_loop_ends(url: str, loop: str, sync: bool) -> None:
     run(close_as_a_loop_ends, url, loop, sync)
+
+
+def end_in_a_last_turn(url: str, loop: str) -> None:
+    """A loop is asked that has run what ends its pools, and would not run another task."""
+    manager, shelves, asked = opened(url), [], []
+    ready = threading.Barrier(2)
+
+    async def stand_still() -> None:
+        ready.wait()
+        time.sleep(0.2)  # it is asked meanwhile
+
+    def work(number: int) -> None:
+        if number == 1:
+            ready.wait()
+            asked.extend(shelf.end_there(shelf.home.end) for shelf in shelves)
+            return
+        ours = loop_factory(loop)()
+        ours.run_until_complete(together(manager, 2))
+        shelves.extend(pool for *_, pool in manager._room.lenders() if isinstance(pool, Shelf))
+        ours.run_until_complete(ours.shutdown_asyncgens())
+        ours.run_until_complete(stand_still())
+        ours.close()
+
+    in_threads(2, work)
+    assert [over.done() for over in asked] == [True, True]  # of the session's and the reader's
+    del shelves[:], asked[:]
+    nothing_left(manager, url)
+    asyncio.run(manager.close())
+
+
+@server_driver_and_loop
+def test_an_end_in_the_last_turn_of_a_loop(url: str, loop: str) -> None:
+    run(end_in_a_last_turn, url, loop)
 
 
 def dispose_and_close(url: str, loop: str) -> None:

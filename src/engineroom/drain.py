@@ -7,9 +7,10 @@ import gc
 import logging
 import time
 from collections.abc import Generator, Iterable
-from concurrent.futures import CancelledError, Future
-from contextlib import contextmanager, suppress
+from concurrent.futures import Future
+from contextlib import contextmanager
 from functools import partial
+from typing import cast
 
 from sqlalchemy.util import greenlet_spawn
 
@@ -20,6 +21,7 @@ from .engines import END_LIMIT, EngineRoom
 from .errors import CloseInsideScope, SyncInAsync
 from .lending import Lender
 from .lifecycle import State
+from .pool import Shelf
 
 logger: logging.Logger = logging.getLogger("engineroom")
 
@@ -61,9 +63,13 @@ def end_now(
     lender: Lender,
 ) -> None:
     """End a pool, from a thread, and wait for it."""
-    with log_failure(), suppress(CancelledError):  # by the end of its loop, which ends it as well
+    with log_failure():
         if elsewhere := end_where_it_belongs(room, side, role, loop, lender):
-            elsewhere.result(POOL_LIMIT)
+            deadline = time.monotonic() + POOL_LIMIT
+            while still_ends(elsewhere, loop, lender):
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"its loop did not end a pool within {POOL_LIMIT:g} s")
+                time.sleep(LOOK_EVERY)
 
 
 async def aclose(room: EngineRoom, timeout: float | None) -> None:
@@ -98,7 +104,8 @@ async def end_pools(room: EngineRoom) -> None:
         with log_failure():
             async with asyncio.timeout(POOL_LIMIT):
                 if elsewhere := await greenlet_spawn(end_where_it_belongs, room, *pool):
-                    await hear_of(elsewhere)
+                    while still_ends(elsewhere, *pool[2:]):  # noqa: ASYNC110  # as above
+                        await asyncio.sleep(LOOK_EVERY)
 
     farewell = say_farewell(room)
     try:
@@ -107,15 +114,21 @@ async def end_pools(room: EngineRoom) -> None:
         await farewell.answered()
 
 
-async def hear_of(elsewhere: Future[None]) -> None:
-    """Wait for what another loop does; its end cancels that, and ends the pool as well."""
-    ending = asyncio.wrap_future(elsewhere)
-    try:
-        await asyncio.wait((ending,))
-    finally:
-        ending.cancel()
-    if not ending.cancelled():
-        ending.result()
+def still_ends(
+    elsewhere: Future[None], loop: asyncio.AbstractEventLoop | None, lender: Lender
+) -> bool:
+    """Whether another thread's loop has yet to end a pool; its own end ends the pool as well.
+
+    Raises:
+        Exception: what the end of the pool has raised.
+    """
+    if not elsewhere.done() and loop is not None:
+        if not loop.is_closed():
+            return True
+        lender.reap(loop)  # nothing, unless it was closed by hand
+    elif not elsewhere.cancelled():
+        elsewhere.result()
+    return False
 
 
 def say_farewell(room: EngineRoom) -> Farewell:
@@ -129,8 +142,15 @@ def say_farewell(room: EngineRoom) -> Farewell:
 
 
 def connecting(room: EngineRoom) -> bool:
-    """Whether a connection is just being opened: it is nobody's yet, and cannot be ended."""
-    return any(lender.slots.connecting for _, _, _, lender in room.lenders())
+    """Whether a connection is just being opened: it is nobody's yet, and cannot be ended.
+
+    To its opening belong what SQLAlchemy asks, and the listeners of the application.
+    """
+    return any(
+        permit.connection is None
+        for _, _, _, lender in room.lenders()
+        for permit in lender.slots.held
+    )
 
 
 def end_where_it_belongs(
@@ -149,7 +169,7 @@ def end_where_it_belongs(
     if loop is None or loop is asyncio._get_running_loop():
         work()
     elif loop.is_running():
-        return asyncio.run_coroutine_threadsafe(greenlet_spawn(work), loop)
+        return cast(Shelf, lender).end_there(partial(greenlet_spawn, work))
     else:
         lender.reap(loop)
     return None

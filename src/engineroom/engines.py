@@ -573,8 +573,10 @@ def _after_fork_in_child() -> None:
         part_event_loops(loops)
     DEPARTURES.disown()
     with ExitStack() as each:  # comes to its turn, whatever another raises
-        for inherited in reversed([*CAPS, *rooms]):
-            each.callback(inherited.disown)
+        for room in reversed(rooms):
+            each.callback(room.disown)
+        for cap in CAPS:
+            each.callback(cap.disown)
 
 
 def dump_on(number: signal.Signals) -> None:

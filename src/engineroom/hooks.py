@@ -78,6 +78,11 @@ def rollback_only(session: AsyncSession | Session) -> None:
     """
     guarded = _guarded(session)
     scope: Any = guarded._scope
+    if guarded._ending:
+        raise RollbackOnly(
+            "rollback_only() was called while the end of its scope commits, and this error has all "
+            "rolled back. Call it in the body of the scope, and no error is raised."
+        )
     if not scope.is_open:
         raise UsageError(
             "rollback_only() got a session of get_session(), which has no scope at whose end it "

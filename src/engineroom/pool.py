@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import suppress
 from contextvars import copy_context
 from functools import partial
@@ -275,7 +276,7 @@ class PassingPool(ThreadPool, NullPool):  # type: ignore[misc]  # theirs differ;
 class Home:
     """Where a shelf stands: its event loop, and the pool that it is a shelf of."""
 
-    __slots__ = ("behind", "end", "ending", "keeper", "loop", "thread")
+    __slots__ = ("behind", "end", "ending", "ends", "keeper", "loop", "thread")
 
     def __init__(self) -> None:
         self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
@@ -284,6 +285,7 @@ class Home:
         self.keeper: AsyncGenerator[None]  # ends the shelf with its loop
         self.end: Callable[[], Coroutine[Any, Any, None]]  # does so before
         self.ending: asyncio.Lock = asyncio.Lock()
+        self.ends: set[asyncio.Task[None]] = set()  # for others (a loop holds its tasks weakly)
 
 
 class Partings:
@@ -330,6 +332,34 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
                 await asyncio.wait(self.partings.tasks)
         finally:
             await farewell.answered()
+
+    def end_there(self, end: Callable[[], Coroutine[Any, Any, None]]) -> Future[None]:
+        """Have another thread's loop run an end of the shelf; return what tells when it is over.
+
+        In its last turn a loop would take a task and never run it: it has ended the shelf by then.
+        """
+        over: Future[None] = Future()
+
+        def begin() -> None:
+            if self.ended and not self.home.ending.locked() and not self.lent():
+                over.set_result(None)
+                return
+            task = self.home.loop.create_task(end())
+            self.home.ends.add(task)
+            task.add_done_callback(tell)
+
+        def tell(task: asyncio.Task[None]) -> None:
+            self.home.ends.discard(task)
+            if task.cancelled():
+                over.cancel()
+            elif error := task.exception():
+                over.set_exception(error)
+            else:
+                over.set_result(None)
+
+        with suppress(RuntimeError):  # it was closed just now
+            self.home.loop.call_soon_threadsafe(begin)
+        return over
 
     def end(self) -> None:
         """End the shelf, and with it what would have ended it later."""
@@ -649,6 +679,6 @@ class LoopPool(AsyncAdaptedQueuePool):
             if loop is asyncio.get_running_loop():
                 shelf.end()
             elif loop.is_running():
-                asyncio.run_coroutine_threadsafe(shelf.home.end(), loop)
+                shelf.end_there(shelf.home.end)
             elif self.shelves.pop(loop, None) is shelf:
                 shelf.reap(loop)

@@ -119,7 +119,7 @@ class Tenant(EngineRoom):
             if not isinstance(lender, Shelf):
                 lender.end()
             elif loop is not None and loop.is_running():
-                asyncio.run_coroutine_threadsafe(lender.home.end(), loop)
+                lender.end_there(lender.home.end)
             elif loop is not None:
                 lender.reap(loop)
 

@@ -693,6 +693,16 @@ def test_rollback_only_rolls_back_without_an_exception(
     assert lent(shop) == 0
 
 
+def test_rollback_only_in_the_middle_of_the_commit_says_that_it_is_late(shop: Any) -> None:
+    with pytest.raises(RollbackOnly, match="while the end of its scope commits"):
+        with shop.session() as db:
+            core = getattr(bare(db), "sync_session", bare(db))
+            event.listen(core, "before_commit", hooks.rollback_only)
+            db.add(Item(sku="a"))
+    assert skus(shop) == []
+    assert lent(shop) == 0
+
+
 def test_rollback_only_refuses_commit_and_releases_savepoints(shop: Any) -> None:
     with shop.session() as db:
         db.add(Item(sku="a"))
