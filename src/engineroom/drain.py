@@ -104,7 +104,8 @@ async def end_pools(room: EngineRoom) -> None:
         with log_failure():
             async with asyncio.timeout(POOL_LIMIT):
                 if elsewhere := await greenlet_spawn(end_where_it_belongs, room, *pool):
-                    while still_ends(elsewhere, *pool[2:]):  # noqa: ASYNC110  # as above
+                    still = partial(greenlet_spawn, still_ends, elsewhere, *pool[2:])
+                    while await still():  # noqa: ASYNC110  # as above
                         await asyncio.sleep(LOOK_EVERY)
 
     farewell = say_farewell(room)
