@@ -1039,7 +1039,7 @@ class Lender(QueuePool):
 
     def end(self) -> None:
         """Close what is idle, and from now on whatever comes back."""
-        if not self.ended or self.idle:  # (a signal may have struck in the middle of it)
+        if not self.ended:
             self.ended = True
             super().dispose()
 
