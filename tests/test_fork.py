@@ -511,6 +511,7 @@ def fork_without_its_loop(url: str, loop: str, why: str) -> None:
     manager.sync.engine.dispose()  # so that the asynchronous pool is the first
     ours = loop_factory(loop)()
     ours.set_debug(why == "another thread's, in debug mode")
+    ours.slow_callback_duration = 60.0  # seconds: of that, debug mode need not tell
     ours.run_until_complete(async_warm(manager))
     unit(manager, 1)
     second = Database(url)
