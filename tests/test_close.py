@@ -491,7 +491,8 @@ def test_synchronous_close_inside_a_scope_raises_at_once(url: str) -> None:
 
 def under_a_connect(url: str, loop: str) -> None:
     """The driver has connected; what the application asks of each connection takes a while."""
-    manager, sync, _ = opened(url), loop == "none", Log()
+    manager, sync = opened(url), loop == "none"
+    Log()  # takes what is said of the scope that does not end in time
     manager.sync.engine.dispose()
     engine = manager.sync.engine if sync else manager.engine.sync_engine
     asks, over = threading.Event(), threading.Event()

@@ -505,11 +505,14 @@ def test_async_with_where_with_belongs(manager: Any, verb: str) -> None:
 
 
 def test_the_wrong_with_for_what_opens_and_closes(sqlite_url: str) -> None:
+    database: Any = Database(sqlite_url)
+    manager: Any = DatabaseSessionManager().init(sqlite_url)
+
     async def main() -> None:
-        async with Database(sqlite_url):  # type: ignore[attr-defined]
+        async with database:
             pass
 
-    with pytest.raises(UsageError) as caught, DatabaseSessionManager().init(sqlite_url):  # type: ignore[attr-defined]
+    with pytest.raises(UsageError) as caught, manager:
         pass
     assert_teaches(caught.value, errors.WrongWith, "DatabaseSessionManager", "'async with'")
     with pytest.raises(UsageError) as caught:

@@ -560,8 +560,9 @@ def test_the_deadline_covers_connecting(silent: int, driver: str) -> None:
 CONNECT = """
 import sys, time
 from engineroom import Database
-started = time.monotonic()
 with Database(sys.argv[1], pool_timeout=3) as door:
+    door.engine  # imports its driver, which takes a while beside other tests
+    started = time.monotonic()
     try:
         door.check()
     except Exception as error:
@@ -592,7 +593,7 @@ def test_the_deadline_is_one_for_all_addresses_of_a_name(scheme: str, tmp_path: 
         )
     seconds, error = done.stdout.split()
     assert error in {"ConnectTimeout", "DBAPIError", "OperationalError"}
-    assert float(seconds) < 7  # one deadline each would be 9
+    assert float(seconds) < 5
 
 
 AT_EXIT = """

@@ -105,7 +105,7 @@ async def end_pools(room: EngineRoom) -> None:
             async with asyncio.timeout(POOL_LIMIT):
                 if elsewhere := await greenlet_spawn(end_where_it_belongs, room, *pool):
                     still = partial(greenlet_spawn, still_ends, elsewhere, *pool[2:])
-                    while await still():  # noqa: ASYNC110  # as above
+                    while await still():  # noqa: ASYNC110  # a loop that closes tells nobody
                         await asyncio.sleep(LOOK_EVERY)
 
     farewell = say_farewell(room)

@@ -75,25 +75,30 @@ def _run_unless_it_resumes_a_task(callback: Any, *args: Any, context: object = N
         callback(*args)
 
 
-def forget(descriptors: Iterable[int | None]) -> None:
+def disown(inherited: Iterable[tuple[int | None, Any]]) -> None:
     """Put the null device in the place of sockets that are the parent's, after a fork.
 
     It takes no descriptor more than there are: the process may have none left.
+
+    Args:
+        inherited: Descriptors, each with its transport of an event loop, or None without a loop.
     """
-    for descriptor in descriptors:
-        if descriptor is not None and descriptor >= 0:  # uvloop closes them with its loop
+    opened = [
+        (descriptor, transport) for descriptor, transport in inherited if descriptor is not None
+    ]
+    for descriptor, _ in opened:
+        if descriptor >= 0:  # uvloop closes them with its loop
             with suppress(OSError):  # it is closed already
                 os.close(descriptor)
                 nothing = os.open(os.devnull, os.O_RDWR)
                 if nothing != descriptor:
                     os.dup2(nothing, descriptor, inheritable=False)
                     os.close(nothing)
-
-
-def abort_inherited(transport: Any) -> None:
-    """Have an inherited loop, if it runs in this child, not miss a transport at its end."""
-    with suppress(RuntimeError):  # it is closed, or was another thread's: it does not run here
-        transport.abort()
+    for _, transport in opened:
+        if transport is not None:
+            # The inherited loop, if it runs in this child, would miss it at its end.
+            with suppress(RuntimeError):  # it is closed, or was another thread's: it does not run
+                transport.abort()
 
 
 def address_of(descriptor: int | None) -> str | None:

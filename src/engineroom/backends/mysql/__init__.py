@@ -25,7 +25,7 @@ from .. import (
     choose_driver,
     refuse_unknown_driver,
 )
-from ..sockets import abort_inherited, cut, forget, keep_alive, shut
+from ..sockets import cut, disown, keep_alive, shut
 from .errnos import NO_SUCH_THREAD, REFUSED, errno
 from .guards import NAMES, NAMES_OF_MYSQL, at_start, is_mariadb, struck
 from .looking import diagnose, look
@@ -271,12 +271,10 @@ class MySQL:
 
     def disown(self, drivers: Iterable[Any]) -> None:
         """Put the null device in the place of each socket."""
-        opened = {self.descriptor(driver): driver for driver in drivers}
-        opened.pop(None, None)
-        forget(opened)
-        for driver in opened.values():
-            if not _is_pymysql(driver):
-                abort_inherited(_transport_of(driver))
+        disown(
+            (self.descriptor(one), None if _is_pymysql(one) else _transport_of(one))
+            for one in drivers
+        )
 
     def dispose(self) -> None:
         """There is nothing to remove."""

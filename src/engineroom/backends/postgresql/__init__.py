@@ -31,7 +31,7 @@ from .. import (
     choose_driver,
     refuse_unknown_driver,
 )
-from ..sockets import abort_inherited, cut, forget, is_one_place, port_of, shut
+from ..sockets import cut, disown, is_one_place, port_of, shut
 from . import leavings, lost, pipelining, readers, undeclared
 from .beginning import has_sent, tell_what_is_sent
 from .cancelling import BREAK_OFF_LIMIT, request_cancel
@@ -400,12 +400,10 @@ class PostgreSQL:
 
     def disown(self, drivers: Iterable[Any]) -> None:
         """Put the null device in the place of each socket."""
-        opened = {descriptor_of(driver): driver for driver in drivers}
-        opened.pop(None, None)
-        forget(opened)
-        for driver in opened.values():
-            if not hasattr(driver, "fileno"):
-                abort_inherited(asyncpg_transport(driver))
+        disown(
+            (descriptor_of(one), None if hasattr(one, "fileno") else asyncpg_transport(one))
+            for one in drivers
+        )
 
     def dispose(self) -> None:
         """There is nothing to remove."""
