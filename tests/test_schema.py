@@ -368,6 +368,21 @@ async def test_in_a_sandbox_the_tables_are_created_and_rolled_back(url: str) -> 
             await manager.check(schema=True)
 
 
+@pytest.mark.anyio
+async def test_without_a_table_to_create_the_log_says_what_is_missing(
+    url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with DatabaseSessionManager().init(url, metadata=MetaData()) as manager:
+        for create in (manager.create_all, partial(asyncio.to_thread, manager.sync.create_all)):
+            caplog.clear()
+            await create()
+            (said,) = caplog.messages
+            assert said.startswith("create_all() has no table to create. Import the modules")
+        caplog.clear()
+        await manager.create_all(models())
+        assert caplog.messages == []
+
+
 # -- where it stands, without migrations ----------------------------------------------------------
 
 
