@@ -20,6 +20,7 @@ import anyio
 import anyio.from_thread
 import pytest
 from scenario import (
+    ASYNC_DRIVERS,
     LOOPS,
     Item,
     Log,
@@ -461,6 +462,42 @@ def end_in_a_last_turn(url: str, loop: str) -> None:
 @server_driver_and_loop
 def test_an_end_in_the_last_turn_of_a_loop(url: str, loop: str) -> None:
     run(end_in_a_last_turn, url, loop)
+
+
+def closed_by_hand_while_it_is_asked(url: str, sync: bool) -> None:
+    """A loop is asked to end its pools, and does not come to it: it stops, and is closed."""
+    manager, log = opened(url), Log()
+    ready = threading.Barrier(2)
+
+    def work(number: int) -> None:
+        if number == 1:
+            ready.wait()
+            if sync:
+                manager.sync.close()
+            else:
+                asyncio.run(manager.close())
+            return
+        ours = asyncio.new_event_loop()  # (uvloop would begin, and say that a task was destroyed)
+
+        def last() -> None:
+            ours.stop()
+            ready.wait()
+            time.sleep(0.3)  # it is asked meanwhile
+
+        ours.run_until_complete(together(manager, 2))
+        ours.call_soon(last)
+        ours.run_forever()
+        ours.close()
+
+    in_threads(2, work)
+    assert log.messages == []
+    nothing_left(manager, url)
+
+
+@pytest.mark.parametrize("sync", [False, True], ids=["close", "sync.close"])
+@pytest.mark.parametrize("url", ASYNC_DRIVERS, indirect=True)
+def test_close_as_another_loop_is_closed_by_hand(url: str, sync: bool) -> None:
+    run(closed_by_hand_while_it_is_asked, url, sync)
 
 
 def dispose_and_close(url: str, loop: str) -> None:
