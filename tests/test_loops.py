@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import os
 import resource
 import sys
@@ -37,6 +38,7 @@ from scenario import (
     until,
 )
 from sqlalchemy import event, func, select, update
+from sqlalchemy.util import greenlet_spawn
 
 from engineroom import DatabaseSessionManager
 from engineroom.pool import Shelf
@@ -555,6 +557,47 @@ def end_that_is_cancelled(url: str, loop: str) -> None:
 @every_database_and_loop
 def test_an_end_that_its_loop_cancels(url: str, loop: str) -> None:
     run(end_that_is_cancelled, url, loop)
+
+
+def close_that_is_cancelled(url: str, loop: str) -> None:
+    """A driver's close comes to its end, and the cancellation strikes after it."""
+    manager, log = opened(url), Log()
+    dialect = manager.engine.dialect
+
+    async def close(ready: asyncio.Event) -> None:
+        lent = await manager.engine.raw_connection()
+        connection = lent.dbapi_connection
+        lent.detach()
+        ready.set()
+        await greenlet_spawn(dialect.do_close, connection)
+        await asyncio.sleep(0)
+
+    async def strike(steps: int) -> bool:
+        ready = asyncio.Event()
+        closing = asyncio.create_task(close(ready))
+        await ready.wait()
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        if closing.done():
+            return False
+        closing.cancel()
+        await asyncio.wait((closing,))
+        struck = closing.cancelled(), closing.cancelling()
+        assert struck == (True, 1), f"after {steps} steps"
+        return True
+
+    for steps in itertools.count():
+        struck = run_on(loop, strike(steps))
+        assert log.messages == [], f"after {steps} steps"
+        nothing_left(manager, url)
+        if not struck:
+            break
+    asyncio.run(manager.close())
+
+
+@every_database_and_loop
+def test_a_drivers_close_that_is_cancelled(url: str, loop: str) -> None:
+    run(close_that_is_cancelled, url, loop)
 
 
 def ended_without_descriptors(url: str, loop: str, way: str) -> None:
