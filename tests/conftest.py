@@ -13,6 +13,7 @@ from zlib import crc32
 
 import pytest
 import unsaid
+from databases import Databases
 from mariadb_server import MariaServer, find_mariadbd
 from pgbouncer import PgBouncer
 
@@ -128,12 +129,18 @@ def mysql_url(mariadb: MariaServer, mysql_database: str) -> str:
     return mariadb.url(mysql_database)
 
 
+@pytest.fixture(scope="session")
+def databases(pg18: PostgresServer) -> Databases:
+    """The databases of PostgreSQL 18 that are lent to tests."""
+    return Databases(pg18)
+
+
 @pytest.fixture
-def database(pg18: PostgresServer) -> Iterator[str]:
+def database(databases: Databases) -> Iterator[str]:
     """The name of a fresh database on PostgreSQL 18."""
-    name = pg18.create_database()
+    name = databases.lend()
     yield name
-    pg18.drop_database(name)
+    databases.take_back(name)
 
 
 @pytest.fixture
