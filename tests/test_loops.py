@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -466,10 +466,10 @@ def test_an_end_in_the_last_turn_of_a_loop(url: str, loop: str) -> None:
     run(end_in_a_last_turn, url, loop)
 
 
-def closed_by_hand_while_it_is_asked(url: str, sync: bool) -> None:
-    """A loop is asked to end its pools, and does not come to it: it stops, and is closed."""
+def stops_while_it_is_asked(url: str, sync: bool, then: str) -> None:
+    """A loop is asked to end its pools, and does not come to it: it stops."""
     manager, log = opened(url), Log()
-    ready = threading.Barrier(2)
+    ready, over = threading.Barrier(2), threading.Event()
 
     def work(number: int) -> None:
         if number == 1:
@@ -478,6 +478,7 @@ def closed_by_hand_while_it_is_asked(url: str, sync: bool) -> None:
                 manager.sync.close()
             else:
                 asyncio.run(manager.close())
+            over.set()
             return
         ours = asyncio.new_event_loop()  # (uvloop would begin, and say that a task was destroyed)
 
@@ -489,6 +490,10 @@ def closed_by_hand_while_it_is_asked(url: str, sync: bool) -> None:
         ours.run_until_complete(together(manager, 2))
         ours.call_soon(last)
         ours.run_forever()
+        if then != "is closed":
+            over.wait()
+        if then == "goes on":
+            ours.run_until_complete(asyncio.sleep(0.1))
         ours.close()
 
     in_threads(2, work)
@@ -496,10 +501,88 @@ def closed_by_hand_while_it_is_asked(url: str, sync: bool) -> None:
     nothing_left(manager, url)
 
 
+@pytest.mark.parametrize("then", ["is closed", "stands still", "goes on"])
 @pytest.mark.parametrize("sync", [False, True], ids=["close", "sync.close"])
 @pytest.mark.parametrize("url", ASYNC_DRIVERS, indirect=True)
-def test_close_as_another_loop_is_closed_by_hand(url: str, sync: bool) -> None:
-    run(closed_by_hand_while_it_is_asked, url, sync)
+def test_close_as_another_loop_stops(url: str, sync: bool, then: str) -> None:
+    run(stops_while_it_is_asked, url, sync, then)
+
+
+def jobs_while_it_is_asked(url: str, sync: bool) -> None:
+    """A loop stops in the middle of the end that it was asked for."""
+    manager, log = opened(url), Log()
+
+    async def job(inside: threading.Event, tail: float) -> None:
+        async with manager.reader() as db:
+            await db.scalars(select(func.count()).select_from(Item))
+            inside.set()
+            await asyncio.sleep(0.03)
+        await asyncio.sleep(tail)  # what it does after its scope
+
+    for tail in range(16):
+        inside, over = threading.Event(), threading.Event()
+        doing = partial(job, inside, tail / 1000)
+
+        def work(
+            number: int,
+            inside: threading.Event = inside,
+            over: threading.Event = over,
+            doing: Callable[[], Coroutine[Any, Any, None]] = doing,
+        ) -> None:
+            if number == 0:
+                ours = asyncio.new_event_loop()
+                ours.run_until_complete(doing())
+                over.wait()
+                ours.run_until_complete(asyncio.sleep(0.05))
+                ours.close()
+                return
+            inside.wait()
+            if sync:
+                manager.sync.close()
+            else:
+                asyncio.run(manager.close())
+            over.set()
+
+        in_threads(2, work)
+        assert log.messages == [], f"{tail} ms after its scope"
+        nothing_left(manager, url)
+        manager.init(url)
+    asyncio.run(manager.close())
+
+
+@pytest.mark.parametrize("sync", [False, True], ids=["close", "sync.close"])
+@pytest.mark.parametrize("url", ASYNC_DRIVERS, indirect=True)
+def test_close_as_another_loop_stops_in_the_middle_of_its_end(url: str, sync: bool) -> None:
+    run(jobs_while_it_is_asked, url, sync)
+
+
+def abandoned_in_a_loop_closed_by_hand(url: str) -> None:
+    """Say once that a scope was rolled back, and wait for nobody who will never go on."""
+    manager, log = opened(url), Log()
+
+    async def never_leave() -> None:
+        async with manager.session() as db:
+            await db.scalars(select(func.count()).select_from(Item))
+            asyncio.get_running_loop().stop()
+            await asyncio.sleep(60)
+
+    ours = asyncio.new_event_loop()
+    task = ours.create_task(never_leave())  # (kept: destroyed, it could not be closed in peace)
+    ours.run_forever()
+    ours.close()
+    for _ in range(2):
+        asyncio.run(manager.close())
+        manager.init(url)
+    (said,) = log.messages
+    assert said.startswith(f"close() rolls back the session of task {task.get_name()}")
+    asyncio.run(manager.close())
+    print("null", flush=True)
+    os._exit(0)
+
+
+@pytest.mark.parametrize("url", ["aiosqlite", "psycopg"], indirect=True)
+def test_a_scope_that_nobody_will_leave_is_told_of_once(url: str) -> None:
+    run(abandoned_in_a_loop_closed_by_hand, url)
 
 
 def dispose_and_close(url: str, loop: str) -> None:
@@ -582,6 +665,8 @@ def close_that_is_cancelled(url: str, loop: str) -> None:
             return False
         closing.cancel()
         await asyncio.wait((closing,))
+        while threading.active_count() > 1:  # aiosqlite's tells its loop that it ends
+            await asyncio.sleep(0.001)
         struck = closing.cancelled(), closing.cancelling()
         assert struck == (True, 1), f"after {steps} steps"
         return True
@@ -598,6 +683,31 @@ def close_that_is_cancelled(url: str, loop: str) -> None:
 @every_database_and_loop
 def test_a_drivers_close_that_is_cancelled(url: str, loop: str) -> None:
     run(close_that_is_cancelled, url, loop)
+
+
+def dispose_under_a_deadline(url: str, loop: str) -> None:
+    """What strikes in a driver's close is heard before `dispose()` returns, and not after."""
+    manager = opened(url)
+
+    async def main() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        for _ in range(20):
+            await together(manager, 3)
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0):
+                    await manager.engine.dispose()
+            await asyncio.sleep(0)
+            assert task.cancelling() == 0
+        await manager.close()
+
+    run_on(loop, main())
+    nothing_left(manager, url)
+
+
+@every_database_and_loop
+def test_a_deadline_over_dispose(url: str, loop: str) -> None:
+    run(dispose_under_a_deadline, url, loop)
 
 
 def ended_without_descriptors(url: str, loop: str, way: str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
+from typing import Any
 
 import pytest
 from sqlalchemy import text
@@ -38,3 +40,30 @@ async def test_a_cancellation_that_meets_an_answer_is_not_lost(driver_url: str) 
             done, _ = await asyncio.wait([worker], timeout=5)
             assert done, f"struck {turns} turns after the answer, it was lost"
             assert worker.cancelled()
+
+
+@pytest.mark.anyio
+@pytest.mark.both_loops
+@pytest.mark.parametrize("options", [{"read_only": True}, {"isolation_level": "SERIALIZABLE"}])
+async def test_what_strikes_as_options_are_set_leaves_no_connection_to_the_collector(
+    driver_url: str, options: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are set in the middle of `connect()`, and on a busy loop psycopg gives way there."""
+    async with DatabaseSessionManager().init(driver_url) as manager:
+
+        async def work() -> None:
+            async with manager.session(**options) as db:
+                await db.execute(text("SELECT 1"))
+
+        for turns in range(TURNS):
+            await work()
+            worker = asyncio.create_task(work())
+            for _ in range(turns):
+                time.sleep(0.02)
+                await asyncio.sleep(0)
+            worker.cancel()
+            await asyncio.wait([worker])
+            assert [pool.lent for pool in manager.stats().pools] == [0]
+            del worker
+            gc.collect()
+    assert [record for record in caplog.messages if "garbage" in record] == []

@@ -6,11 +6,10 @@ import asyncio
 import gc
 import logging
 import time
-from collections.abc import Generator, Iterable
-from concurrent.futures import Future
+from collections.abc import Callable, Coroutine, Generator, Iterable
 from contextlib import contextmanager
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 from sqlalchemy.util import greenlet_spawn
 
@@ -28,6 +27,7 @@ logger: logging.Logger = logging.getLogger("engineroom")
 LOOK_EVERY = 0.01  # seconds between two looks at the ledger
 CONNECT_LIMIT = 1.0  # seconds for connections that are just being opened, which are closed then
 POOL_LIMIT = 5.0  # seconds for the end of one pool, before `close()` goes on without it
+STOPPED_FOR = 0.1  # seconds; a loop that runs one job after another stands still for microseconds
 
 
 def close(room: EngineRoom, timeout: float | None) -> None:
@@ -66,7 +66,7 @@ def end_now(
     with log_failure():
         if elsewhere := end_where_it_belongs(room, side, role, loop, lender):
             deadline = time.monotonic() + POOL_LIMIT
-            while still_ends(elsewhere, loop, lender):
+            while elsewhere.is_pending():
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"its loop did not end a pool within {POOL_LIMIT:g} s")
                 time.sleep(LOOK_EVERY)
@@ -104,8 +104,7 @@ async def end_pools(room: EngineRoom) -> None:
         with log_failure():
             async with asyncio.timeout(POOL_LIMIT):
                 if elsewhere := await greenlet_spawn(end_where_it_belongs, room, *pool):
-                    still = partial(greenlet_spawn, still_ends, elsewhere, *pool[2:])
-                    while await still():  # noqa: ASYNC110  # a loop that closes tells nobody
+                    while await greenlet_spawn(elsewhere.is_pending):  # noqa: ASYNC110  # it may stop
                         await asyncio.sleep(LOOK_EVERY)
 
     farewell = say_farewell(room)
@@ -115,21 +114,36 @@ async def end_pools(room: EngineRoom) -> None:
         await farewell.answered()
 
 
-def still_ends(
-    elsewhere: Future[None], loop: asyncio.AbstractEventLoop | None, lender: Lender
-) -> bool:
-    """Whether another thread's loop has yet to end a pool; its own end ends the pool as well.
+class Elsewhere:
+    """The end of a pool that another thread's loop was asked for."""
 
-    Raises:
-        Exception: what the end of the pool has raised.
-    """
-    if not elsewhere.done() and loop is not None:
-        if not loop.is_closed():
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        shelf: Shelf,
+        end: Callable[[], Coroutine[Any, Any, None]],
+    ) -> None:
+        self._loop = loop
+        self._shelf = shelf
+        self._over = shelf.end_there(end)
+        self._ran = time.monotonic()  # when the loop was last seen to run
+
+    def is_pending(self) -> bool:
+        """Whether the loop has yet to end the pool; of one that does not go on, it is ended here.
+
+        Raises:
+            Exception: what the end of the pool has raised.
+        """
+        if self._over.done():
+            if not self._over.cancelled():
+                self._over.result()
+            return False
+        if self._loop.is_running():
+            self._ran = time.monotonic()
+        if not self._loop.is_closed() and time.monotonic() - self._ran < STOPPED_FOR:
             return True
-        lender.reap(loop)  # nothing, unless it was closed by hand
-    elif not elsewhere.cancelled():
-        elsewhere.result()
-    return False
+        self._shelf.reap(self._loop)  # nothing, unless it was stopped or closed by hand
+        return False
 
 
 def say_farewell(room: EngineRoom) -> Farewell:
@@ -149,7 +163,8 @@ def connecting(room: EngineRoom) -> bool:
     """
     return any(
         permit.connection is None
-        for _, _, _, lender in room.lenders()
+        for _, _, loop, lender in room.lenders()
+        if loop is None or loop.is_running()  # or nobody goes on with it
         for permit in lender.slots.held
     )
 
@@ -160,7 +175,7 @@ def end_where_it_belongs(
     role: Role,
     loop: asyncio.AbstractEventLoop | None,
     lender: Lender,
-) -> Future[None] | None:
+) -> Elsewhere | None:
     """End a pool in the loop of its connections, or without it where that does not run.
 
     Returns:
@@ -170,7 +185,7 @@ def end_where_it_belongs(
     if loop is None or loop is asyncio._get_running_loop():
         work()
     elif loop.is_running():
-        return cast(Shelf, lender).end_there(partial(greenlet_spawn, work))
+        return Elsewhere(loop, cast(Shelf, lender), partial(greenlet_spawn, work))
     else:
         lender.reap(loop)
     return None
@@ -247,6 +262,8 @@ def retire_overdue(room: EngineRoom) -> None:
             "work is done, or give close(timeout=…) more time."
         )
     for entry in room.ledger:
+        if entry.obituary:  # by an earlier close(), and its owner has yet to notice
+            continue
         seconds = time.monotonic() - entry.since
         logger.warning(
             "close() rolls back %s %.1f s ago: it did not end in time",

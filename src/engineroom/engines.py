@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -275,6 +275,7 @@ class EngineRoom:
         lender.engine = engine
         lender.is_at_rest = staticmethod(self.backend.tells_rest(engine.dialect.driver))
         self._note_derived(engine)
+        return_what_fails(engine.dialect)
         note_statements(engine.dialect)
         note_closings(engine.dialect)
         watch_connects(engine, side, self.backend, self.credentials)
@@ -603,6 +604,32 @@ if hasattr(os, "register_at_fork"):
         after_in_parent=WATCH.resume,
         after_in_child=_after_fork_in_child,
     )
+
+
+def return_what_fails(dialect: Any) -> None:
+    """Have an engine's options take no connection away that they cannot be set on.
+
+    SQLAlchemy sets them in the middle of `connect()`: what is raised there, as by a cancellation,
+    would leave the connection to the garbage collector.
+    """
+
+    def set_engine_execution_options(engine: Engine, options: Mapping[str, Any]) -> None:
+        names = {*dialect.connection_characteristics} & {*options}
+        chosen = {name: options[name] for name in names}
+
+        def set_on(connection: Connection) -> None:
+            try:
+                dialect.set_connection_execution_options(connection, chosen)
+            except BaseException as error:
+                if not isinstance(error, Exception):
+                    connection.invalidate()
+                connection.close()
+                raise
+
+        if chosen:
+            event.listen(engine, "engine_connect", set_on)
+
+    dialect.set_engine_execution_options = set_engine_execution_options
 
 
 def mind_isolation_level(engine: Engine, name: str) -> None:

@@ -56,6 +56,7 @@ class Entry:
     line: int
     since: float
     is_open: bool = False  # whether it stands in the ledger
+    obituary: str = ""  # why it was ended from outside, once it was
     guards: dict[str, float] | None = None  # deadlines of the server that are its own
     streams: bool = False  # its rows may be fetched by whoever has them
     thread: int

@@ -653,6 +653,7 @@ class LoopPool(AsyncAdaptedQueuePool):
         await self._end(loop, shelf)
         with suppress(RuntimeError):  # it is being closed
             await shelf.home.keeper.aclose()  # has nothing left to wait for
+        await asyncio.sleep(0)  # a cancellation that a driver's close has put off strikes here
 
     async def _end(self, loop: asyncio.AbstractEventLoop, shelf: Shelf) -> None:
         """End the shelf; of several who do, each returns when that is done."""
@@ -675,10 +676,14 @@ class LoopPool(AsyncAdaptedQueuePool):
     def dispose(self) -> None:
         """Close what is idle in every loop; `AsyncEngine.dispose()` comes here."""
         self.reap()
+        here = asyncio._get_running_loop()
+        ours = None if here is None else self.shelves.get(here)
         for loop, shelf in list(self.shelves.items()):
-            if loop is asyncio.get_running_loop():
-                shelf.end()
-            elif loop.is_running():
+            if shelf is ours:
+                continue
+            if loop.is_running():
                 shelf.end_there(shelf.home.end)
             elif self.shelves.pop(loop, None) is shelf:
                 shelf.reap(loop)
+        if ours is not None:
+            ours.end()

@@ -70,7 +70,6 @@ class Scope(Entry):
     side: ClassVar[Side]
     keyword: ClassVar[str]  # what it is entered with
 
-    obituary: str = ""  # why it was ended from outside, once it was
     hooks: Hooks | None = None  # what is called after its end
     is_rollback_only: bool = False
     _resource: Any = None  # while it is open

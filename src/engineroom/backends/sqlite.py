@@ -278,10 +278,10 @@ class SQLite:
         """Refuse to wait for a lock that this process inherited, and nobody in it will release."""
         if self._inherited_transaction:
             raise SelfDeadlock(
-                f"The SQLite file {self._url.database} was in a transaction when this process was "
-                "forked, and SQLite counts its lock as held here for ever. Fork outside of "
-                "transactions, start the child with the spawn method, or only read in it: "
-                "session(read_only=True)."
+                f"The SQLite database {self._url.database or ':memory:'} was in a transaction when "
+                "this process was forked, and SQLite counts its lock as held here for ever. Fork "
+                "outside of transactions, start the child with the spawn method, or only read in "
+                "it: session(read_only=True)."
             )
 
     def way_to_connect(self, dialect: Dialect) -> Callable[..., Any]:
