@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.exc import ArgumentError
 
 from engineroom import DatabaseSessionManager
 
@@ -66,4 +67,18 @@ async def test_what_strikes_as_options_are_set_leaves_no_connection_to_the_colle
             assert [pool.lent for pool in manager.stats().pools] == [0]
             del worker
             gc.collect()
+    assert [record for record in caplog.messages if "garbage" in record] == []
+
+
+@pytest.mark.anyio
+async def test_an_option_that_cannot_be_set_costs_no_connection(
+    driver_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with DatabaseSessionManager().init(driver_url) as manager:
+        engine = manager.engine.execution_options(isolation_level="SOMEHOW")
+        for _ in range(3):
+            with pytest.raises(ArgumentError, match="SOMEHOW"):
+                await engine.connect()
+            assert [pool.lent for pool in manager.stats().pools] == [0]
+        gc.collect()
     assert [record for record in caplog.messages if "garbage" in record] == []
