@@ -29,7 +29,7 @@ browser:  ## the shop's page in Chromium, which is installed where that can be d
 	@$(ROOM) browser -- python dev/browser.py
 	@$(ROOM) browser -- python -m pytest -m browser tests/test_shop_browser.py $(ARGS)
 
-bench:  ## the whole comparison with everyone, for the docs: half an hour; QUICK=1: two minutes
+bench:  ## the whole comparison with everyone, for the docs: an hour; QUICK=1: two minutes
 	@$(ROOM) tests -- python bench/run.py $(if $(QUICK),--quick) $(ARGS)
 
 docs:  ## the docs, into docs/_build

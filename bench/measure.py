@@ -34,7 +34,9 @@ class Plan:
     """How much is measured."""
 
     rounds: int
-    """Each with new processes: where a process's memory happens to lie makes a percent or two."""
+    """Each with new processes: how Python lies in memory differs from one to the next, and costs
+    or saves a tenth of the CPU.
+    """
     turns: int
     """How often in a round each contender has its turn in a cell."""
     seconds: float
@@ -48,9 +50,7 @@ class Plan:
     pairs: int
     """Of CPU samples; in all their rounds together."""
     pair_rounds: int
-    """Each in processes of its own: how Python lies in memory differs from one to the next, and
-    costs or saves a tenth of the CPU.
-    """
+    """Each in processes of its own, as those of the speed."""
     slices: int
     """Of a sample; those of a pair take turns."""
     places: tuple[tuple[Group, str, str, int], ...]
@@ -62,6 +62,8 @@ class Plan:
     """Over which the memory of one is taken."""
     managers: int = 50
     """The same."""
+    weighed: int = 5
+    """In how many rounds memory is taken."""
     names: tuple[str, ...] = ()
     """Of the contenders; without any, all of them."""
 
@@ -77,6 +79,9 @@ class Plan:
         pairs = len(self.places) * self.pairs
         return entries * (self.rounds * (1 + cells) + 2) + pairs + 2 * (4 * self.bursts + 1)
 
+
+Rounds = dict[int, list[dict[str, Any]]]
+"""What a contender's turns in a cell have shown, by the round."""
 
 GROUPS: tuple[Group, ...] = ("asyncpg", "psycopg", "sync")
 PAIRED = (BY_HAND, SESSION, READER, BASELINE)
@@ -103,15 +108,17 @@ class Bench:
         self.results: dict[str, Any] = defaultdict(list)
         self.versions: dict[str, dict[str, str]] = {}
         self.remarks: dict[tuple[Group, str, str], str] = {}
-        self._samples: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
-        self._cold: dict[tuple[Group, str], dict[str, list[float]]] = {}
+        self._samples: dict[tuple[Any, ...], Rounds] = defaultdict(lambda: defaultdict(list))
+        self._cold: dict[tuple[Group, str], dict[str, list[float]]] = defaultdict(
+            lambda: defaultdict(list)
+        )
 
     def run(self) -> dict[str, Any]:
         """Measure everything."""
         self._prepare()
         for number in range(self.plan.rounds):
             for group in GROUPS:
-                with self._crew(group) as crew:
+                with self._crew(group, weigh=number < self.plan.weighed) as crew:
                     if number == 0:
                         self._count(crew)
                     self._rounds(crew, group, number)
@@ -148,7 +155,7 @@ class Bench:
             Worker(self.plan.entries(group)[0]).ready().stop()
 
     @contextmanager
-    def _crew(self, group: Group) -> Iterator[list[Worker]]:
+    def _crew(self, group: Group, weigh: bool) -> Iterator[list[Worker]]:
         """Start those of a group, one after another: each one's first query is measured alone."""
         crew: list[Worker] = []
         with ExitStack() as stack:
@@ -160,18 +167,19 @@ class Bench:
                     begun = time.perf_counter()
                     worker = stack.enter_context(Worker(entry)).ready()
                     self._open(worker, "get", self.url(group), warm=1)
-                    self._board(worker, time.perf_counter() - begun)
+                    self._cold[group, entry.name]["first"].append(time.perf_counter() - begun)
+                    if weigh:
+                        self._weigh(worker)
                 except Unable as reason:
                     self.remarks[group, entry.name, ""] = str(reason)
                 else:
                     crew.append(worker)
             yield crew
 
-    def _board(self, worker: Worker, first: float) -> None:
-        """Note what a new process has cost until its first row, and take its memory."""
+    def _weigh(self, worker: Worker) -> None:
+        """Take the memory of a new process, and look what is installed for it."""
         entry, url = worker.entry, self.url(worker.entry.group)
-        cold = self._cold.setdefault((entry.group, entry.name), defaultdict(list))
-        cold["first"].append(first)
+        cold = self._cold[entry.group, entry.name]
         many = {**POOL, "pool_size": self.plan.connections}
         self._open(worker, "hold", url, pool=many)
         worker.ask("connection_memory", number=1)
@@ -232,7 +240,7 @@ class Bench:
                     for turn in range(self.plan.turns):
                         shift = (number + place + turn) % max(1, len(able))
                         for worker in able[shift:] + able[:shift]:
-                            self._turn(worker, trip, unit, tasks)
+                            self._turn(worker, number, trip, unit, tasks)
                     for worker in able:
                         self.tell(f"{unit} × {tasks} ({group}, {trip * 1000:g} ms, {number + 1})")
                         worker.ask("close")
@@ -247,14 +255,15 @@ class Bench:
             self.remarks[entry.group, entry.name, unit] = str(reason)
             return False
 
-    def _turn(self, worker: Worker, trip: float, unit: str, tasks: int) -> None:
+    def _turn(self, worker: Worker, number: int, trip: float, unit: str, tasks: int) -> None:
         entry = worker.entry
         try:
             seen = worker.ask("run", tasks=tasks, seconds=self.plan.seconds)
         except Unable as reason:
             self.remarks[entry.group, entry.name, unit] = str(reason)
         else:
-            self._samples[entry.group, trip, unit, tasks, entry.name].append(seen)
+            samples = self._samples[entry.group, trip, unit, tasks, entry.name]
+            samples[number].append(seen)
 
     def _seen(self, wire: Delay) -> float:
         """Return the round-trip time that a bare client sees."""
@@ -268,13 +277,8 @@ class Bench:
 
     def _sum_up(self) -> None:
         """Turn what was sampled into medians and ratios."""
-        for (group, trip, unit, tasks, name), seen in self._samples.items():
-            rates = [each["units"] / each["wall"] for each in seen]
-            baseline = self._samples[group, trip, unit, tasks, BASELINE]
-            ratios = [
-                rate / (each["units"] / each["wall"])
-                for rate, each in zip(rates, baseline, strict=False)
-            ]
+        for (group, trip, unit, tasks, name), rounds in self._samples.items():
+            seen = [turn for turns in rounds.values() for turn in turns]
             took = sorted(second for each in seen for second in each["took"])
             self.results["speed"].append(
                 {
@@ -283,13 +287,12 @@ class Bench:
                     "unit": unit,
                     "tasks": tasks,
                     "contender": name,
-                    "per_second": statistics.median(rates),
-                    "ratio": statistics.median(ratios) if ratios else None,
+                    "per_second": len(took) / sum(each["wall"] for each in seen),
+                    "rounds": {number: rate(turns) for number, turns in rounds.items()},
                     "p50": took[len(took) // 2],
                     "p99": took[min(len(took) - 1, int(len(took) * 0.99))],
-                    "cpu": statistics.median(each["cpu"] / each["units"] for each in seen),
+                    "cpu": sum(each["cpu"] for each in seen) / len(took),
                     "units": len(took),
-                    "rounds": len(seen),
                 }
             )
         for (group, name), cold in self._cold.items():
@@ -396,6 +399,11 @@ class Bench:
             entry = next(e for e in ENTRIES if e.name == name and e.group == "asyncpg")
             with Worker(entry).ready() as worker:
                 yield name, worker
+
+
+def rate(turns: list[dict[str, Any]]) -> float:
+    """Return the units per second of several turns."""
+    return sum(each["units"] for each in turns) / sum(each["wall"] for each in turns)
 
 
 def share(whole: int, parts: int, number: int) -> int:

@@ -10,12 +10,13 @@ import sys
 from collections.abc import Iterable, Iterator
 from html import escape
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
-from contenders import AUTOCOMMIT, BASELINE, BY_HAND, ENTRIES, PIPELINED, READER, SESSION
+from contenders import AGAIN, AUTOCOMMIT, BASELINE, BY_HAND, ENTRIES, PIPELINED, READER, SESSION
 
 Results = dict[str, Any]
+Cell = tuple[str, str, int, float]  # group, unit, tasks, round-trip time
 GROUPS = {
     "asyncpg": "asynchronous, asyncpg",
     "psycopg": "asynchronous, psycopg",
@@ -122,9 +123,10 @@ def circumstances(results: Results) -> Iterator[str]:
 def marks(results: Results) -> Iterator[str]:
     """Compare what was aimed at with what was seen."""
     found = []
+    rows = speeds(results)
     for ours, unit, other, trip, aim in AIMS:
         for tasks in 1, 10:
-            seen = ratio(results, ours, (unit, tasks), other, trip)
+            seen = beside(rows.get(("asyncpg", unit, tasks, trip), {}), ours, other)
             if seen is not None:
                 what = f"{UNITS[unit]}, {at_once(tasks, 'asyncpg')}, {trip * 1000:g} ms: "
                 what += f"`{ours}` beside {other}"
@@ -146,6 +148,8 @@ def marks(results: Results) -> Iterator[str]:
     yield from table(["mark", "aim", "seen", "reached"], found)
     if results["kind"] != "full":
         return  # a short run cannot tell a few percent
+    yield ""
+    yield noise(results)
     first = list(behind(results, OURS))
     others = [each for each in behind(results, {SESSION}) if each not in first]
     for whom, ahead in (
@@ -158,39 +162,49 @@ def marks(results: Results) -> Iterator[str]:
         yield from (f"- {each}" for each in ahead or ["nowhere"])
 
 
-def ratio(
-    results: Results, ours: str, cell: tuple[str, int], other: str, trip: float
-) -> float | None:
-    """Return how many times another's units one of ours does, with asyncpg."""
-    rates = {
-        each["contender"]: each["ratio"]
-        for each in results["speed"]
-        if each["group"] == "asyncpg"
-        and (each["unit"], each["tasks"], each["rtt"]) == (*cell, trip)
-    }
-    if ours not in rates or other not in rates:
+def speeds(results: Results) -> dict[Cell, dict[str, Any]]:
+    """Return what was measured in each cell, by the contender's name."""
+    found: dict[Cell, dict[str, Any]] = {}
+    for each in results["speed"]:
+        cell = each["group"], each["unit"], each["tasks"], each["rtt"]
+        found.setdefault(cell, {})[each["contender"]] = each
+    return found
+
+
+def beside(row: dict[str, Any], one: str, other: str) -> float | None:
+    """Return how many times another's units per second one does: the median of the rounds."""
+    if one not in row or other not in row:
         return None
-    return float(rates[ours] / rates[other])
+    ours, theirs = row[one]["rounds"], row[other]["rounds"]
+    ratios = [rate / theirs[number] for number, rate in ours.items() if number in theirs]
+    return median(ratios) if ratios else None
+
+
+def noise(results: Results) -> str:
+    """Say how far apart the same contender is from itself."""
+    seen = [beside(row, AGAIN, BY_HAND) for row in speeds(results).values()]
+    apart = sorted(max(each, 1 / each) - 1 for each in seen if each)
+    deciles = quantiles(apart, n=10, method="inclusive")
+    return (
+        f"How much of a difference is chance: {BY_HAND} was measured twice in each of "
+        f"{len(apart)} cells, in processes of its own. The two are apart by {deciles[4]:.0%} or "
+        f"less in half of the cells, by {deciles[8]:.0%} or less in nine of ten, and by "
+        f"{apart[-1]:.0%} at most."
+    )
 
 
 def behind(results: Results, ours: set[str]) -> Iterator[str]:
     """Name the cells in which a peer is faster than the best of these of ours, by 5 %."""
-    no_peers = {*OURS, PIPELINED, *LIMITS}
+    no_peers = {*OURS, AGAIN, PIPELINED, *LIMITS}
     if READER not in ours:  # whose peer alone it is
         no_peers.add(AUTOCOMMIT)
-    rows: dict[tuple[Any, ...], dict[str, float]] = {}
-    for each in results["speed"]:
-        where = each["group"], each["unit"], each["tasks"], each["rtt"]
-        rows.setdefault(where, {})[each["contender"]] = each["ratio"]
-    for (group, unit, tasks, trip), row in rows.items():
-        best = max((row[name] for name in ours if name in row), default=0.0)
-        place = f"{UNITS[unit]} × {tasks}, {GROUPS[group]}, {trip * 1000:g} ms"
-        ahead = [
-            f"{name} {value / best:.2f} ×"
-            for name, value in row.items()
-            if name not in no_peers and best and value > 1.05 * best
-        ]
+    for (group, unit, tasks, trip), row in speeds(results).items():
+        able = [name for name in ours if name in row]
+        best = max(able, key=lambda name: beside(row, name, BASELINE) or 0.0, default="")
+        seen = {name: beside(row, name, best) or 0.0 for name in row if name not in no_peers}
+        ahead = [f"{name} {value:.2f} ×" for name, value in seen.items() if value > 1.05]
         if ahead:
+            place = f"{UNITS[unit]} × {tasks}, {GROUPS[group]}, {trip * 1000:g} ms"
             yield f"{place}: {', '.join(ahead)}"
 
 
@@ -227,33 +241,35 @@ def at_once(tasks: int, group: str) -> str:
 
 def speed(results: Results, group: str, unit: str, tasks: int) -> Iterator[str]:
     """Lay one cell out: a row for each contender, columns for each round-trip time."""
-    here = [
-        each
-        for each in results["speed"]
-        if (each["group"], each["unit"], each["tasks"]) == (group, unit, tasks)
-    ]
-    trips = sorted({each["rtt"] for each in here})
+    here = {
+        trip: row
+        for (*place, trip), row in sorted(speeds(results).items(), key=lambda cell: cell[0][-1])
+        if place == [group, unit, tasks]
+    }
     head = [""]
-    for trip in trips:
+    for trip in here:
         at = f"{trip * 1000:g} ms"
         head += [f"{at}: units/s", "× recipe", "p50, p99 in ms", "CPU, µs"]
     rows = []
     for entry in ENTRIES:
-        row = [entry.name]
-        for trip in trips:
-            seen = [e for e in here if e["contender"] == entry.name and e["rtt"] == trip]
-            row += speed_cell(seen[0]) if seen and entry.group == group else [""] * 4
-        if any(row[1:]):
-            rows.append(row)
+        if entry.group == group and any(entry.name in row for row in here.values()):
+            found = (speed_cell(row, entry.name) for row in here.values())
+            rows.append([entry.name, *(each for cell in found for each in cell)])
     yield from table(head, rows)
 
 
-def speed_cell(each: dict[str, Any]) -> list[str]:
+def speed_cell(row: dict[str, Any], name: str) -> list[str]:
     """Write one contender's figures."""
-    rate = f"{each['per_second']:,.0f}"
+    if name not in row:
+        return [""] * 4
+    each, ratio = row[name], beside(row, name, BASELINE)
     slowest = f"{each['p99'] * 1e3:.2f}" if each["units"] >= MANY else "–"
-    waits = f"{each['p50'] * 1e3:.2f}, {slowest}"
-    return [rate, f"{each['ratio']:.2f}", waits, f"{each['cpu'] * 1e6:,.0f}"]
+    return [
+        f"{each['per_second']:,.0f}",
+        "–" if ratio is None else f"{ratio:.2f}",
+        f"{each['p50'] * 1e3:.2f}, {slowest}",
+        f"{each['cpu'] * 1e6:,.0f}",
+    ]
 
 
 def pairs(results: Results) -> Iterator[str]:
@@ -368,20 +384,17 @@ def picture(results: Results, unit: str) -> str:
 
     On a ground of its own: it is to be read on a light page and on a dark one.
     """
-    here = [
-        each
-        for each in results["speed"]
-        if (each["group"], each["unit"], each["tasks"]) == ("asyncpg", unit, 10)
-    ]
     parts: list[str] = []
     y = 44
-    for trip in sorted({each["rtt"] for each in here}):
-        rows = sorted((e for e in here if e["rtt"] == trip), key=lambda each: -each["ratio"])
-        longest = max(each["ratio"] for each in rows if each["contender"] not in LIMITS)
+    for (*place, trip), row in sorted(speeds(results).items(), key=lambda cell: cell[0][-1]):
+        if place != ["asyncpg", unit, 10]:
+            continue
+        ratios = {name: beside(row, name, BASELINE) or 0.0 for name in row if name != AGAIN}
+        longest = max(ratio for name, ratio in ratios.items() if name not in LIMITS)
         parts.append(text(16, y + 4, f"{trip * 1000:g} ms of round-trip time", weight=600))
         y += 14
-        for each in rows:
-            parts += bar(each, y, longest)
+        for name, ratio in sorted(ratios.items(), key=lambda item: -item[1]):
+            parts += bar(name, ratio, y, longest)
             y += BAR + GAP
         y += 24
     title = f"{UNITS[unit]}, 10 tasks: units per second, × the recipe".replace("`", "")
@@ -396,9 +409,8 @@ def picture(results: Results, unit: str) -> str:
     )
 
 
-def bar(each: dict[str, Any], y: int, longest: float) -> list[str]:
+def bar(name: str, value: float, y: int, longest: float) -> list[str]:
     """Draw one contender's bar; a limit's is cut where it would leave the picture."""
-    name, value = each["contender"], each["ratio"]
     kind = "ours" if name in OURS else "limit" if name in LIMITS else "peer"
     room = WIDTH - LEFT - 70
     width = max(1.0, room * min(1.0, value / longest))

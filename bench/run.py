@@ -1,6 +1,6 @@
 """Compare engineroom with everyone, in one run on a throwaway PostgreSQL 18: `make bench`.
 
-    python bench/run.py            # everything: half an hour; the docs' page is made from it
+    python bench/run.py            # everything: an hour; the docs' page is made from it
     python bench/run.py --quick    # everything, a little of each: two minutes
     python bench/run.py --tiny     # what the tests run: only what needs no other environment
 
@@ -33,9 +33,9 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 DOCS = CHECKOUT / "docs" / "_benchmark"
 
 FULL = Plan(
-    rounds=5,
+    rounds=10,
     turns=2,
-    seconds=0.08,
+    seconds=0.05,
     warm={"asyncpg": 2, "psycopg": 6, "sync": 6},  # psycopg prepares a statement at its sixth use
     trips=(0.0, 0.0005, 0.005),
     cells=(
