@@ -108,7 +108,8 @@ class Scope(Entry):
 
     def retire(self, why: str) -> None:
         """End the scope from outside: from now on, using its session raises."""
-        self.is_rollback_only, self.obituary = True, why
+        self.is_rollback_only = True
+        self.obituary: str = why
         opened = self._resource
         if isinstance(opened, AsyncSession):
             retire(opened.sync_session, why)
