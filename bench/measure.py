@@ -287,7 +287,7 @@ class Bench:
                     "unit": unit,
                     "tasks": tasks,
                     "contender": name,
-                    "per_second": len(took) / sum(each["wall"] for each in seen),
+                    "per_second": rate(seen),
                     "rounds": {number: rate(turns) for number, turns in rounds.items()},
                     "p50": took[len(took) // 2],
                     "p99": took[min(len(took) - 1, int(len(took) * 0.99))],

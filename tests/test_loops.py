@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -466,6 +466,14 @@ def test_an_end_in_the_last_turn_of_a_loop(url: str, loop: str) -> None:
     run(end_in_a_last_turn, url, loop)
 
 
+def close(manager: DatabaseSessionManager, sync: bool) -> None:
+    """Close from a thread that runs no loop, or from a loop of its own."""
+    if sync:
+        manager.sync.close()
+    else:
+        asyncio.run(manager.close())
+
+
 def stops_while_it_is_asked(url: str, sync: bool, then: str) -> None:
     """A loop is asked to end its pools, and does not come to it: it stops."""
     manager, log = opened(url), Log()
@@ -474,10 +482,7 @@ def stops_while_it_is_asked(url: str, sync: bool, then: str) -> None:
     def work(number: int) -> None:
         if number == 1:
             ready.wait()
-            if sync:
-                manager.sync.close()
-            else:
-                asyncio.run(manager.close())
+            close(manager, sync)
             over.set()
             return
         ours = asyncio.new_event_loop()  # (uvloop would begin, and say that a task was destroyed)
@@ -519,31 +524,20 @@ def jobs_while_it_is_asked(url: str, sync: bool) -> None:
             await asyncio.sleep(0.03)
         await asyncio.sleep(tail)  # what it does after its scope
 
+    def work(inside: threading.Event, over: threading.Event, tail: float, number: int) -> None:
+        if number == 0:
+            ours = asyncio.new_event_loop()
+            ours.run_until_complete(job(inside, tail))
+            over.wait()
+            ours.run_until_complete(asyncio.sleep(0.05))
+            ours.close()
+            return
+        inside.wait()
+        close(manager, sync)
+        over.set()
+
     for tail in range(16):
-        inside, over = threading.Event(), threading.Event()
-        doing = partial(job, inside, tail / 1000)
-
-        def work(
-            number: int,
-            inside: threading.Event = inside,
-            over: threading.Event = over,
-            doing: Callable[[], Coroutine[Any, Any, None]] = doing,
-        ) -> None:
-            if number == 0:
-                ours = asyncio.new_event_loop()
-                ours.run_until_complete(doing())
-                over.wait()
-                ours.run_until_complete(asyncio.sleep(0.05))
-                ours.close()
-                return
-            inside.wait()
-            if sync:
-                manager.sync.close()
-            else:
-                asyncio.run(manager.close())
-            over.set()
-
-        in_threads(2, work)
+        in_threads(2, partial(work, threading.Event(), threading.Event(), tail / 1000))
         assert log.messages == [], f"{tail} ms after its scope"
         nothing_left(manager, url)
         manager.init(url)
