@@ -4,6 +4,7 @@ machine; each in a process of its own, which is new in every round.
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections import defaultdict
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import psycopg
-from contenders import BASELINE, BY_HAND, ENTRIES, READER, ROWS, SESSION, Entry, Group
+from contenders import AGAIN, BASELINE, BY_HAND, ENTRIES, READER, ROWS, SESSION, Entry, Group
 from contenders.orm import Base, Item
 from crew import Delay, Unable, Worker, environment, remark
 from sqlalchemy import create_engine
@@ -72,19 +73,24 @@ class Plan:
         return [e for e in ENTRIES if e.group == group and (not self.names or e.name in self.names)]
 
     @property
+    def steps_of_pairs(self) -> int:
+        """How often `Bench.compare_cpu` says that it goes on."""
+        return len(self.places) * self.pairs
+
+    @property
     def steps(self) -> int:
-        """How often `Bench` says that it goes on."""
+        """How often `Bench.run` says that it goes on."""
         entries = sum(len(self.entries(group)) for group in GROUPS)
         cells = len(self.cells) * len(self.trips) + 1
-        pairs = len(self.places) * self.pairs
-        return entries * (self.rounds * (1 + cells) + 2) + pairs + 2 * (4 * self.bursts + 1)
+        alone = self.steps_of_pairs + 2 * (4 * self.bursts + 1)
+        return entries * (self.rounds * (1 + cells) + 2) + alone
 
 
 Rounds = dict[int, list[dict[str, Any]]]
 """What a contender's turns in a cell have shown, by the round."""
 
 GROUPS: tuple[Group, ...] = ("asyncpg", "psycopg", "sync")
-PAIRED = (BY_HAND, SESSION, READER, BASELINE)
+PAIRED = (BY_HAND, AGAIN, SESSION, READER, BASELINE)
 
 
 def fill(server: PostgresServer) -> None:
@@ -123,8 +129,7 @@ class Bench:
                         self._count(crew)
                     self._rounds(crew, group, number)
         self._sum_up()
-        for place in self.plan.places:
-            self._pairs(*place)
+        self.compare_cpu()
         self._growth()
         self._overload()
         self.results["remarks"] = [
@@ -132,6 +137,12 @@ class Bench:
             for (group, name, unit), text in self.remarks.items()
         ]
         self.results["versions"] = self.versions
+        return dict(self.results)
+
+    def compare_cpu(self) -> dict[str, Any]:
+        """Measure the pairs alone."""
+        for place in self.plan.places:
+            self._pairs(*place)
         return dict(self.results)
 
     def url(self, group: Group) -> str:
@@ -304,19 +315,25 @@ class Bench:
     def _pairs(self, group: Group, loop: str, unit: str, tasks: int) -> None:
         """Compare CPU with SQLAlchemy tuned by hand: pairs of samples, each in alternating slices.
 
-        The machine may be slow, hot or busy: both halves of a pair meet the same moment of it.
+        The machine may be slow, hot or busy: both halves of a pair meet the same moment of it. And
+        each round starts them in another order, for the system may treat the first in its own way.
         """
+        theirs, servers = processors()
         own: dict[str, list[float]] = defaultdict(list)
         ratios: dict[str, list[float]] = defaultdict(list)
         entries = {entry.name: entry for entry in ENTRIES if entry.group == group}
         for number in range(self.plan.pair_rounds):
+            first = number % len(PAIRED)
             with ExitStack() as stack:
+                stack.enter_context(kept_on(self.server.pid, servers))
                 crew = {
                     name: stack.enter_context(Worker(entries[name], loop)).ready()
-                    for name in PAIRED
+                    for name in PAIRED[first:] + PAIRED[:first]
                 }
                 for worker in crew.values():
-                    self._open(worker, unit, self.url(group), warm=100, tasks=tasks)
+                    if theirs:
+                        worker.ask("stay_on", processors=theirs)
+                    self._open(worker, unit, self.url(group), warm=200, tasks=tasks)
                 for _ in range(share(self.plan.pairs, self.plan.pair_rounds, number)):
                     self.tell(f"CPU of {unit} × {tasks} ({group}, {loop})")
                     for challenger in PAIRED[1:]:
@@ -401,6 +418,30 @@ class Bench:
                 yield name, worker
 
 
+def processors() -> tuple[list[int], list[int]]:
+    """Return one processor for the clients, who take turns, and the others for the server.
+
+    Where the system moves them around, the same program costs up to a tenth more or less from one
+    process to the next. None where it cannot be told (Linux can), or there is but one.
+    """
+    here = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    return (here[:1], here[1:]) if len(here) > 1 else ([], [])
+
+
+@contextmanager
+def kept_on(pid: int, processors: list[int]) -> Iterator[None]:
+    """Have a process, and those that it starts meanwhile, run on these processors alone."""
+    if not processors:
+        yield
+        return
+    before = os.sched_getaffinity(pid)
+    os.sched_setaffinity(pid, processors)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(pid, before)
+
+
 def rate(turns: list[dict[str, Any]]) -> float:
     """Return the units per second of several turns."""
     return sum(each["units"] for each in turns) / sum(each["wall"] for each in turns)
@@ -416,6 +457,6 @@ def sample_pair(pair: dict[str, Worker], tasks: int, slices: int) -> dict[str, f
     taken: dict[str, list[float]] = {name: [] for name in pair}
     for number in range(slices):
         for name in reversed(pair) if number % 2 else pair:
-            seen = pair[name].ask("run", tasks=tasks, units=50, quiet=True)
+            seen = pair[name].ask("run", tasks=tasks, units=max(20, 5 * tasks), quiet=True)
             taken[name].append(seen["cpu"] / seen["units"])
-    return {name: statistics.mean(costs) for name, costs in taken.items()}
+    return {name: statistics.median(costs) for name, costs in taken.items()}

@@ -50,7 +50,7 @@ FULL = Plan(
     ),
     pairs=30,
     pair_rounds=30,
-    slices=4,
+    slices=24,
     places=(
         ("asyncpg", "asyncio", "get", 1),
         ("asyncpg", "asyncio", "get", 10),
@@ -129,8 +129,8 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def measure(plan: Plan) -> dict[str, Any]:
-    """Run a plan, with a bar that shows how far it is."""
+def measure(plan: Plan, only_pairs: bool = False) -> dict[str, Any]:
+    """Run a plan, or its pairs alone, with a bar that shows how far it is."""
     columns = (
         BarColumn(),
         TextColumn("{task.percentage:>3.0f} %"),
@@ -141,13 +141,15 @@ def measure(plan: Plan) -> dict[str, Any]:
         fill(server)
         results = circumstances(server)
         with Progress(*columns, console=Console(stderr=True)) as progress:
-            task = progress.add_task("", total=plan.steps)
+            steps = plan.steps_of_pairs if only_pairs else plan.steps
+            task = progress.add_task("", total=steps)
 
             def tell(where: str) -> None:
                 progress.update(task, description=where, advance=1)
 
-            results.update(Bench(server, plan, tell).run())
-            progress.update(task, description="", completed=plan.steps)
+            bench = Bench(server, plan, tell)
+            results.update(bench.compare_cpu() if only_pairs else bench.run())
+            progress.update(task, description="", completed=steps)
     results["machine"]["load_after"] = round(os.getloadavg()[0], 1)
     return results
 
@@ -157,10 +159,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a little of everything: two minutes")
     parser.add_argument("--tiny", action="store_true", help="a sample for the tests: seconds")
+    parser.add_argument("--pairs", action="store_true", help="client CPU alone, which is printed")
     parser.add_argument("--output", type=Path, help="a folder; the docs' own for a whole run")
     arguments = parser.parse_args()
     kind = "tiny" if arguments.tiny else "quick" if arguments.quick else "full"
     plan = {"tiny": TINY, "quick": QUICK, "full": FULL}[kind]
+    if arguments.pairs:
+        print("\n".join(report.pairs(measure(plan, only_pairs=True))))
+        return
     folder = arguments.output or (DOCS if kind == "full" else CACHE / kind)
     results = {"kind": kind, **measure(plan)}
     folder.mkdir(parents=True, exist_ok=True)
