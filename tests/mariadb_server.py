@@ -56,6 +56,14 @@ SETTINGS = {
 STARTS_WITHIN = 60.0  # seconds; a busy machine takes a few
 
 
+def has_stopped(stat: Path) -> bool:
+    """Whether a thread stands still, or is no more, by the kernel's line about it."""
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] in "TZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
 def find_mariadbd() -> str | None:
     """Return the server's binary, if this machine has it; Debian's is not on everybody's PATH."""
     return shutil.which("mariadbd") or shutil.which("mariadbd", path="/usr/sbin:/usr/libexec")
@@ -226,6 +234,9 @@ class MariaServer:
     def freeze(self) -> None:
         """Stop the server where it stands: it is silent, not gone."""
         os.kill(self.pid, signal.SIGSTOP)
+        # One of its threads takes the signal and has the others stop: until then they may answer.
+        while not all(map(has_stopped, Path(f"/proc/{self.pid}/task").glob("*/stat"))):
+            time.sleep(0.001)
 
     def thaw(self) -> None:
         """Let a frozen server go on."""
