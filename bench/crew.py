@@ -110,6 +110,11 @@ class Worker:
                 env={**inherited, "PYTHONWARNINGS": "ignore"},
             )
 
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
     def ready(self) -> Self:
         """Wait until it can be asked.
 

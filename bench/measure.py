@@ -331,8 +331,7 @@ class Bench:
                     for name in PAIRED[first:] + PAIRED[:first]
                 }
                 for worker in crew.values():
-                    if theirs:
-                        worker.ask("stay_on", processors=theirs)
+                    stack.enter_context(kept_on(worker.pid, theirs))
                     self._open(worker, unit, self.url(group), warm=200, tasks=tasks)
                 for _ in range(share(self.plan.pairs, self.plan.pair_rounds, number)):
                     self.tell(f"CPU of {unit} × {tasks} ({group}, {loop})")
@@ -422,7 +421,7 @@ def processors() -> tuple[list[int], list[int]]:
     """Return one processor for the clients, who take turns, and the others for the server.
 
     Where the system moves them around, the same program costs up to a tenth more or less from one
-    process to the next. None where it cannot be told (Linux can), or there is but one.
+    process to the next. None where nobody can choose (Linux lets one), or there is but one.
     """
     here = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     return (here[:1], here[1:]) if len(here) > 1 else ([], [])
@@ -430,7 +429,7 @@ def processors() -> tuple[list[int], list[int]]:
 
 @contextmanager
 def kept_on(pid: int, processors: list[int]) -> Iterator[None]:
-    """Have a process, and those that it starts meanwhile, run on these processors alone."""
+    """Have a process, and what it starts meanwhile, run on these processors alone, if any."""
     if not processors:
         yield
         return

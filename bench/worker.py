@@ -241,10 +241,6 @@ class Job:
         gc.enable()
         return {"units": len(took), "wall": wall, "cpu": cpu, "took": [round(t, 7) for t in took]}
 
-    def stay_on(self, processors: list[int]) -> None:
-        """Run on these processors alone."""
-        os.sched_setaffinity(0, processors)
-
     def instructions(self, units: int) -> float | None:
         """Count the instructions of Python that a unit executes; None before Python 3.12.
 

@@ -153,6 +153,20 @@ def test_everything_else_is_measured(results: dict[str, Any]) -> None:
         assert each["served"] + each["refused"] == each["callers"]
 
 
+def test_the_pairs_can_be_measured_alone() -> None:
+    done = subprocess.run(
+        [sys.executable, "bench/run.py", "--tiny", "--pairs"],
+        cwd=CHECKOUT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in "SQLAlchemy by hand, again", "engineroom session()", "engineroom reader()":
+        assert f"| {name} (asyncpg) | get | asyncio | 1 |" in done.stdout
+
+
 def test_the_tables_and_pictures_are_written(folder: Path, results: dict[str, Any]) -> None:
     assert {each.name for each in folder.iterdir()} == FILES
     table = (folder / "results.md").read_text()
