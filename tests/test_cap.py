@@ -365,7 +365,7 @@ def test_an_idle_connection_of_another_running_loop_gives_way(driver_url: str) -
 
 
 @pytest.mark.filterwarnings("ignore:unclosed event loop:ResourceWarning")
-@pytest.mark.parametrize("end", ["stopped", "closed"])
+@pytest.mark.parametrize("end", ["stopped", "disposed of", "closed"])
 def test_an_idle_connection_of_a_loop_that_does_not_run_gives_way(
     driver_url: str, end: str
 ) -> None:
@@ -374,8 +374,10 @@ def test_an_idle_connection_of_a_loop_that_does_not_run_gives_way(
     loop.run_until_complete(asyncio.wait_for(two_at_once(manager), 20))
     if end == "closed":
         loop.close()
+    elif end == "disposed of":
+        asyncio.run(manager.engine.dispose())
     assert asyncio.run(two_at_once(manager)) == [1, 1]
-    if end == "stopped":
+    if end != "closed":
         assert loop.run_until_complete(two_at_once(manager)) == [1, 1]
         loop.run_until_complete(manager.close())
         loop.close()

@@ -732,6 +732,48 @@ def test_close_before_init_without_use_and_twice_does_nothing(url: str) -> None:
     run(never_opened, url)
 
 
+def closed_again(url: str, way: str) -> None:
+    """Who did not leave in time is waited for once, and stands in no report after that."""
+    manager, log = opened(url), Log()
+    inside, may_leave = threading.Event(), threading.Event()
+    errors: list[BaseException] = []
+
+    def hold() -> None:
+        try:
+            with manager.sync_session() as db:
+                db.execute(insert(Item).values(id=1))
+                inside.set()
+                may_leave.wait()
+        except BaseException as error:  # it is looked at below
+            errors.append(error)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    inside.wait()
+    for timeout in (0.1, LONG, LONG):
+        if way == "close":
+            asyncio.run(manager.close(timeout=timeout))
+        else:
+            manager.sync.close(timeout=timeout)
+        manager.init(url)
+        assert manager.stats().scopes == ()
+        with manager.sync_session() as db:
+            db.execute(text("SELECT 1"))
+    may_leave.set()
+    thread.join()
+    assert [type(error) for error in errors] == [SessionClosed]
+    manager.sync.close(timeout=LONG)
+    assert is_left(url)
+    assert stored(url) == []
+    assert len(log.messages) == is_named(log, "hold") == 1
+
+
+@pytest.mark.parametrize("way", ["close", "sync.close"])
+@pytest.mark.parametrize("url", ["psycopg", "sqlite"], indirect=True)
+def test_a_scope_that_does_not_end_is_waited_for_once(url: str, way: str) -> None:
+    run(closed_again, url, way, deadline=LONG // 2)
+
+
 def loose(url: str) -> None:
     """A session of `get_session()` is its caller's: close() only takes its connection."""
     log, database = Log(), Database(url, metadata=Model.metadata)

@@ -7,11 +7,14 @@ import gc
 import itertools
 import os
 import resource
+import socket
+import sqlite3
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -38,10 +41,14 @@ from scenario import (
     until,
 )
 from sqlalchemy import event, func, select, update
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.util import greenlet_spawn
+from strikes import slow
 
-from engineroom import DatabaseSessionManager
+from engineroom import DatabaseSessionManager, SessionClosed
 from engineroom.pool import Shelf
+from engineroom.registry import SessionManager
 from engineroom.testing import PostgresServer
 
 every_loop = pytest.mark.parametrize("loop", LOOPS)
@@ -550,22 +557,233 @@ def test_close_as_another_loop_stops_in_the_middle_of_its_end(url: str, sync: bo
     run(jobs_while_it_is_asked, url, sync)
 
 
-def abandoned_in_a_loop_closed_by_hand(url: str) -> None:
-    """Say once that a scope was rolled back, and wait for nobody who will never go on."""
-    manager, log = opened(url), Log()
+def stopped_in_a_statement(url: str, loop: str, sync: bool) -> None:
+    """A loop that only stopped goes on after the manager was closed: its task hears of that."""
+    manager, log = opened(url, close_timeout=0.2), Log()
+    ours = loop_factory(loop)()
 
-    async def never_leave() -> None:
+    async def wait_long() -> None:
+        async with manager.session() as db:
+            await db.execute(update(Item).values(value=1))
+            await db.execute(slow(url))
+
+    async def begin() -> asyncio.Task[None]:
+        task = asyncio.create_task(wait_long())
+        await asyncio.sleep(0.1)
+        return task
+
+    task = ours.run_until_complete(begin())
+    close(manager, sync)
+    if is_server(url):
+        assert settled(url) == []
+    else:  # (the cursor of its statement has the file open until it goes on)
+        with sqlite3.connect(str(make_url(url).database), timeout=1) as beside:
+            beside.execute("UPDATE item SET value = 2")
+        beside.close()
+
+    async def go_on() -> bool:
+        """Wait for the task, and then for a socket that was opened in the first turn."""
+        ours_here, theirs = socket.socketpair()
+        with ours_here, theirs:
+            ours_here.setblocking(False)
+            reading = asyncio.create_task(ours.sock_recv(ours_here, 1))
+            done, _ = await asyncio.wait([task], timeout=5)
+            theirs.send(b"!")
+            assert await asyncio.wait_for(reading, 5) == b"!"
+        return bool(done)
+
+    assert ours.run_until_complete(go_on()), "its task waits for ever"
+    assert isinstance(task.exception(), (DBAPIError, SessionClosed))
+    ours.run_until_complete(ours.shutdown_asyncgens())
+    ours.close()
+    nothing_left(manager, url)
+    said = log.messages[0]  # (on aiosqlite, SQLAlchemy says that its cursor was closed already)
+    assert said.startswith(f"close() rolls back the session of task {task.get_name()}")
+
+
+@pytest.mark.parametrize("sync", [False, True], ids=["close", "sync.close"])
+@every_database_and_loop
+def test_a_loop_that_stopped_in_a_statement_goes_on_after_close(
+    url: str, loop: str, sync: bool
+) -> None:
+    run(stopped_in_a_statement, url, loop, sync)
+
+
+class BetweenJobs(asyncio.SelectorEventLoop):
+    """A loop that begins its next job just after another thread saw, so often, that it has none."""
+
+    def __init__(self, looks: int) -> None:
+        self.looks: int = looks
+        self.thread: int = threading.get_ident()
+        self.may_begin: threading.Event = threading.Event()
+        self.is_busy: threading.Event = threading.Event()
+        super().__init__()
+
+    def is_running(self) -> bool:
+        runs = super().is_running()
+        if not runs and threading.get_ident() != self.thread:
+            self.looks -= 1
+            if self.looks == 0:
+                self.may_begin.set()
+                self.is_busy.wait()
+        return runs
+
+
+def begins_its_next_job(url: str, end: str, looks: int) -> None:
+    """Who ends the pools of a loop that is between two jobs has no part in the next one."""
+    manager, log = opened(url), Log()
+    sys.setswitchinterval(1e-5)
+
+    async def be_busy(ours: BetweenJobs, ending: Future[None]) -> None:
+        ours.is_busy.set()
+        while not ending.done():
+            await asyncio.gather(asyncio.sleep(0), asyncio.sleep(0))
+        await asyncio.sleep(0.05)
+
+    def end_pools() -> None:
+        if end == "dispose":
+            asyncio.run(dispose(manager))
+        else:
+            close(manager, sync=end == "sync.close")
+
+    with ThreadPoolExecutor(1) as elsewhere:
+        for _ in range(4):
+            ours = BetweenJobs(looks)
+            ours.run_until_complete(together(manager, 8))
+            ending = elsewhere.submit(end_pools)
+            while not (ours.may_begin.wait(0.01) or ending.done()):
+                pass
+            ours.run_until_complete(be_busy(ours, ending))
+            ending.result()
+            ours.run_until_complete(ours.shutdown_asyncgens())
+            ours.close()
+            assert settled(url) == []
+            assert manager.stats().pools == ()
+            assert log.messages == []
+            if end != "dispose":
+                manager.init(url)
+    asyncio.run(manager.close())
+    nothing_left(manager, url)
+
+
+async def dispose(manager: DatabaseSessionManager) -> None:
+    await manager.engine.dispose()
+    async with manager.reader() as db:  # its engine is another one
+        await (await db.connection()).engine.dispose()
+
+
+@pytest.mark.parametrize("looks", [1, 3])  # (`close()` first looks whether the pools connect)
+@pytest.mark.parametrize("end", ["close", "sync.close", "dispose"])
+@pytest.mark.parametrize("url", [*ASYNC_DRIVERS, "asyncmy"], indirect=True)
+def test_a_loop_that_begins_its_next_job_as_its_pools_are_ended(
+    url: str, end: str, looks: int
+) -> None:
+    run(begins_its_next_job, url, end, looks)
+
+
+def closed_by_hand_after_its_pools(url: str, loop: str, end: str) -> None:
+    """A loop that stands still never hears that its pools were ended, and leaves nothing either."""
+    manager = opened(url)
+    ours = loop_factory(loop)()
+    ours.run_until_complete(together(manager, 3))
+    if end == "dispose":
+        run_on(loop, dispose(manager))
+    else:
+        close(manager, sync=end == "sync.close")
+    if is_server(url):
+        assert settled(url) == []
+    close_by_hand(ours)
+    del ours
+    if end == "dispose":
+        run_on(loop, increment(manager))
+    nothing_left(manager, url)
+    asyncio.run(manager.close())
+
+
+@pytest.mark.parametrize("end", ["close", "sync.close", "dispose"])
+@every_database_and_loop
+def test_a_loop_that_is_closed_by_hand_after_its_pools_were_ended(
+    url: str, loop: str, end: str
+) -> None:
+    run(closed_by_hand_after_its_pools, url, loop, end)
+
+
+def disposed_between_jobs(url: str, loop: str, then: str) -> None:
+    """`dispose()` elsewhere closes what is idle in a loop that stands still, not what is lent."""
+    manager = opened(url)
+    ours = loop_factory(loop)()
+
+    async def hold(may_go_on: asyncio.Event) -> None:
+        async with manager.session() as db:
+            await db.execute(update(Item).values(value=Item.value + 1))
+            await may_go_on.wait()
+            await db.execute(update(Item).values(value=Item.value + 1))
+
+    async def begin() -> tuple[asyncio.Task[None], asyncio.Event]:
+        may_go_on = asyncio.Event()
+        task = asyncio.create_task(hold(may_go_on))
+        await asyncio.sleep(0.1)
+        return task, may_go_on
+
+    ours.run_until_complete(together(manager, 3))
+    task, may_go_on = ours.run_until_complete(begin())
+    run_on(loop, dispose(manager))
+    if is_server(url):
+        assert len(settled(url, 1)) == 1  # at once, though it stands still
+    if then == "goes on":
+        may_go_on.set()
+        ours.run_until_complete(task)
+        assert ours.run_until_complete(increment(manager)) == 6
+        ours.run_until_complete(ours.shutdown_asyncgens())
+    else:
+        task.cancel()
+        ours.run_until_complete(asyncio.wait([task]))
+    close_by_hand(ours)
+    run_on(loop, manager.close())
+    nothing_left(manager, url)
+
+
+@pytest.mark.parametrize("then", ["goes on", "is closed by hand"])
+@every_database_and_loop
+def test_dispose_beside_a_loop_that_stands_still(url: str, loop: str, then: str) -> None:
+    run(disposed_between_jobs, url, loop, then)
+
+
+def never_leave(manager: DatabaseSessionManager, url: str, works: bool) -> asyncio.Task[None]:
+    """Return the task of a scope whose loop was closed in the middle of it.
+
+    Keep it: destroyed, it could not be closed in peace.
+    """
+    ours = asyncio.new_event_loop()
+
+    async def work() -> None:
         async with manager.session() as db:
             await db.scalars(select(func.count()).select_from(Item))
-            asyncio.get_running_loop().stop()
-            await asyncio.sleep(60)
+            ours.call_later(0.1, ours.stop)
+            await (db.execute(slow(url)) if works else asyncio.sleep(60))
 
-    ours = asyncio.new_event_loop()
-    task = ours.create_task(never_leave())  # (kept: destroyed, it could not be closed in peace)
+    task = ours.create_task(work())
     ours.run_forever()
     ours.close()
+    return task
+
+
+def sockets() -> int:
+    """Count those that the process has open."""
+    links = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # the folder's own
+            links.append(str(descriptor.readlink()))
+    return sum(link.startswith("socket:") for link in links)
+
+
+def abandoned_in_a_loop_closed_by_hand(url: str, works: bool) -> None:
+    """Say once that a scope was rolled back, and wait for nobody who will never go on."""
+    manager, log, before = opened(url), Log(), sockets()
+    task = never_leave(manager, url, works)
     for _ in range(2):
         asyncio.run(manager.close())
+        assert sockets() == before
         manager.init(url)
     (said,) = log.messages
     assert said.startswith(f"close() rolls back the session of task {task.get_name()}")
@@ -574,9 +792,31 @@ def abandoned_in_a_loop_closed_by_hand(url: str) -> None:
     os._exit(0)
 
 
-@pytest.mark.parametrize("url", ["aiosqlite", "psycopg"], indirect=True)
-def test_a_scope_that_nobody_will_leave_is_told_of_once(url: str) -> None:
-    run(abandoned_in_a_loop_closed_by_hand, url)
+@pytest.mark.parametrize(
+    ("url", "works"),
+    # (aiosqlite's thread says that it cannot tell the closed loop of an error, and ends)
+    [("aiosqlite", False), ("psycopg", False), ("psycopg", True), ("asyncpg", True)],
+    indirect=["url"],
+)
+def test_a_scope_that_nobody_will_leave_is_told_of_once(url: str, works: bool) -> None:
+    run(abandoned_in_a_loop_closed_by_hand, url, works)
+
+
+def forgotten_over_a_closed_loop(url: str) -> None:
+    """Of a URL that is invalidated, no connection stays that nobody will give back."""
+    opened(url).sync.close()
+    tenants = SessionManager()
+    task = never_leave(tenants.database(url), url, works=False)
+    tenants.invalidate(url)
+    assert settled(url) == []
+    assert not task.done()
+    print("null", flush=True)
+    os._exit(0)
+
+
+@pytest.mark.parametrize("url", ["psycopg", "asyncpg"], indirect=True)
+def test_a_url_that_is_invalidated_over_a_closed_loop(url: str) -> None:
+    run(forgotten_over_a_closed_loop, url)
 
 
 def dispose_and_close(url: str, loop: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,23 +52,41 @@ async def test_what_strikes_as_options_are_set_leaves_no_connection_to_the_colle
 ) -> None:
     """They are set in the middle of `connect()`, and on a busy loop psycopg gives way there."""
     async with DatabaseSessionManager().init(driver_url) as manager:
-
-        async def work() -> None:
-            async with manager.session(**options) as db:
-                await db.execute(text("SELECT 1"))
-
-        for turns in range(TURNS):
-            await work()
-            worker = asyncio.create_task(work())
-            for _ in range(turns):
-                time.sleep(0.02)
-                await asyncio.sleep(0)
-            worker.cancel()
-            await asyncio.wait([worker])
-            assert [pool.lent for pool in manager.stats().pools] == [0]
-            del worker
-            gc.collect()
+        await strike(manager, options)
     assert [record for record in caplog.messages if "garbage" in record] == []
+
+
+@pytest.mark.anyio
+@pytest.mark.both_loops
+async def test_what_strikes_as_the_engines_own_options_are_set(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those of `create_engine`, which aiosqlite's thread sets."""
+    options = {"execution_options": {"isolation_level": "SERIALIZABLE"}}
+    url = f"sqlite+aiosqlite:///{tmp_path / 'test.sqlite'}"
+    async with DatabaseSessionManager().init(url, engine_options=options) as manager:
+        await strike(manager, {})
+    assert [record for record in caplog.messages if "garbage" in record] == []
+
+
+async def strike(manager: DatabaseSessionManager, options: dict[str, Any]) -> None:
+    """Cancel a session that does one statement, in each of its first turns."""
+
+    async def work() -> None:
+        async with manager.session(**options) as db:
+            await db.execute(text("SELECT 1"))
+
+    for turns in range(TURNS):
+        await work()
+        worker = asyncio.create_task(work())
+        for _ in range(turns):
+            time.sleep(0.02)
+            await asyncio.sleep(0)
+        worker.cancel()
+        await asyncio.wait([worker])
+        assert [pool.lent for pool in manager.stats().pools] == [0]
+        del worker
+        gc.collect()
 
 
 @pytest.mark.anyio

@@ -262,7 +262,8 @@ def retire_overdue(room: EngineRoom) -> None:
             "work is done, or give close(timeout=…) more time."
         )
     for entry in room.ledger:
-        if entry.obituary:  # by an earlier close(), and its owner has yet to notice
+        entry.is_overdue = True
+        if entry.obituary:  # (its owner has yet to notice)
             continue
         seconds = time.monotonic() - entry.since
         logger.warning(

@@ -235,7 +235,7 @@ class EngineRoom:
             "pool_recycle": settings.pool_recycle,
         }
         theirs = dict(self._engine_options)
-        arguments = theirs.pop("connect_args", {})
+        arguments, chosen = theirs.pop("connect_args", {}), theirs.pop("execution_options", {})
         options |= theirs | self.backend.engine_options(side, role, arguments)
         url = self.backend.engine_url(side)
         knows: dict[str, Any] = {
@@ -276,6 +276,7 @@ class EngineRoom:
         lender.is_at_rest = staticmethod(self.backend.tells_rest(engine.dialect.driver))
         self._note_derived(engine)
         return_what_fails(engine.dialect)
+        engine.update_execution_options(**chosen)
         note_statements(engine.dialect)
         note_closings(engine.dialect)
         watch_connects(engine, side, self.backend, self.credentials)

@@ -57,6 +57,7 @@ class Entry:
     since: float
     is_open: bool = False  # whether it stands in the ledger
     obituary: str = ""  # why it was ended from outside, once it was
+    is_overdue: bool = False  # whether `close()` has ended it, and nobody waits for it any more
     guards: dict[str, float] | None = None  # deadlines of the server that are its own
     streams: bool = False  # its rows may be fetched by whoever has them
     thread: int
@@ -125,8 +126,8 @@ class Entry:
         return connection if connection is not None and connection.is_valid else None
 
     def can_end(self) -> bool:
-        """Whether somebody may still leave the scope: a task whose loop is closed never will."""
-        return not has_ended(self.task)
+        """Whether somebody may still end the scope: a task whose loop is closed never will."""
+        return not (self.is_overdue or has_ended(self.task))
 
     def belongs_here(self) -> bool:
         """Whether the running task (outside a loop: the running thread) entered the scope."""
@@ -232,6 +233,7 @@ class Ledger:
                 connected=entry.held() is not None,
             )
             for entry in sorted(self, key=lambda entry: entry.since)
+            if not entry.is_overdue
         )
 
 

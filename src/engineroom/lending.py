@@ -1043,6 +1043,10 @@ class Lender(QueuePool):
             self.ended = True
             super().dispose()
 
+    def let_go(self) -> None:
+        """Do the same, whichever thread asks for it, and wherever the connections belong."""
+        self.end()
+
     def dispose(self) -> None:
         """Close what is idle, and from now on whatever comes back: the engine has another pool."""
         self.note_parted(self)

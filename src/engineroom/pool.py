@@ -24,6 +24,7 @@ from sqlalchemy.pool import (
     PoolProxiedConnection,
 )
 from sqlalchemy.util import await_only, greenlet_spawn
+from sqlalchemy.util.queue import Empty
 
 from .backends import Diagnosis
 from .cancellation import settle
@@ -361,6 +362,31 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
             self.home.loop.call_soon_threadsafe(begin)
         return over
 
+    def let_go(self) -> None:
+        """Have the loop end the shelf; of one that stands still, cut what is idle, for it may stay.
+
+        What is lent is not touched there: the loop may go on, and whoever has it as well.
+        """
+        if self.home.loop.is_closed():
+            self.reap(self.home.loop)
+            return
+        if not self.home.loop.is_running():
+            self.cut_idle()
+        self.end_there(self.home.end)
+
+    def cut_idle(self) -> None:
+        """Cut what lies here, each once it was taken: the loop may go on, and lend it."""
+        with suppress(Empty):
+            while True:
+                record = self.rack.get()
+                driver: Any = record.driver_connection
+                if driver is None:  # it was lost
+                    continue
+                self.backend.cut(driver, self.home.loop)
+                stay = cast(Any, record.record_info)["berth"].stay
+                if stay is not None:
+                    stay.end()
+
     def end(self) -> None:
         """End the shelf, and with it what would have ended it later."""
         await_only(self.home.end())
@@ -678,12 +704,8 @@ class LoopPool(AsyncAdaptedQueuePool):
         self.reap()
         here = asyncio._get_running_loop()
         ours = None if here is None else self.shelves.get(here)
-        for loop, shelf in list(self.shelves.items()):
-            if shelf is ours:
-                continue
-            if loop.is_running():
-                shelf.end_there(shelf.home.end)
-            elif self.shelves.pop(loop, None) is shelf:
-                shelf.reap(loop)
+        for shelf in list(self.shelves.values()):
+            if shelf is not ours:
+                shelf.let_go()
         if ours is not None:
             ours.end()

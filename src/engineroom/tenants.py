@@ -18,7 +18,7 @@ from .cap import Cap
 from .engines import EngineRoom
 from .errors import InvalidURL, UnknownOption
 from .ledger import applications_line
-from .pool import Shelf, ThreadPool
+from .pool import ThreadPool
 from .scopes import mind_the_loop
 from .sessions import guarded
 from .settings import Options
@@ -115,13 +115,8 @@ class Tenant(EngineRoom):
 
     def let_go(self) -> None:
         """Close what is idle, and what is in use when it comes back; who holds it may go on."""
-        for _, _, loop, lender in list(self.lenders()):
-            if not isinstance(lender, Shelf):
-                lender.end()
-            elif loop is not None and loop.is_running():
-                lender.end_there(lender.home.end)
-            elif loop is not None:
-                lender.reap(loop)
+        for _, _, _, lender in list(self.lenders()):
+            lender.let_go()
 
     def disown(self) -> None:
         """Start afresh in a forked child."""

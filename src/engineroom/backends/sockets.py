@@ -50,6 +50,8 @@ def shut(descriptor: int, how: int = socket.SHUT_RDWR) -> None:
 def cut(descriptor: int | None, close: Callable[[], object], loop: AbstractEventLoop) -> None:
     """Close a connection of a loop that does not run; the server ends it when it sees that.
 
+    A loop that was not closed may go on, even meanwhile, in its own thread: it closes it itself.
+
     Args:
         close: The driver's way to close it, without awaiting anything.
     """
@@ -57,16 +59,46 @@ def cut(descriptor: int | None, close: Callable[[], object], loop: AbstractEvent
         # Not for reading: whoever waits for the server to let go would see our own end.
         with suppress(OSError):  # the server was faster, or it was shut before
             shut(descriptor, socket.SHUT_WR)
-    if isinstance(loop, BaseEventLoop):
-        # asyncio closes its socket in a callback that this loop will never run: run it here.
-        loop.call_soon = _run_unless_it_resumes_a_task  # type: ignore[method-assign,assignment]
-        try:
+    closing = Closing(close, loop)
+    if loop.is_closed():
+        closing.end()
+    else:
+        with suppress(RuntimeError):  # it is closed by now: nobody has the closing any more
+            loop.call_soon_threadsafe(closing)
+
+
+class Closing:
+    """Has a loop close a connection; if nobody has the closing any more, the loop never will."""
+
+    def __init__(self, close: Callable[[], object], loop: AbstractEventLoop) -> None:
+        self._close: Callable[[], object] | None = close
+        self._loop = loop
+
+    def __call__(self) -> None:
+        """Close it in its loop, which runs."""
+        close, self._close = self._close, None
+        if close is not None:
             close()
-        finally:
-            vars(loop).pop("call_soon", None)  # (another thread may cut, too)
-    else:  # uvloop's have closed their sockets themselves
-        with suppress(RuntimeError):
-            close()
+
+    def end(self) -> None:
+        """Close it without its loop."""
+        close, self._close = self._close, None
+        if close is None:
+            return
+        loop = self._loop
+        if isinstance(loop, BaseEventLoop):
+            # asyncio closes its socket in a callback that this loop will never run: run it here.
+            loop.call_soon = _run_unless_it_resumes_a_task  # type: ignore[method-assign,assignment]
+            try:
+                close()
+            finally:
+                vars(loop).pop("call_soon", None)  # (another thread may cut, too)
+        else:  # uvloop's have closed their sockets themselves
+            with suppress(RuntimeError):
+                close()
+
+    def __del__(self) -> None:
+        self.end()  # a loop that is closed forgets what it was still asked for
 
 
 def _run_unless_it_resumes_a_task(callback: Any, *args: Any, context: object = None) -> None:

@@ -385,11 +385,15 @@ class SQLite:
         for connection in connections:
             adapted: Any = connection.dbapi_connection
             if hasattr(adapted, "run_async"):
-                adapted.run_async(self._end)
+                end = self._end_in_time if is_abandoned else self._end
+                if asyncio._get_running_loop() is None:  # theirs stands still: any loop will do
+                    asyncio.run(end(adapted.driver_connection))
+                else:
+                    adapted.run_async(end)
                 continue
-            end = time.monotonic() + LET_GO_LIMIT
+            limit = time.monotonic() + LET_GO_LIMIT
             adapted.interrupt()
-            while adapted.in_transaction and time.monotonic() < end:
+            while adapted.in_transaction and time.monotonic() < limit:
                 with suppress(_errors()):  # the interrupt may hit this as well
                     adapted.rollback()
                 time.sleep(PAUSES[0])
@@ -413,6 +417,10 @@ class SQLite:
         """Break off, and close: the task that uses it may be about to send its next statement."""
         await self.break_off(driver)
         await _interrupting(driver, driver.close())
+
+    async def _end_in_time(self, driver: Any) -> None:
+        """Do the same; its thread ends where it cannot tell a loop that was closed of an error."""
+        await asyncio.wait_for(self._end(driver), LET_GO_LIMIT)
 
     def say_farewell(self, driver: Any) -> None:
         """None does."""

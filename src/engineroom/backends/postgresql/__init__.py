@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -393,10 +394,8 @@ class PostgreSQL:
 
     def cut(self, driver: Any, loop: asyncio.AbstractEventLoop) -> None:
         """Close the socket; the server ends the backend when it sees that."""
-        if hasattr(driver, "pgconn"):
-            driver.pgconn.finish()
-            return
-        cut(self.descriptor(driver), driver.terminate, loop)
+        close = partial(_finish, driver, loop) if hasattr(driver, "pgconn") else driver.terminate
+        cut(self.descriptor(driver), close, loop)
 
     def disown(self, drivers: Iterable[Any]) -> None:
         """Put the null device in the place of each socket."""
@@ -407,6 +406,15 @@ class PostgreSQL:
 
     def dispose(self) -> None:
         """There is nothing to remove."""
+
+
+def _finish(driver: Any, loop: asyncio.AbstractEventLoop) -> None:
+    """Close psycopg's connection, unless a task of a loop that goes on waits at its socket.
+
+    That one sees the server's end, and closes it; with its number given away, it would never.
+    """
+    if loop.is_closed() or not driver.lock.locked():
+        driver.pgconn.finish()
 
 
 def _turns(arguments: Mapping[str, Any]) -> int:
