@@ -9,19 +9,28 @@ from psycopg.rows import tuple_row
 
 from engineroom.testing import PostgresServer
 
-# A database has as many rows in each of these as it had when it was new, or something is left.
+# A database has as many rows in each of these as it had when it was new, and none that was written
+# later (an ALTER or a GRANT on something of the system's own writes its row anew), or something is
+# left.
 CATALOGS = (
-    *("am", "cast", "class", "collation", "constraint", "conversion", "default_acl", "enum"),
-    *("event_trigger", "extension", "foreign_data_wrapper", "foreign_server", "foreign_table"),
-    *("language", "largeobject_metadata", "opclass", "operator", "opfamily", "policy", "proc"),
-    *("publication", "rewrite", "sequence", "statistic_ext", "trigger", "ts_config", "ts_dict"),
-    *("type", "user_mapping"),
+    *("am", "amop", "amproc", "cast", "class", "collation", "constraint", "conversion"),
+    *("default_acl", "enum", "event_trigger", "extension", "foreign_data_wrapper"),
+    *("foreign_server", "foreign_table", "language", "largeobject_metadata", "opclass", "operator"),
+    *("opfamily", "policy", "proc", "publication", "rewrite", "sequence", "statistic_ext"),
+    *("subscription", "transform", "trigger", "ts_config", "ts_config_map", "ts_dict"),
+    *("ts_parser", "ts_template", "type", "user_mapping"),
 )
-ROWS = " UNION ALL ".join(f"SELECT count(*)::text FROM pg_{name}" for name in CATALOGS) + (
+ROWS = " UNION ALL ".join(
+    f"SELECT concat_ws(' ', '{name}', count(*), max(xmin::text::bigint)) FROM pg_{name}"
+    for name in CATALOGS
+) + (
+    " UNION ALL SELECT concat_ws(' ', (SELECT count(*) FROM pg_description),"
+    " (SELECT count(*) FROM pg_depend WHERE deptype = 'e'))"
     " UNION ALL SELECT string_agg(nspname || coalesce(nspacl::text, ''), ' ' ORDER BY nspname)"
     " FROM pg_namespace WHERE nspname !~ '^pg_(toast_)?temp_'"
-    " UNION ALL SELECT (datdba, datconnlimit, datacl)::text || coalesce((SELECT"
-    " string_agg(setconfig::text, ' ') FROM pg_db_role_setting WHERE setdatabase = d.oid), '')"
+    " UNION ALL SELECT concat_ws(' ', datdba, datconnlimit, datacl, datistemplate,"
+    " shobj_description(d.oid, 'pg_database'), (SELECT string_agg(setconfig::text, ' ')"
+    " FROM pg_db_role_setting WHERE setdatabase = d.oid))"
     " FROM pg_database d WHERE datname = current_database()"
 )
 CLEAN = """
@@ -38,6 +47,7 @@ BEGIN
 END $$;
 CREATE SCHEMA public AUTHORIZATION pg_database_owner;
 GRANT USAGE ON SCHEMA public TO PUBLIC;
+COMMENT ON SCHEMA public IS 'standard public schema';
 """
 
 

@@ -240,7 +240,7 @@ def nested(db: Session, number: int) -> None:
 def test_a_backend_that_was_gone_before_begin_came_costs_no_unit_an_error(
     pg18: PostgresServer, database: str, side: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What it said last is on its way for 100 ms: who looks at the socket sees nothing."""
+    """What it said last is on its way for 300 ms: who looks at the socket sees nothing."""
     units = [(plainly, {}), (nested, {}), (plainly, {"statement_timeout": 9.0})]
     gone = f"SELECT count(*) = 0 FROM pg_stat_activity WHERE datname = '{database}'"
     kill = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{database}'"
@@ -265,7 +265,7 @@ def test_a_backend_that_was_gone_before_begin_came_costs_no_unit_an_error(
             db.execute(text("SELECT pg_sleep(0.5)"))
 
     def end_all() -> None:
-        proxy.delay = 0.2
+        proxy.delay = 0.6
         with psycopg.connect(pg18.url("postgres"), autocommit=True) as looking:
             looking.execute(kill)
             while looking.execute(gone).fetchone() != (True,):

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from databases import Databases
 
 import engineroom
 from engineroom.testing import PostgresServer, keeper, postgres, servers
@@ -133,6 +134,34 @@ def test_databases_are_fresh_and_apart(pg18: PostgresServer) -> None:
     pg18.drop_database(second)
     there = [name for (name,) in pg18.execute("SELECT datname FROM pg_database")]
     assert {first, second} & set(there) == set()
+
+
+@pytest.mark.parametrize(
+    ("sql", "is_like_new"),
+    [
+        ("CREATE TABLE t (id int PRIMARY KEY); CREATE SCHEMA other", True),
+        ("CREATE TEXT SEARCH TEMPLATE pg_catalog.other (LEXIZE = dsimple_lexize)", False),
+        ("REVOKE EXECUTE ON FUNCTION pg_sleep FROM PUBLIC", False),
+        ("REVOKE SELECT ON pg_class FROM PUBLIC", False),
+        ("ALTER FUNCTION pg_sleep COST 7", False),
+        ("ALTER EXTENSION plpgsql DROP FUNCTION plpgsql_call_handler()", False),
+        ("COMMENT ON DATABASE {name} IS 'used'", False),
+    ],
+)
+def test_what_a_test_leaves_in_a_database_no_other_finds(
+    pg18: PostgresServer, sql: str, is_like_new: bool
+) -> None:
+    """(Of our own tests: a database that is like new again is lent again.)"""
+    lending = Databases(pg18)
+    name = lending.lend()
+    pg18.execute(sql.format(name=name), name)
+    lending.take_back(name)
+    there = [name for (name,) in pg18.execute("SELECT datname FROM pg_database")]
+    assert (name in there) is is_like_new
+    if is_like_new:
+        assert lending.lend() == name
+        assert pg18.execute("SELECT to_regclass('t')", name) == [[""]]
+        pg18.drop_database(name)
 
 
 def test_settings_win_over_the_defaults(tmp_path: Path) -> None:
