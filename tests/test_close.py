@@ -774,6 +774,39 @@ def test_a_scope_that_does_not_end_is_waited_for_once(url: str, way: str) -> Non
     run(closed_again, url, way, deadline=LONG // 2)
 
 
+def entered_again(url: str) -> None:
+    """A scope that was ended begins afresh where it is entered again, and is waited for."""
+    manager, log = opened(url), Log()
+    scope = manager.session()
+
+    async def work(number: int, inside: asyncio.Event) -> None:
+        async with scope as db:
+            await db.execute(insert(Item).values(id=number))
+            inside.set()
+            await asyncio.sleep(0.3)
+
+    async def main() -> None:
+        for number, timeout in ((1, 0), (2, LONG)):
+            inside = asyncio.Event()
+            task = asyncio.create_task(work(number, inside))
+            await inside.wait()
+            assert [info.kind for info in manager.stats().scopes] == ["session"]
+            await manager.close(timeout=timeout)
+            (outcome,) = await asyncio.gather(task, return_exceptions=True)
+            assert (outcome is None) is (timeout == LONG)
+            manager.init(url)
+        await manager.close()
+
+    asyncio.run(main())
+    assert stored(url) == [2]
+    assert len(log.messages) == is_named(log, "entered_again") == 1
+
+
+@pytest.mark.parametrize("url", ["asyncpg", "aiosqlite"], indirect=True)
+def test_a_scope_that_close_has_ended_may_be_entered_again(url: str) -> None:
+    run(entered_again, url)
+
+
 def loose(url: str) -> None:
     """A session of `get_session()` is its caller's: close() only takes its connection."""
     log, database = Log(), Database(url, metadata=Model.metadata)

@@ -104,6 +104,30 @@ def test_the_isolation_level_may_be_set_behind_them(opened: Callable[..., Door])
 
 
 @every_driver
+def test_what_a_session_asks_for_comes_before_the_engines_own(opened: Callable[..., Door]) -> None:
+    chosen = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": False}
+    door = opened(engine_options={"execution_options": chosen})
+
+    def seen(sql: str, **options: Any) -> Any:
+        return door.run(lambda connection: connection.exec_driver_sql(sql).scalar(), **options)
+
+    level, read_only = "SHOW transaction_isolation", "SHOW transaction_read_only"
+    assert seen(level) == seen(level, read_only=True) == "repeatable read"
+    assert seen(level, isolation_level="SERIALIZABLE") == "serializable"
+    assert (seen(read_only), seen(read_only, read_only=True)) == ("off", "on")
+    door.run(say("VACUUM"), isolation_level="AUTOCOMMIT")
+    assert seen(level) == "repeatable read"
+
+    def see_twice(connection: Connection) -> bool:
+        look = "SELECT transaction_timestamp()::text"
+        return len({connection.exec_driver_sql(look).scalar() for _ in range(2)}) == 2
+
+    assert door.run(see_twice, scope="reader")
+    door = opened(engine_options={"execution_options": None})
+    assert seen(level) == "read committed"
+
+
+@every_driver
 def test_one_that_was_never_sent_is_not_the_next_sessions(opened: Callable[..., Door]) -> None:
     door = opened()
     door.run(lambda connection: None, statement_timeout=2)

@@ -710,7 +710,7 @@ def test_a_loop_that_is_closed_by_hand_after_its_pools_were_ended(
 
 def disposed_between_jobs(url: str, loop: str, then: str) -> None:
     """`dispose()` elsewhere closes what is idle in a loop that stands still, not what is lent."""
-    manager = opened(url)
+    manager, log = opened(url), Log()
     ours = loop_factory(loop)()
 
     async def hold(may_go_on: asyncio.Event) -> None:
@@ -730,7 +730,14 @@ def disposed_between_jobs(url: str, loop: str, then: str) -> None:
     run_on(loop, dispose(manager))
     if is_server(url):
         assert len(settled(url, 1)) == 1  # at once, though it stands still
-    if then == "goes on":
+    assert sum(pool.lent for pool in manager.stats().pools) == 1
+    if then == "closes":  # all of it, elsewhere
+        asyncio.run(manager.close(timeout=0))
+        if is_server(url):
+            assert settled(url) == []
+        task.cancel()
+        ours.run_until_complete(asyncio.wait([task]))
+    elif then == "goes on":
         may_go_on.set()
         ours.run_until_complete(task)
         assert ours.run_until_complete(increment(manager)) == 6
@@ -741,9 +748,10 @@ def disposed_between_jobs(url: str, loop: str, then: str) -> None:
     close_by_hand(ours)
     run_on(loop, manager.close())
     nothing_left(manager, url)
+    assert len(log.messages) == (then == "closes")  # that it was rolled back
 
 
-@pytest.mark.parametrize("then", ["goes on", "is closed by hand"])
+@pytest.mark.parametrize("then", ["goes on", "is closed by hand", "closes"])
 @every_database_and_loop
 def test_dispose_beside_a_loop_that_stands_still(url: str, loop: str, then: str) -> None:
     run(disposed_between_jobs, url, loop, then)
@@ -800,6 +808,70 @@ def abandoned_in_a_loop_closed_by_hand(url: str, works: bool) -> None:
 )
 def test_a_scope_that_nobody_will_leave_is_told_of_once(url: str, works: bool) -> None:
     run(abandoned_in_a_loop_closed_by_hand, url, works)
+
+
+def disposed_of_before_its_loop_was_closed(url: str) -> None:
+    """The next use in another loop reaps what lay in a pool that `dispose()` had parted with."""
+    manager = opened(url)
+    ours = asyncio.new_event_loop()
+
+    async def never_end() -> None:
+        async with manager.session() as db:
+            await db.scalars(select(func.count()).select_from(Item))
+            ours.stop()
+            await asyncio.sleep(60)
+
+    task = ours.create_task(never_end())
+    ours.run_forever()
+    asyncio.run(manager.engine.dispose())
+    assert len(held(url)) == 1
+    ours.close()
+    asyncio.run(increment(manager))
+    assert settled(url) == []
+    assert not task.done()
+    print("null", flush=True)
+    os._exit(0)
+
+
+@pytest.mark.parametrize("url", ["psycopg", "asyncpg"], indirect=True)
+def test_a_loop_that_is_closed_by_hand_after_a_dispose(url: str) -> None:
+    run(disposed_of_before_its_loop_was_closed, url)
+
+
+def locked_by_a_closed_loop(url: str, count: int) -> None:
+    """aiosqlite's thread cannot tell a closed loop of an error, and ends: the lock must go."""
+    manager, raised = opened(url), []
+    ours = asyncio.new_event_loop()
+
+    async def work(number: int) -> None:
+        async with manager.session(read_only=number > 0) as db:
+            if number == 0:
+                await db.execute(update(Item).values(value=7))
+            if number == 1:
+                raw: Any = await (await db.connection()).get_raw_connection()
+                await raw.driver_connection.close()
+                await asyncio.sleep(60)
+            await db.execute(slow(url))
+
+    async def begin() -> list[asyncio.Task[None]]:
+        begun = [asyncio.create_task(work(number)) for number in range(count)]
+        await asyncio.sleep(0.3)
+        return begun
+
+    tasks = ours.run_until_complete(begin())
+    ours.close()
+    threading.excepthook = lambda how: raised.append(how.exc_type)
+    assert asyncio.run(increment(manager)) == 1
+    assert raised == [RuntimeError] * (1 if count == 1 else count - 1)
+    assert not any(task.done() for task in tasks)
+    print("null", flush=True)
+    os._exit(0)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("url", ["aiosqlite"], indirect=True)
+def test_a_writers_statement_in_a_loop_that_is_closed_by_hand(url: str, count: int) -> None:
+    run(locked_by_a_closed_loop, url, count)
 
 
 def forgotten_over_a_closed_loop(url: str) -> None:

@@ -235,7 +235,8 @@ class EngineRoom:
             "pool_recycle": settings.pool_recycle,
         }
         theirs = dict(self._engine_options)
-        arguments, chosen = theirs.pop("connect_args", {}), theirs.pop("execution_options", {})
+        arguments = theirs.pop("connect_args", {})
+        chosen = dict(theirs.pop("execution_options", None) or {})
         options |= theirs | self.backend.engine_options(side, role, arguments)
         url = self.backend.engine_url(side)
         knows: dict[str, Any] = {
@@ -244,6 +245,7 @@ class EngineRoom:
             "cleans_always": settings.pool_clean_always,
             "name": f"{side} {role} of {masked(self.settings.url)}",
             "note_parted": staticmethod(partial(self._note_parted, side, role)),
+            "parted": self._parted,
             "end_apart": staticmethod(partial(self.end_apart, role)),
             "recycle": settings.pool_recycle,
             "least": settings.pool_min if role is Role.PRIMARY and apart is None else 0,
@@ -276,6 +278,10 @@ class EngineRoom:
         lender.is_at_rest = staticmethod(self.backend.tells_rest(engine.dialect.driver))
         self._note_derived(engine)
         return_what_fails(engine.dialect)
+        dialect: Any = engine.dialect
+        if role is Role.READER:  # what it is, they do not change
+            for name in {*chosen} & {*dialect.connection_characteristics}:
+                del chosen[name]
         engine.update_execution_options(**chosen)
         note_statements(engine.dialect)
         note_closings(engine.dialect)
@@ -283,7 +289,6 @@ class EngineRoom:
         hide_what_cannot_be_sent(engine)
         self.backend.attach(engine, role, self._refuse_self_deadlock)
         if side is Side.ASYNC:
-            dialect: Any = engine.dialect
             dialect.do_terminate = for_one_cancellation(dialect.do_terminate)
             dialect.do_close = to_its_end(dialect.do_close, dialect.do_terminate)
             event.listen(engine, "handle_error", weakly(self._break_off_cancelled))
@@ -611,7 +616,8 @@ def return_what_fails(dialect: Any) -> None:
     """Have an engine's options take no connection away that they cannot be set on.
 
     SQLAlchemy sets them in the middle of `connect()`: what is raised there, as by a cancellation,
-    would leave the connection to the garbage collector.
+    would leave the connection to the garbage collector. And it sets those of an engine after those
+    of the one that was derived from it, which were to come instead.
     """
 
     def set_engine_execution_options(engine: Engine, options: Mapping[str, Any]) -> None:
@@ -619,8 +625,10 @@ def return_what_fails(dialect: Any) -> None:
         chosen = {name: options[name] for name in names}
 
         def set_on(connection: Connection) -> None:
+            wanted = connection.get_execution_options()
+            mine = {name: value for name, value in chosen.items() if wanted.get(name) is value}
             try:
-                dialect.set_connection_execution_options(connection, chosen)
+                dialect.set_connection_execution_options(connection, mine)
             except BaseException as error:
                 if not isinstance(error, Exception):
                     connection.invalidate()

@@ -94,6 +94,10 @@ class Entry:
         """End the scope from outside: from now on, using what it gave raises."""
         raise NotImplementedError
 
+    def begin_afresh(self) -> None:
+        """Be entered again, after it was ended from outside."""
+        self.obituary, self.is_overdue = "", False
+
     def hold(self, connection: PoolProxiedConnection) -> None:
         """Note which connection the scope uses; and to the pool, whose scope that is.
 
@@ -187,6 +191,8 @@ class Ledger:
                 f"The {entry.kind} opened at {entry.where} was entered a second time, while "
                 f"{entry.owner} is inside it. Call {entry.kind}() again for another one."
             )
+        if entry.obituary:
+            entry.begin_afresh()
         loop = asyncio._get_running_loop()
         entry.since = time.monotonic()
         entry.thread = threading.get_ident()

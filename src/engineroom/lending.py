@@ -279,6 +279,7 @@ class Lender(QueuePool):
     statement_within: ClassVar[float]  # seconds that the server gives a statement; 0: any time
     name: ClassVar[str]  # for reports
     note_parted: ClassVar[Any]  # takes the pool, once it is no engine's any more
+    parted: ClassVar[weakref.WeakKeyDictionary[Lender, Any]]  # the pools that are none any more
     recycle: ClassVar[float]  # seconds that a connection is kept for; -1: for ever
     least: ClassVar[int]  # connections kept open from the first use on
     slow_after: ClassVar[float]  # seconds lent, before the log says so

@@ -698,6 +698,10 @@ class LoopPool(AsyncAdaptedQueuePool):
             shelf = self.shelves.pop(loop, None) if loop.is_closed() else None
             if shelf is not None:
                 shelf.reap(loop)
+        for known in self.shelf_class.parted.keyrefs():  # in one step, as other threads add theirs
+            lender = known()
+            if isinstance(lender, Shelf) and lender.slots.held and lender.home.loop.is_closed():
+                lender.reap(lender.home.loop)
 
     def dispose(self) -> None:
         """Close what is idle in every loop; `AsyncEngine.dispose()` comes here."""
@@ -706,6 +710,7 @@ class LoopPool(AsyncAdaptedQueuePool):
         ours = None if here is None else self.shelves.get(here)
         for shelf in list(self.shelves.values()):
             if shelf is not ours:
+                shelf.note_parted(shelf)  # now: `close()` or a fork may come before its loop does
                 shelf.let_go()
         if ours is not None:
             ours.end()

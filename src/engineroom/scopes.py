@@ -118,6 +118,11 @@ class Scope(Entry):
         elif opened is not None:
             retire(opened, why)
 
+    def begin_afresh(self) -> None:
+        """Be entered again, after it was ended from outside."""
+        super().begin_afresh()
+        self.is_rollback_only = False
+
     def guard(self, connection: Connection) -> None:
         """Set the server's deadlines for the transaction that has begun."""
         guards = self.guards or {}

@@ -23,6 +23,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import URL, Connection, Dialect, Engine, ExceptionContext
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from sqlalchemy.schema import DropTable
+from sqlalchemy.util import await_only
 
 from ..cancellation import settle
 from ..errors import BrokenReferences, InvalidOption, InvalidPath, InvalidURL, SelfDeadlock
@@ -382,15 +383,15 @@ class SQLite:
         is_abandoned: bool = False,
     ) -> None:
         """Interrupt what runs and roll it back: the lock on the file must go."""
+        if any(hasattr(each.dbapi_connection, "run_async") for each in connections):
+            ending = self._end_all([each.driver_connection for each in connections], is_abandoned)
+            if asyncio._get_running_loop() is None:  # theirs stands still: any loop will do
+                asyncio.run(ending)
+            else:
+                await_only(ending)
+            return
         for connection in connections:
             adapted: Any = connection.dbapi_connection
-            if hasattr(adapted, "run_async"):
-                end = self._end_in_time if is_abandoned else self._end
-                if asyncio._get_running_loop() is None:  # theirs stands still: any loop will do
-                    asyncio.run(end(adapted.driver_connection))
-                else:
-                    adapted.run_async(end)
-                continue
             limit = time.monotonic() + LET_GO_LIMIT
             adapted.interrupt()
             while adapted.in_transaction and time.monotonic() < limit:
@@ -418,9 +419,11 @@ class SQLite:
         await self.break_off(driver)
         await _interrupting(driver, driver.close())
 
-    async def _end_in_time(self, driver: Any) -> None:
-        """Do the same; its thread ends where it cannot tell a loop that was closed of an error."""
-        await asyncio.wait_for(self._end(driver), LET_GO_LIMIT)
+    async def _end_all(self, drivers: Iterable[Any], is_abandoned: bool) -> None:
+        """Do so side by side; a thread ends where it cannot tell a loop that was closed of it."""
+        limit = LET_GO_LIMIT if is_abandoned else None
+        ending = [asyncio.wait_for(self._end(driver), limit) for driver in drivers]
+        await asyncio.gather(*ending, return_exceptions=is_abandoned)
 
     def say_farewell(self, driver: Any) -> None:
         """None does."""
@@ -428,8 +431,15 @@ class SQLite:
     def cut(self, driver: Any, loop: asyncio.AbstractEventLoop) -> None:
         """Stop the thread of an aiosqlite connection; it closes the file at its end.
 
-        Asked in a thread without an event loop, aiosqlite promises no loop to report to.
+        Asked in a thread without an event loop, aiosqlite promises no loop to report to. Where its
+        thread could not tell a closed loop of an error, it has ended, and holds the lock still.
         """
+        if not _thread_of(driver).is_alive():
+            with suppress(ValueError, _errors()):  # it is closed
+                raw = _sqlite3_connection(driver)
+                raw.rollback()
+                raw.close()
+            return
         stopper = threading.Thread(target=driver.stop)
         stopper.start()
         stopper.join()
