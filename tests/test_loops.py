@@ -828,6 +828,7 @@ def disposed_of_before_its_loop_was_closed(url: str) -> None:
     ours.close()
     asyncio.run(increment(manager))
     assert settled(url) == []
+    assert manager.stats().pools == ()
     assert not task.done()
     print("null", flush=True)
     os._exit(0)

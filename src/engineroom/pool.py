@@ -698,9 +698,12 @@ class LoopPool(AsyncAdaptedQueuePool):
             shelf = self.shelves.pop(loop, None) if loop.is_closed() else None
             if shelf is not None:
                 shelf.reap(loop)
-        for known in self.shelf_class.parted.keyrefs():  # in one step, as other threads add theirs
+        parted = self.shelf_class.parted
+        for known in parted.keyrefs():  # in one step, as above
             lender = known()
-            if isinstance(lender, Shelf) and lender.slots.held and lender.home.loop.is_closed():
+            if not isinstance(lender, Shelf) or not lender.home.loop.is_closed():
+                continue
+            if parted.pop(lender, None):  # (another thread may be faster)
                 lender.reap(lender.home.loop)
 
     def dispose(self) -> None:

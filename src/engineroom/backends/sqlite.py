@@ -420,7 +420,7 @@ class SQLite:
         await _interrupting(driver, driver.close())
 
     async def _end_all(self, drivers: Iterable[Any], is_abandoned: bool) -> None:
-        """Do so side by side; a thread ends where it cannot tell a loop that was closed of it."""
+        """Do so side by side; the thread of one that a closed loop has left may answer no more."""
         limit = LET_GO_LIMIT if is_abandoned else None
         ending = [asyncio.wait_for(self._end(driver), limit) for driver in drivers]
         await asyncio.gather(*ending, return_exceptions=is_abandoned)
