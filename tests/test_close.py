@@ -39,6 +39,7 @@ from sqlalchemy import insert, select, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.event import listen
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.util import await_only
 
 from engineroom import Database, DatabaseSessionManager, SessionClosed, UsageError, on_commit
 from engineroom.departures import GONE_LIMIT
@@ -858,6 +859,70 @@ def disposed_of(url: str, loop: str, sync: bool) -> None:
 @server_driver_and_loop
 def test_close_ends_what_was_lent_before_a_dispose(url: str, loop: str, sync: bool) -> None:
     run(disposed_of, url, loop, sync)
+
+
+def disposed_of_under_load(url: str, loop: str) -> None:
+    """Who connects while a loop disposes of its engine has a connection that is known as well."""
+    gc.disable()
+    manager, log = opened(url, pool_size=5), Log()
+    over = asyncio.Event()
+
+    async def work() -> None:
+        while not over.is_set():
+            async with manager.session() as db:
+                await db.execute(text("SELECT 1"))
+
+    def slowly(*_: object) -> None:
+        await_only(asyncio.sleep(0.2))
+
+    async def hold(leave: asyncio.Event) -> None:
+        async with manager.session() as db:
+            await db.execute(text("SELECT 1"))
+            await leave.wait()
+
+    async def dispose(leave: asyncio.Event) -> list[asyncio.Task[None]]:
+        """Dispose of a warm engine; return those who have connected meanwhile, and stay."""
+        async with manager.session() as db:
+            await db.execute(text("SELECT 1"))
+        disposing = asyncio.create_task(manager.engine.dispose())
+        await asyncio.sleep(0.02)  # it takes ten times that to close one
+        holding = [asyncio.create_task(hold(leave)) for _ in range(3)]
+        while not disposing.done():
+            pools = [pool for *_, pool in manager._room.lenders()]
+            assert len(pools) == len({*pools})
+            await asyncio.sleep(0)
+        await disposing
+        return holding
+
+    async def main() -> None:
+        working = [asyncio.create_task(work()) for _ in range(5)]
+        for _ in range(10):
+            await asyncio.sleep(0.02)
+            await manager.engine.dispose()
+        over.set()
+        await asyncio.gather(*working)
+        listen(manager.engine.sync_engine, "close", slowly)
+        assert len(held(url)) == sum(pool.idle for pool in manager.stats().pools) <= 6
+        for _ in range(3):
+            leave = asyncio.Event()
+            holding = await dispose(leave)
+            leave.set()
+            await asyncio.gather(*holding)
+        assert len(settled(url, 1)) == 1  # the synchronous side's
+        holding = await dispose(asyncio.Event())
+        await manager.close(timeout=0)
+        assert settled(url) == []
+        for task in holding:
+            task.cancel()
+        await asyncio.gather(*holding, return_exceptions=True)
+        assert is_named(log, "hold") == len(log.messages) == len(holding)
+
+    run_on(loop, main())
+
+
+@server_driver_and_loop
+def test_close_ends_what_was_opened_in_the_middle_of_a_dispose(url: str, loop: str) -> None:
+    run(disposed_of_under_load, url, loop, deadline=LONG // 2)
 
 
 def sync_disposed_of(url: str) -> None:

@@ -124,7 +124,9 @@ def test_what_a_session_asks_for_comes_before_the_engines_own(opened: Callable[.
 
     assert door.run(see_twice, scope="reader")
     door = opened(engine_options={"execution_options": None})
-    assert seen(level) == "read committed"
+    assert seen(level) == seen(level, read_only=True) == "read committed"
+    door.engine.update_execution_options(isolation_level="SERIALIZABLE")
+    assert seen(level) == seen(level, read_only=True) == "serializable"
 
 
 @every_driver

@@ -810,6 +810,37 @@ def test_a_scope_that_nobody_will_leave_is_told_of_once(url: str, works: bool) -
     run(abandoned_in_a_loop_closed_by_hand, url, works)
 
 
+def disposed_of_while_it_is_blocked(url: str, loop: str, sync: bool) -> None:
+    """`close()` waits for the loop that `dispose()` has asked to close what is idle there."""
+    manager = opened(url)
+    blocked = threading.Event()
+
+    async def serve() -> None:
+        await together(manager, 3)
+        blocked.set()
+        time.sleep(0.5)
+
+    def work(number: int) -> None:
+        if number == 0:
+            run_on(loop, serve())
+            return
+        blocked.wait()
+        run_on(loop, dispose(manager))
+        close(manager, sync)
+        assert held(url) == []
+
+    in_threads(2, work)
+    nothing_left(manager, url)
+
+
+@pytest.mark.parametrize("sync", [False, True], ids=["close", "sync.close"])
+@server_driver_and_loop
+def test_close_after_a_dispose_beside_a_loop_that_is_blocked(
+    url: str, loop: str, sync: bool
+) -> None:
+    run(disposed_of_while_it_is_blocked, url, loop, sync)
+
+
 def disposed_of_before_its_loop_was_closed(url: str) -> None:
     """The next use in another loop reaps what lay in a pool that `dispose()` had parted with."""
     manager = opened(url)

@@ -23,10 +23,11 @@ from typing import Any
 
 import pytest
 from scenario import HIDE, in_threads
-from sqlalchemy import Column, Integer, MetaData, String, Table, select, text
+from sqlalchemy import Column, Integer, MetaData, String, Table, event, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, Session, mapped_column
+from sqlalchemy.util import await_only
 
 from engineroom import (
     Base,
@@ -1008,6 +1009,55 @@ def test_a_scope_that_another_thread_has_entered(manager: Any, verb: str) -> Non
             db.execute(text("SELECT 1"))
         threads.submit(enter).result()
     assert manager.stats().scopes == ()
+
+
+@pytest.mark.parametrize("verb", ["session", "connect"])
+def test_a_scope_that_is_just_ending_is_not_entered(manager: Any, verb: str) -> None:
+    """Its COMMIT is under way: who entered it would lose what the next one does, or its own."""
+    scope = getattr(manager, verb)()
+
+    async def enter() -> None:
+        async with scope as db:
+            await db.execute(text("SELECT 2"))
+
+    async def main() -> None:
+        entered: list[BaseException | None] = []
+
+        def slowly(connection: Any) -> None:
+            (outcome,) = await_only(asyncio.gather(enter(), return_exceptions=True))
+            entered.append(outcome)
+
+        event.listen(manager.engine.sync_engine, "commit", slowly)
+        async with scope as db:
+            await db.execute(text("SELECT 1"))
+        event.remove(manager.engine.sync_engine, "commit", slowly)
+        assert [type(outcome) for outcome in entered] == [errors.AlreadyEntered]
+        await enter()
+        assert sum(pool.lent for pool in manager.stats().pools) == 0
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("verb", ["session", "connect"])
+def test_a_scope_that_is_just_ending_is_entered_by_no_thread(manager: Any, verb: str) -> None:
+    scope = getattr(manager.sync, verb)()
+    entered: list[BaseException | None] = []
+
+    def enter() -> None:
+        with scope as db:
+            db.execute(text("SELECT 2"))
+
+    def slowly(connection: Any) -> None:
+        with ThreadPoolExecutor(1) as thread:
+            entered.append(thread.submit(enter).exception())
+
+    event.listen(manager.sync_engine, "commit", slowly)
+    with scope as db:
+        db.execute(text("SELECT 1"))
+    event.remove(manager.sync_engine, "commit", slowly)
+    assert [type(outcome) for outcome in entered] == [errors.AlreadyEntered]
+    enter()
+    assert sum(pool.lent for pool in manager.stats().pools) == 0
 
 
 # --- SQLite's one writer --------------------------------------------------------------------------

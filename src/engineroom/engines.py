@@ -400,18 +400,22 @@ class EngineRoom:
     def lenders(self) -> Iterator[tuple[Side, Role, asyncio.AbstractEventLoop | None, Lender]]:
         """Yield every pool, with the event loop that its connections belong to.
 
-        Of those that are no engine's any more, yield what has connections lent still.
+        Of those that are no engine's any more, yield what has connections still.
         """
+        told: set[Lender] = set()  # (`dispose()` may just be at work, and its engine have it yet)
         for known in self._parted.keyrefs():  # in one step: other threads add theirs meanwhile
             lender = known()
-            if lender is not None and lender.slots.held and (place := self._parted.get(lender)):
+            place = None if lender is None else self._parted.get(lender)
+            if lender is not None and place and (lender.slots.held or lender.rack.items):
+                told.add(lender)
                 yield *place, lender.home.loop if isinstance(lender, Shelf) else None, lender
         for (side, role), engine in list(self._engines.items()):
             pool = getattr(engine.pool, "behind", engine.pool)  # a sandbox stands in front of it
             if isinstance(pool, LoopPool):
                 for loop, shelf in list(pool.shelves.items()):
-                    yield side, role, loop, shelf
-            elif isinstance(pool, Lender):
+                    if shelf not in told:
+                        yield side, role, loop, shelf
+            elif isinstance(pool, Lender) and pool not in told:
                 yield side, role, None, pool
 
     def stats(self, at: float | None = None) -> Stats:
@@ -626,7 +630,7 @@ def return_what_fails(dialect: Any) -> None:
 
         def set_on(connection: Connection) -> None:
             wanted = connection.get_execution_options()
-            mine = {name: value for name, value in chosen.items() if wanted.get(name) is value}
+            mine = {name: one for name, one in chosen.items() if wanted.get(name, one) is one}
             try:
                 dialect.set_connection_execution_options(connection, mine)
             except BaseException as error:

@@ -55,7 +55,8 @@ class Entry:
     code: CodeType
     line: int
     since: float
-    is_open: bool = False  # whether it stands in the ledger
+    is_open: bool = False  # until its end begins
+    _resource: Any = None  # what it gives, until its end is over
     obituary: str = ""  # why it was ended from outside, once it was
     is_overdue: bool = False  # whether `close()` has ended it, and nobody waits for it any more
     guards: dict[str, float] | None = None  # deadlines of the server that are its own
@@ -184,9 +185,9 @@ class Ledger:
         """Note that the running task or thread entered a scope; return the loop that runs, if any.
 
         Raises:
-            AlreadyEntered: it is open.
+            AlreadyEntered: it is open, or just ending.
         """
-        if entry.is_open:
+        if entry.is_open or entry._resource is not None:
             raise AlreadyEntered(
                 f"The {entry.kind} opened at {entry.where} was entered a second time, while "
                 f"{entry.owner} is inside it. Call {entry.kind}() again for another one."

@@ -617,6 +617,7 @@ class LoopPool(AsyncAdaptedQueuePool):
         self.shelves: dict[asyncio.AbstractEventLoop, Shelf] = {}
         self._first = Slots(1)
         self._initialized = False
+        self._is_disposed = False
 
     def connect(self) -> PoolProxiedConnection:
         """Lend a connection of the running loop."""
@@ -661,6 +662,9 @@ class LoopPool(AsyncAdaptedQueuePool):
         shelf.dispatch = self.dispatch  # the engine's listeners hear the connections of all loops
         shelf.home.keeper = self._end_with_loop(loop, shelf)
         shelf.home.end = partial(self._end_before, loop, shelf)
+        if self._is_disposed:  # its engine has another pool, or will in a moment
+            shelf.ended = True  # what is lent is closed when it comes back
+            shelf.note_parted(shelf)
         self.shelves[loop] = shelf
         await_only(anext(shelf.home.keeper))  # runs to its yield, without giving way to other tasks
         return shelf
@@ -708,6 +712,7 @@ class LoopPool(AsyncAdaptedQueuePool):
 
     def dispose(self) -> None:
         """Close what is idle in every loop; `AsyncEngine.dispose()` comes here."""
+        self._is_disposed = True
         self.reap()
         here = asyncio._get_running_loop()
         ours = None if here is None else self.shelves.get(here)

@@ -72,7 +72,6 @@ class Scope(Entry):
 
     hooks: Hooks | None = None  # what is called after its end
     is_rollback_only: bool = False
-    _resource: Any = None  # while it is open
 
     def __init__(
         self,
