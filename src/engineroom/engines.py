@@ -406,7 +406,7 @@ class EngineRoom:
         for known in self._parted.keyrefs():  # in one step: other threads add theirs meanwhile
             lender = known()
             place = None if lender is None else self._parted.get(lender)
-            if lender is not None and place and (lender.slots.held or lender.rack.items):
+            if lender is not None and place and (lender.slots.held or lender.idle):
                 told.add(lender)
                 yield *place, lender.home.loop if isinstance(lender, Shelf) else None, lender
         for (side, role), engine in list(self._engines.items()):
