@@ -1083,6 +1083,7 @@ class Lender(QueuePool):
                 logger.info("What an ended loop left running could not be ended: %r", error)
         for driver in list(self._drivers):
             self.backend.cut(driver, loop)
+        self.rack.items.clear()
         for stay in self.stays():
             stay.end()
 
