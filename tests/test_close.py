@@ -925,6 +925,49 @@ def test_close_ends_what_was_opened_in_the_middle_of_a_dispose(url: str, loop: s
     run(disposed_of_under_load, url, loop, deadline=LONG // 2)
 
 
+def disposed_of_twice(url: str, loop: str) -> None:
+    """Who connects while two tasks dispose of an engine has a connection that is known."""
+    gc.disable()
+    manager, log = opened(url), Log()
+    manager.sync.close()
+    manager.init()
+
+    async def hold() -> None:
+        async with manager.session() as db:
+            await db.execute(text("SELECT 1"))
+            await asyncio.sleep(LONG)
+
+    async def warm() -> None:
+        async with manager.session() as db:
+            await db.execute(text("SELECT 1"))
+
+    async def main() -> None:
+        await asyncio.gather(*(warm() for _ in range(3)))
+        disposing = asyncio.gather(manager.engine.dispose(), manager.engine.dispose())
+        holding: list[asyncio.Task[None]] = []
+        while not disposing.done() or not holding:
+            if len(holding) < 15:
+                holding.append(asyncio.create_task(hold()))
+            await asyncio.sleep(0)
+        await disposing
+        await asyncio.sleep(0.5)  # all have connected by then, or there are more than are told of
+        assert len(held(url)) >= len(holding)
+        assert sum(pool.lent for pool in manager.stats().pools) == len(holding)
+        await manager.close(timeout=0)
+        assert settled(url) == []
+        for task in holding:
+            task.cancel()
+        await asyncio.gather(*holding, return_exceptions=True)
+        assert is_named(log, "hold") == len(holding)
+
+    run_on(loop, main())
+
+
+@server_driver_and_loop
+def test_two_tasks_may_dispose_of_an_engine_at_once(url: str, loop: str) -> None:
+    run(disposed_of_twice, url, loop, deadline=LONG // 2)
+
+
 def sync_disposed_of(url: str) -> None:
     gc.disable()
     database = Database(url, metadata=Model.metadata)
@@ -942,6 +985,32 @@ def sync_disposed_of(url: str) -> None:
     for connection in lent[1:]:
         with suppress(DBAPIError):
             connection.close()
+
+
+def sync_disposed_of_twice(url: str) -> None:
+    """Who connects while two threads dispose of an engine has a connection that is known."""
+    gc.disable()
+    database = Database(url, metadata=Model.metadata)
+    with database.session() as db:
+        db.execute(text("SELECT 1"))
+    listen(database.engine, "close", lambda *_: time.sleep(0.3))
+    slower = threading.Thread(target=database.engine.dispose)
+    slower.start()
+    time.sleep(0.1)
+    database.engine.dispose()
+    lent = database.engine.connect()
+    lent.execute(text("SELECT 1"))
+    slower.join()
+    assert [pool.lent for pool in database.stats().pools] == [1]
+    database.close()
+    assert is_left(url)
+    with suppress(DBAPIError):
+        lent.close()
+
+
+@pytest.mark.parametrize("url", ["psycopg", "psycopg2"], indirect=True)
+def test_two_threads_may_dispose_of_an_engine_at_once(url: str) -> None:
+    run(sync_disposed_of_twice, url)
 
 
 @pytest.mark.parametrize("url", ["psycopg", "psycopg2"], indirect=True)

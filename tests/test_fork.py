@@ -249,6 +249,29 @@ def test_a_child_that_exits_through_the_with_of_its_parent(url: str) -> None:
     run(leaves_by_system_exit, url)
 
 
+def enters_again(url: str, verb: str) -> None:
+    """What a child has left of its parent's it may enter for itself."""
+    manager = opened(url)
+    with manager.sync:
+        for scope in (getattr(manager.sync, verb)(), getattr(manager.sync, verb)()):
+            with suppress(KeyError), scope as db:
+                db.execute(text("SELECT 1"))
+                if not (child := os.fork()):
+                    raise KeyError
+            if not child:
+                with scope as db:
+                    os._exit(db.execute(text("SELECT 2")).scalar())
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+            with scope as db:
+                assert db.execute(text("SELECT 3")).scalar() == 3
+
+
+@pytest.mark.parametrize("verb", ["session", "reader", "connect"])
+@pytest.mark.parametrize("url", ["psycopg", "psycopg2"], indirect=True)
+def test_a_child_enters_again_what_it_has_left(url: str, verb: str) -> None:
+    run(enters_again, url, verb)
+
+
 def closes_what_it_inherited(url: str, end: str) -> None:
     """Let go of what no scope ends: sessions and connections, of a disposed engine, too."""
     manager, registry = opened(url), SessionManager(metadata=Model.metadata)

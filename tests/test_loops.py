@@ -47,6 +47,7 @@ from sqlalchemy.util import greenlet_spawn
 from strikes import slow
 
 from engineroom import DatabaseSessionManager, SessionClosed
+from engineroom.errors import ConnectTimeout
 from engineroom.pool import Shelf
 from engineroom.registry import SessionManager
 from engineroom.testing import PostgresServer
@@ -868,6 +869,85 @@ def disposed_of_before_its_loop_was_closed(url: str) -> None:
 @pytest.mark.parametrize("url", ["psycopg", "asyncpg"], indirect=True)
 def test_a_loop_that_is_closed_by_hand_after_a_dispose(url: str) -> None:
     run(disposed_of_before_its_loop_was_closed, url)
+
+
+def cancelled_while_it_reaps(url: str, disposes: bool) -> None:
+    """Who meets what a closed loop has left may be cancelled then: it is ended all the same."""
+    manager = opened(f"{url}?sslmode=disable")  # (asyncpg, cancelled before TLS, drops a future)
+    ours = asyncio.new_event_loop()
+
+    async def work(seconds: float = 0.0) -> None:
+        async with manager.session() as db:
+            await db.scalars(select(func.count()).select_from(Item))
+            await asyncio.sleep(seconds)
+
+    async def begin() -> asyncio.Task[None]:
+        await work()
+        task = asyncio.create_task(work(60))
+        await asyncio.sleep(0.1)
+        if disposes:
+            await manager.engine.dispose()
+        return task
+
+    async def meet() -> None:
+        using = asyncio.create_task(work())
+        await asyncio.sleep(0.003)  # it connects, to end over there what is left
+        using.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await using
+
+    task = ours.run_until_complete(begin())
+    assert len(held(url)) == 1
+    ours.close()
+    asyncio.run(meet())
+    assert settled(url) == []
+    assert not task.done()
+    print("null", flush=True)
+    os._exit(0)
+
+
+@pytest.mark.parametrize("disposes", [False, True], ids=["", "after a dispose"])
+@pytest.mark.parametrize("url", ["psycopg", "asyncpg"], indirect=True)
+def test_what_a_closed_loop_has_left_ends_though_who_meets_it_is_cancelled(
+    url: str, disposes: bool
+) -> None:
+    run(cancelled_while_it_reaps, url, disposes)
+
+
+def closed_in_its_first_connect(url: str) -> None:
+    """SQLAlchemy waits for its end for ever; who comes next is told so, and may begin anew."""
+    opened(url)
+    manager, log = DatabaseSessionManager().init(url), Log()
+    ours = asyncio.new_event_loop()
+
+    def wait(driver: Any, _: object) -> None:
+        driver.run_async(lambda _: asyncio.sleep(60))
+
+    async def begin() -> asyncio.Task[None]:
+        event.listen(manager.engine.sync_engine, "connect", wait)
+        task = asyncio.create_task(increment(manager))
+        await asyncio.sleep(0.3)
+        return task
+
+    task = ours.run_until_complete(begin())
+    assert len(held(url)) == 1
+    ours.close()
+    for _ in range(2):
+        with pytest.raises(ConnectTimeout, match="was closed in the middle of it, for .* close()"):
+            asyncio.run(increment(manager))
+    asyncio.run(manager.close(timeout=0))
+    assert "opened at" in log.messages[0]
+    assert held(url) == []
+    manager.init()
+    assert asyncio.run(increment(manager)) == 1
+    assert not task.done()
+    print("null", flush=True)
+    os._exit(0)
+
+
+@pytest.mark.parametrize("url", ["psycopg", "asyncpg"], indirect=True)
+def test_a_loop_that_is_closed_by_hand_in_the_first_connect(url: str) -> None:
+    run(closed_in_its_first_connect, url)
 
 
 def locked_by_a_closed_loop(url: str, count: int) -> None:

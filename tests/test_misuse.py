@@ -282,6 +282,17 @@ def test_a_secret_in_a_urls_query_is_masked(opens: Any, scheme: str, name: str) 
     assert_teaches(caught.value, errors.InvalidURL, name, "sslmode=require")
 
 
+@pytest.mark.parametrize(
+    ("scheme", "meant"),
+    [("postgressql", "postgresql"), ("postgre", "postgresql"), ("sqlite3", "sqlite"), ("my", "")],
+)
+def test_a_misspelt_database_is_named_with_its_name(opens: Any, scheme: str, meant: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        opens(f"{scheme}://user:{SECRET}@db.example/app")
+    hint = f"{scheme!r}. Did you mean {meant}://? Supp" if meant else f"{scheme!r}. Supported are"
+    assert_teaches(caught.value, errors.InvalidURL, hint, "mariadb:// and sqlite://.")
+
+
 @pytest.mark.parametrize("misspelt", ["databse_url", "databaseurl", "ur", "urls"])
 def test_a_misspelt_url_is_named_with_its_name(opens: Any, misspelt: str) -> None:
     with pytest.raises(UsageError) as caught:
@@ -606,11 +617,13 @@ def test_use_of_a_database_after_close(sqlite_url: str, verb: str) -> None:
     assert_teaches(caught.value, errors.ManagerClosed, "Database is closed", "init(url)")
 
 
-def test_a_second_init(manager: Any) -> None:
+def test_a_second_init(manager: Any, sqlite_url: str) -> None:
     for door in (manager, manager.sync):
         with pytest.raises(RuntimeError) as caught:
             door.init("sqlite://")
-        assert_teaches(caught.value, errors.AlreadyInitialized, "already open", "close()")
+        assert_teaches(
+            caught.value, errors.AlreadyInitialized, f"{sqlite_url} is already open", "close()"
+        )
 
 
 # --- a session after its end ----------------------------------------------------------------------

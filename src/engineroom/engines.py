@@ -155,7 +155,7 @@ class EngineRoom:
         if self.sandbox is not None:
             return  # the application that is tested opens and closes as it does elsewhere
         if not self.life.allows("init"):
-            raise self.life.refusal("init()")
+            raise self.life.refusal("init()", masked(self.settings.url))
         if database_url is not None and url is not None:
             raise InvalidOption("The URL was given twice, as database_url= and as url=. Give one.")
         where = url if database_url is None else database_url
@@ -540,6 +540,9 @@ class EngineRoom:
                 "process. Open one of your own here."
             )
             make_immortal(entry)
+            if entry.is_open:  # where it is left, nothing is done here: it may be entered again
+                make_immortal(entry._resource)
+                entry._resource = None
         for session in list(self.loose):
             retire(session, "The session belongs to the parent of this forked process.")
             make_immortal(session)
@@ -548,6 +551,8 @@ class EngineRoom:
             self.life.enter(State.OPEN)
         with ExitStack() as then:
             for engine in self._engines.values():
+                pool: Any = engine.pool
+                pool.is_disposed = True
                 then.callback(engine.dispose, close=False)
             if self.sandbox is not None:
                 then.callback(self.sandbox.disown)

@@ -19,7 +19,7 @@ from socket import SHUT_RDWR, socket
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
 
 from sqlalchemy.engine import Engine
-from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, QueuePool
+from sqlalchemy.pool import ConnectionPoolEntry, Pool, PoolProxiedConnection, QueuePool
 from sqlalchemy.util.queue import Empty, Full
 
 from .backends import ASK_FOR, Backend, Diagnosis, Leaving, Sent
@@ -260,7 +260,25 @@ class Bell(Protocol):
         """Return what stands still together with the caller."""
 
 
-class Lender(QueuePool):
+class Replaceable(Pool):
+    """A pool of an engine: `dispose()` puts the next one in its place."""
+
+    is_disposed: bool = False  # its engine has another one, or will in a moment
+
+    def recreate(self) -> Any:
+        """Return the next one: the same for all who dispose of the engine at once.
+
+        Where the first of them has put it there already, the others come here with that one, of
+        which nobody has disposed.
+        """
+        return vars(self).setdefault("_next", self.renew()) if self.is_disposed else self
+
+    def renew(self) -> Any:
+        """Make one like this."""
+        return super().recreate()
+
+
+class Lender(Replaceable, QueuePool):
     """A pool that lends against permits, and looks at a connection before it hands it out.
 
     A permit is taken in `connect()`, before SQLAlchemy's own queue is touched, so that queue never
@@ -1020,6 +1038,10 @@ class Lender(QueuePool):
         connections = [reference() for reference in references if reference is not None]
         return [connection for connection in connections if connection is not None]
 
+    def has_opened(self) -> bool:
+        """Whether a driver has opened a connection here that is open still."""
+        return bool(self._drivers)
+
     def refuse(self, why: str) -> None:
         """Lend nothing from now on, and send away who waits."""
         self.refusal = why
@@ -1050,6 +1072,7 @@ class Lender(QueuePool):
 
     def dispose(self) -> None:
         """Close what is idle, and from now on whatever comes back: the engine has another pool."""
+        self.is_disposed = True
         self.note_parted(self)
         self.end()
 
@@ -1076,16 +1099,17 @@ class Lender(QueuePool):
     def reap(self, loop: asyncio.AbstractEventLoop) -> None:
         """Cut every connection of a loop that does not run any more, and end what runs on them."""
         self.ended = True
-        if overdue := self.lent():  # its tasks were never told
-            try:
+        try:
+            if overdue := self.lent():  # its tasks were never told
                 self.end_apart(overdue, is_abandoned=True)
-            except Exception as error:  # noqa: BLE001  # the server ends them, if later
-                logger.info("What an ended loop left running could not be ended: %r", error)
-        for driver in list(self._drivers):
-            self.backend.cut(driver, loop)
-        self.rack.items.clear()
-        for stay in self.stays():
-            stay.end()
+        except Exception as error:  # noqa: BLE001  # the server ends them, if later
+            logger.info("What an ended loop left running could not be ended: %r", error)
+        finally:  # whoever does so may be cancelled, and nobody else will
+            for driver in list(self._drivers):
+                self.backend.cut(driver, loop)
+            self.rack.items.clear()
+            for stay in self.stays():
+                stay.end()
 
     def stays(self) -> list[Stay]:
         """Return its connections that have a place under a limit."""

@@ -60,7 +60,8 @@ class Life:
         """Whether the state permits the action."""
         return self.state in LEGAL[action]
 
-    def refusal(self, action: str) -> UsageError:
-        """Build the error for an action that the state does not permit."""
+    def refusal(self, action: str, url: str | None = None) -> UsageError:
+        """Build the error for an action that the state does not permit; a URL says on what."""
         error = REFUSALS[self.state]
-        return error(f"{action}: {self.name} {REASONS[self.state]}")
+        on = f" on {url}" if url else ""
+        return error(f"{action}: {self.name}{on} {REASONS[self.state]}")

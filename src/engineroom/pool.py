@@ -32,8 +32,8 @@ from .cap import STUCK_AFTER, Stay, stay_of
 from .deadlines import LOOK_EVERY, WATCH
 from .departures import Farewell
 from .errors import ConnectTimeout, PoolDeadlock, PoolExhausted
-from .ledger import REQUEST, Entry, current_owner, has_ended, line_of, name_of
-from .lending import CLEAN_LIMIT, Berth, Lender
+from .ledger import REQUEST, Entry, current_owner, describe, has_ended, line_of, name_of
+from .lending import CLEAN_LIMIT, Berth, Lender, Replaceable
 from .slots import GROW_AFTER, RECOVER_AFTER, WAITING, Reservation, Slots
 
 logger: logging.Logger = logging.getLogger("engineroom.pool")
@@ -266,7 +266,7 @@ class ThreadPool(Lender):
         return bool(self.slots.held)
 
 
-class PassingPool(ThreadPool, NullPool):  # type: ignore[misc]  # theirs differ; ours is called
+class PassingPool(ThreadPool, NullPool):
     """Lends like the others, and keeps nothing: what comes back is closed."""
 
     def __init__(self, *args: Any, **kw: Any) -> None:
@@ -601,7 +601,7 @@ class Shelf(AsyncAdaptedQueuePool, Lender):
         self.look_for_slow(now)
 
 
-class LoopPool(AsyncAdaptedQueuePool):
+class LoopPool(Replaceable, AsyncAdaptedQueuePool):
     """The asynchronous side's pool: a shelf for each event loop, behind one engine.
 
     A connection belongs to the loop that opened it. So this pool lends nothing itself: it finds the
@@ -617,7 +617,7 @@ class LoopPool(AsyncAdaptedQueuePool):
         self.shelves: dict[asyncio.AbstractEventLoop, Shelf] = {}
         self._first = Slots(1)
         self._initialized = False
-        self._is_disposed = False
+        self._stuck: str = ""  # in whose hands the first connection is for ever
 
     def connect(self) -> PoolProxiedConnection:
         """Lend a connection of the running loop."""
@@ -647,6 +647,13 @@ class LoopPool(AsyncAdaptedQueuePool):
             ) from None
         turn.since, waited = time.monotonic(), turn.waited
         try:
+            if self._stuck:
+                raise ConnectTimeout(
+                    "No connection can be opened any more: the event loop of the first one was "
+                    f"closed in the middle of it{self._stuck}, and SQLAlchemy waits for that one. "
+                    "Use asyncio.run() or asyncio.Runner, which end what runs before they close a "
+                    "loop; here close() the manager and init() it again."
+                )
             if not self._initialized:
                 connection = shelf.connect(waited)
                 self._initialized = True
@@ -662,7 +669,7 @@ class LoopPool(AsyncAdaptedQueuePool):
         shelf.dispatch = self.dispatch  # the engine's listeners hear the connections of all loops
         shelf.home.keeper = self._end_with_loop(loop, shelf)
         shelf.home.end = partial(self._end_before, loop, shelf)
-        if self._is_disposed:  # its engine has another pool, or will in a moment
+        if self.is_disposed:
             shelf.ended = True  # what is lent is closed when it comes back
             shelf.note_parted(shelf)
         self.shelves[loop] = shelf
@@ -697,6 +704,9 @@ class LoopPool(AsyncAdaptedQueuePool):
         """Part with the loops that were closed by hand, of which no hook told us."""
         for turn in self._first.held:
             if has_ended(turn.owner):  # in the middle of the first connect
+                shelf = self.shelves.get(turn.owner.get_loop())
+                if shelf is not None and shelf.has_opened():  # SQLAlchemy's lock is taken by then
+                    self._stuck = f", for {describe(turn, time.monotonic())}"
                 self._first.give(turn)
         for loop in list(self.shelves):  # (other threads add theirs meanwhile)
             shelf = self.shelves.pop(loop, None) if loop.is_closed() else None
@@ -712,7 +722,7 @@ class LoopPool(AsyncAdaptedQueuePool):
 
     def dispose(self) -> None:
         """Close what is idle in every loop; `AsyncEngine.dispose()` comes here."""
-        self._is_disposed = True
+        self.is_disposed = True
         self.reap()
         here = asyncio._get_running_loop()
         ours = None if here is None else self.shelves.get(here)

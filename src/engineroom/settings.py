@@ -32,7 +32,7 @@ from .urls import ACCOUNT, has_account, in_full, read_url, replace_account
 
 logger: logging.Logger = logging.getLogger("engineroom")
 
-ALMOST = 0.92  # of difflib's ratio: DB_POOLSIZE is, DB_PASSWD is not
+ALMOST = 0.905  # of difflib's ratio: DB_POLL_SIZE and DB_PASSWORT are, DB_PASSWD is not
 TRUE = {"1", "true", "t", "yes", "y", "on"}
 
 

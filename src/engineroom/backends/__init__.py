@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from ..settings import DatabaseSettings
 
 MYSQL = ("mysql", "mariadb")  # SQLAlchemy has a name for each; the drivers are the same
+SUPPORTED = ("postgresql", *MYSQL, "sqlite")
 
 
 # The execution option that tells whose connection stands behind a pooler, and in which mode.
@@ -378,9 +380,12 @@ def find_backend(url: URL, settings: DatabaseSettings) -> Backend:
         from .mysql import MySQL
 
         return MySQL(url, settings.guards)
+    nearest = difflib.get_close_matches(name, SUPPORTED, 1)
+    hint = f"Did you mean {nearest[0]}://? " if nearest else ""
+    *some, last = (f"{each}://" for each in SUPPORTED)
     raise InvalidURL(
-        f"{masked(url)}: engineroom does not support {name!r}. Supported are postgresql://, "
-        "mysql://, mariadb:// and sqlite://."
+        f"{masked(url)}: engineroom does not support {name!r}. {hint}Supported are "
+        f"{', '.join(some)} and {last}."
     )
 
 

@@ -108,7 +108,8 @@ class Alone:
         dialect.connect = connect_there
         if dialect.name in MYSQL:  # where a schema is a database, whose name the dialect keeps
             dialect.default_schema_name = self._database
-        engine.pool = engine.pool.recreate()
+        pool: Any = engine.pool
+        engine.pool = pool.renew()
 
     def disown(self) -> None:
         """Go on in a forked child: the clone is the parent's to drop, and it serves both."""
@@ -118,7 +119,7 @@ class Alone:
             for lender in behind:
                 if isinstance(lender, Lender):
                     lender.disown()
-            self._before[engine] = pool.recreate(), connect
+            self._before[engine] = pool.renew(), connect
 
     def restore(self) -> None:
         """Have the engines connect to their own database again."""
@@ -129,7 +130,7 @@ class Alone:
                 dialect.default_schema_name = engine.url.database
             if connect is not None:
                 dialect.connect = connect
-            engine.pool = pool.recreate() if self._needs_quiet else pool  # that one has ended
+            engine.pool = pool.renew() if self._needs_quiet else pool  # that one has ended
         self._before.clear()
 
 
