@@ -292,6 +292,12 @@ def main(call: bytes) -> None:
         print(json.dumps(result))
 
 
+def end_at_once() -> NoReturn:
+    """End a scenario, which returns nothing: a destroyed task cannot be closed in peace."""
+    print(json.dumps(None), flush=True)
+    os._exit(0)
+
+
 # -- what they need --------------------------------------------------------------------------
 
 

@@ -932,17 +932,13 @@ def disposed_of_twice(url: str, loop: str) -> None:
     manager.sync.close()
     manager.init()
 
-    async def hold() -> None:
+    async def hold(seconds: float = LONG) -> None:
         async with manager.session() as db:
             await db.execute(text("SELECT 1"))
-            await asyncio.sleep(LONG)
-
-    async def warm() -> None:
-        async with manager.session() as db:
-            await db.execute(text("SELECT 1"))
+            await asyncio.sleep(seconds)
 
     async def main() -> None:
-        await asyncio.gather(*(warm() for _ in range(3)))
+        await asyncio.gather(*(hold(0) for _ in range(3)))
         disposing = asyncio.gather(manager.engine.dispose(), manager.engine.dispose())
         holding: list[asyncio.Task[None]] = []
         while not disposing.done() or not holding:
@@ -991,6 +987,10 @@ def sync_disposed_of_twice(url: str) -> None:
     """Who connects while two threads dispose of an engine has a connection that is known."""
     gc.disable()
     database = Database(url, metadata=Model.metadata)
+    first = database.engine.pool
+    database.engine.dispose()
+    database.engine.dispose()
+    assert first.recreate() is database.engine.pool  # as one does who has waited since then
     with database.session() as db:
         db.execute(text("SELECT 1"))
     listen(database.engine, "close", lambda *_: time.sleep(0.3))

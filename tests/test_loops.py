@@ -29,6 +29,7 @@ from scenario import (
     Item,
     Log,
     Model,
+    end_at_once,
     every_database_and_loop,
     held,
     in_threads,
@@ -288,8 +289,7 @@ def closed_while_it_waits_for_the_first_connect(url: str, loop: str) -> None:
     assert run_on(loop, increment(manager)) == 1
     assert run_on(loop, increment(manager)) == 2
     assert all(pool.lent == 0 for pool in manager.stats().pools)
-    print("null", flush=True)
-    os._exit(0)
+    end_at_once()
 
 
 @every_database_and_loop
@@ -797,8 +797,7 @@ def abandoned_in_a_loop_closed_by_hand(url: str, works: bool) -> None:
     (said,) = log.messages
     assert said.startswith(f"close() rolls back the session of task {task.get_name()}")
     asyncio.run(manager.close())
-    print("null", flush=True)
-    os._exit(0)
+    end_at_once()
 
 
 @pytest.mark.parametrize(
@@ -862,8 +861,7 @@ def disposed_of_before_its_loop_was_closed(url: str) -> None:
     assert settled(url) == []
     assert manager.stats().pools == ()
     assert not task.done()
-    print("null", flush=True)
-    os._exit(0)
+    end_at_once()
 
 
 @pytest.mark.parametrize("url", ["psycopg", "asyncpg"], indirect=True)
@@ -902,8 +900,7 @@ def cancelled_while_it_reaps(url: str, disposes: bool) -> None:
     asyncio.run(meet())
     assert settled(url) == []
     assert not task.done()
-    print("null", flush=True)
-    os._exit(0)
+    end_at_once()
 
 
 @pytest.mark.parametrize("disposes", [False, True], ids=["", "after a dispose"])
@@ -941,8 +938,7 @@ def closed_in_its_first_connect(url: str) -> None:
     manager.init()
     assert asyncio.run(increment(manager)) == 1
     assert not task.done()
-    print("null", flush=True)
-    os._exit(0)
+    end_at_once()
 
 
 @pytest.mark.parametrize("url", ["psycopg", "asyncpg"], indirect=True)
@@ -976,8 +972,7 @@ def locked_by_a_closed_loop(url: str, count: int) -> None:
     assert asyncio.run(increment(manager)) == 1
     assert raised == [RuntimeError] * (1 if count == 1 else count - 1)
     assert not any(task.done() for task in tasks)
-    print("null", flush=True)
-    os._exit(0)
+    end_at_once()
 
 
 @pytest.mark.parametrize("count", [1, 4])
@@ -994,8 +989,7 @@ def forgotten_over_a_closed_loop(url: str) -> None:
     tenants.invalidate(url)
     assert settled(url) == []
     assert not task.done()
-    print("null", flush=True)
-    os._exit(0)
+    end_at_once()
 
 
 @pytest.mark.parametrize("url", ["psycopg", "asyncpg"], indirect=True)

@@ -269,9 +269,11 @@ class Replaceable(Pool):
         """Return the next one: the same for all who dispose of the engine at once.
 
         Where the first of them has put it there already, the others come here with that one, of
-        which nobody has disposed.
+        which nobody has disposed. Who is late finds the last of several.
         """
-        return vars(self).setdefault("_next", self.renew()) if self.is_disposed else self
+        if not self.is_disposed:
+            return self
+        return vars(self).setdefault("_next", self.renew()).recreate()
 
     def renew(self) -> Any:
         """Make one like this."""

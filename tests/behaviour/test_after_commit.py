@@ -771,7 +771,7 @@ def test_the_session_classes_of_sqlmodel(
     assert calls == ["+a", "+b", "-c"]
 
 
-def test_hundreds_of_scopes_with_hooks_leave_nothing_behind(shop: Any) -> None:
+def test_two_thousand_scopes_with_hooks_leave_nothing_behind(shop: Any) -> None:
     def work(number: int) -> None:
         try:
             with shop.session(read_only=True) as db:
@@ -795,7 +795,7 @@ def test_hundreds_of_scopes_with_hooks_leave_nothing_behind(shop: Any) -> None:
         work(number)
     gc.collect()
     before, listeners = counted(), len(registry._key_to_collection)
-    for number in range(400):
+    for number in range(2000):
         work(number)
     gc.collect()
     assert counted() - before == Counter()
