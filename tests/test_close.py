@@ -9,6 +9,7 @@ import sqlite3
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -41,7 +42,14 @@ from sqlalchemy.event import listen
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.util import await_only
 
-from engineroom import Database, DatabaseSessionManager, SessionClosed, UsageError, on_commit
+from engineroom import (
+    Database,
+    DatabaseSessionManager,
+    SessionClosed,
+    UsageError,
+    on_commit,
+    on_rollback,
+)
 from engineroom.departures import GONE_LIMIT
 from engineroom.errors import CloseInsideScope, ManagerClosed
 from engineroom.testing import PostgresServer, WireProxy
@@ -808,6 +816,49 @@ def test_a_scope_that_close_has_ended_may_be_entered_again(url: str) -> None:
     run(entered_again, url)
 
 
+def entered_again_by_its_hook(url: str) -> None:
+    """What was lost does not pass for a success because the scope has begun afresh."""
+    manager, log = opened(url), Log()
+    scope, sync_scope = manager.session(), manager.sync.session()
+
+    async def again() -> None:
+        manager.init(url)
+        async with scope as db:
+            await db.execute(insert(Item).values(id=1))
+
+    def sync_again() -> None:
+        manager.init(url)
+        with sync_scope as db:
+            db.execute(insert(Item).values(id=2))
+
+    async def main() -> None:
+        async with scope as db:
+            on_rollback(db, again)
+            await db.execute(insert(Item).values(id=3))
+            await asyncio.create_task(manager.close(timeout=0))
+
+    def sync_main() -> None:
+        with sync_scope as db:
+            on_rollback(db, sync_again)
+            db.execute(insert(Item).values(id=4))
+            closing = threading.Thread(target=manager.sync.close, args=[0])
+            closing.start()
+            closing.join()
+
+    with pytest.raises(SessionClosed):
+        asyncio.run(main())
+    with pytest.raises(SessionClosed):
+        sync_main()
+    manager.sync.close()
+    assert stored(url) == [1, 2]
+    assert len(log.messages) == 2, log.messages
+
+
+@pytest.mark.parametrize("url", ["asyncpg", "psycopg"], indirect=True)
+def test_what_close_has_ended_fails_though_its_hook_enters_it_again(url: str) -> None:
+    run(entered_again_by_its_hook, url)
+
+
 def loose(url: str) -> None:
     """A session of `get_session()` is its caller's: close() only takes its connection."""
     log, database = Log(), Database(url, metadata=Model.metadata)
@@ -923,6 +974,19 @@ def disposed_of_under_load(url: str, loop: str) -> None:
 @server_driver_and_loop
 def test_close_ends_what_was_opened_in_the_middle_of_a_dispose(url: str, loop: str) -> None:
     run(disposed_of_under_load, url, loop, deadline=LONG // 2)
+
+
+@pytest.mark.parametrize("url", ["psycopg"], indirect=True)
+def test_a_connection_that_is_kept_keeps_few_of_the_pools_that_came_after(url: str) -> None:
+    with Database(url) as database, database.session() as db:
+        db.execute(text("SELECT 1"))
+        made = [weakref.ref(database.engine.pool)]
+        for _ in range(20):
+            database.engine.dispose()
+            made.append(weakref.ref(database.engine.pool))
+        gc.collect()
+        alive = [number for number, pool in enumerate(made) if pool() is not None]
+    assert alive == [0, 20]
 
 
 def disposed_of_twice(url: str, loop: str) -> None:
@@ -1518,12 +1582,15 @@ def closed_at_once(url: str, loop: str) -> None:
     with server(url) as raw:
         for _ in range(20):
             run_on(loop, use())
-            assert others_of(raw, url) == []
+            assert (left := others_of(raw, url)) == [], left
 
 
 def others_of(raw: Any, url: str) -> list[Any]:
     """Look by a connection that is there already: to open one would take too long."""
-    look = "SELECT pid FROM pg_stat_activity WHERE datname = %s"
+    look = (
+        "SELECT pid, state, query FROM pg_stat_activity"
+        " WHERE datname = %s AND backend_type = 'client backend'"
+    )
     return list(raw.execute(look, [make_url(url).database]))
 
 
@@ -1538,7 +1605,7 @@ def test_no_backend_is_left_when_synchronous_close_returns(url: str) -> None:
         for _ in range(20):
             with Database(url) as door, door.session() as db:
                 db.execute(text("SELECT 1"))
-            assert others_of(raw, url) == []
+            assert (left := others_of(raw, url)) == [], left
 
 
 def test_pools_of_a_silent_server_end_side_by_side(pg16: PostgresServer) -> None:

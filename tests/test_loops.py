@@ -41,7 +41,7 @@ from scenario import (
     settled,
     until,
 )
-from sqlalchemy import event, func, select, update
+from sqlalchemy import event, func, select, text, update
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.util import greenlet_spawn
@@ -869,19 +869,21 @@ def test_a_loop_that_is_closed_by_hand_after_a_dispose(url: str) -> None:
     run(disposed_of_before_its_loop_was_closed, url)
 
 
-def cancelled_while_it_reaps(url: str, disposes: bool) -> None:
+def cancelled_while_it_reaps(url: str, disposes: bool, runs: str) -> None:
     """Who meets what a closed loop has left may be cancelled then: it is ended all the same."""
     manager = opened(f"{url}?sslmode=disable")  # (asyncpg, cancelled before TLS, drops a future)
     ours = asyncio.new_event_loop()
 
-    async def work(seconds: float = 0.0) -> None:
+    async def work(statement: str = "", seconds: float = 0.0) -> None:
         async with manager.session() as db:
             await db.scalars(select(func.count()).select_from(Item))
+            if statement:
+                await db.execute(text(statement))
             await asyncio.sleep(seconds)
 
     async def begin() -> asyncio.Task[None]:
         await work()
-        task = asyncio.create_task(work(60))
+        task = asyncio.create_task(work(runs, 60))
         await asyncio.sleep(0.1)
         if disposes:
             await manager.engine.dispose()
@@ -903,12 +905,13 @@ def cancelled_while_it_reaps(url: str, disposes: bool) -> None:
     end_at_once()
 
 
+@pytest.mark.parametrize("runs", ["", "SELECT pg_sleep(60)"], ids=["idle", "a statement"])
 @pytest.mark.parametrize("disposes", [False, True], ids=["", "after a dispose"])
 @pytest.mark.parametrize("url", ["psycopg", "asyncpg"], indirect=True)
 def test_what_a_closed_loop_has_left_ends_though_who_meets_it_is_cancelled(
-    url: str, disposes: bool
+    url: str, disposes: bool, runs: str
 ) -> None:
-    run(cancelled_while_it_reaps, url, disposes)
+    run(cancelled_while_it_reaps, url, disposes, runs)
 
 
 def closed_in_its_first_connect(url: str) -> None:

@@ -54,8 +54,8 @@ def test_each_version_starts_and_speaks(version: int, request: pytest.FixtureReq
     assert server.version == version
     assert server.execute("SHOW server_version_num")[0][0].startswith(str(version))
     with psycopg.connect(server.url()) as connection:
-        row = connection.execute("SHOW fsync").fetchone()
-    assert row == ("off",)
+        for setting in ("fsync", "autovacuum"):
+            assert connection.execute(f"SHOW {setting}").fetchone() == ("off",)
 
 
 def test_url_names_driver_and_database(pg18: PostgresServer) -> None:

@@ -475,12 +475,22 @@ class EngineRoom:
     ) -> None:
         """End what runs on connections over another one, from any loop or thread.
 
+        Whoever does so may be cancelled meanwhile: nobody else knows of them.
+
         Args:
             is_abandoned: Their loop has ended: nothing of theirs can be awaited.
         """
         side = Side.SYNC if asyncio._get_running_loop() is None else Side.ASYNC
         apart = partial(self.work_apart, side, role, seconds=END_LIMIT)
-        self.backend.end(connections, apart, is_abandoned=is_abandoned)
+        end = partial(self.backend.end, connections, apart, is_abandoned=is_abandoned)
+
+        async def settled() -> None:
+            await settle(greenlet_spawn(end), None)
+
+        if side is Side.SYNC:
+            end()
+        else:
+            await_only(settled())
 
     def interrupt(self, entry: Entry) -> None:
         """Stop what a thread runs or waits for in a scope, from another thread."""

@@ -273,7 +273,12 @@ class Replaceable(Pool):
         """
         if not self.is_disposed:
             return self
-        return vars(self).setdefault("_next", self.renew()).recreate()
+        following = vars(self).setdefault("_next", self.renew())
+        earlier = [self, *filter(None, (one() for one in vars(self).get("_earlier", ())))]
+        for one in earlier:  # who keeps a connection of it keeps the next one, and none in between
+            one._next = following
+        vars(following).setdefault("_earlier", []).extend(map(weakref.ref, earlier))
+        return following.recreate()
 
     def renew(self) -> Any:
         """Make one like this."""

@@ -237,10 +237,11 @@ class SyncScope(Scope, Generic[R]):
                 self._leave()
                 if failed:
                     self._hide_values()
+                obituary = self.obituary  # a hook may enter the scope again
                 if self.hooks is not None:
                     self._take_hooks().run(failed)
-            if failed and self.obituary and error is None:  # it must not pass for a success
-                raise overlap or SessionClosed(self.obituary)
+            if failed and obituary and error is None:  # it must not pass for a success
+                raise overlap or SessionClosed(obituary)
 
     def _cut_off_thread(self) -> SessionInUse | None:
         """Have another thread that is in the middle of a call leave it; it cannot go on."""
@@ -337,10 +338,11 @@ class AsyncScope(Scope, Generic[R]):
                 self._leave()
                 if failed:
                     self._hide_values()
+                obituary = self.obituary  # as above
                 if self.hooks is not None:
                     await self._take_hooks().run_async(failed)
-            if failed and error is None and (overlap or self.obituary):  # as above
-                raise overlap or SessionClosed(self.obituary)
+            if failed and error is None and (overlap or obituary):  # as above
+                raise overlap or SessionClosed(obituary)
 
     def task_inside(self) -> asyncio.Task[Any] | None:
         """Return the task whose call on what it gave has not returned yet."""

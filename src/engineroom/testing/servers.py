@@ -37,6 +37,8 @@ _SETTINGS: dict[str, str | int | bool] = {
     "fsync": False,
     "synchronous_commit": False,
     "full_page_writes": False,
+    # It is gone before there is much to clean; and what counts backends sees no worker come by.
+    "autovacuum": False,
     # Files in the folder, not in /dev/shm, where a killed server would leave them behind.
     "dynamic_shared_memory_type": "mmap",
     "timezone": "UTC",
