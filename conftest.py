@@ -5,6 +5,7 @@ The files that take longest begin first.
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import os
 from collections.abc import Generator
@@ -109,6 +110,17 @@ def pytest_report_header() -> str:
 def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config.option, "loadscopereorder"):  # xdist's: the files with most tests first
         config.option.loadscopereorder = False
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session: pytest.Session) -> Generator[None, object, object]:
+    """In a fresh checkout, have one worker compile all tests, and the others find that done."""
+    with Path(__file__).open() as locked:
+        try:
+            fcntl.flock(locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fcntl.flock(locked, fcntl.LOCK_SH)  # as soon as that one has collected
+        return (yield)
 
 
 @pytest.hookimpl(tryfirst=True)
