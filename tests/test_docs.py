@@ -103,7 +103,7 @@ def started(command: list[str], folder: Path, port: int) -> Iterator[None]:
     env = {name: value for name, value in os.environ.items() if not name.endswith("_URL")}
     with subprocess.Popen(command, cwd=folder, env=env, stderr=subprocess.DEVNULL) as server:
         try:
-            until(lambda: is_listening(port) or server.poll() is not None, bool)
+            until(lambda: is_listening(port) or server.poll() is not None, bool, deadline=60)
             yield
         finally:
             server.terminate()
@@ -152,7 +152,7 @@ def test_the_path_to_the_first_migration_is_what_the_page_says(tmp_path: Path) -
     command = [sys.executable, "-m", "uvicorn", "app:app", "--port", str(port)]
     with subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.DEVNULL) as server:
         try:
-            until(lambda: is_listening(port) or server.poll() is not None, bool)
+            until(lambda: is_listening(port) or server.poll() is not None, bool, deadline=60)
         finally:
             server.terminate()
     with Database(f"sqlite:///{tmp_path / 'app.db'}") as database:
