@@ -1653,9 +1653,8 @@ def test_a_statement_is_ended_though_new_connections_lead_elsewhere(
     of_ours = "FROM pg_stat_activity WHERE usename = 'mover'"
 
     def runs() -> bool:
-        sleeping = (
-            "AND state = 'active' AND query LIKE 'SELECT pg_sleep%'"  # not what it is set up by
-        )
+        """Whether it has come so far: what sets a connection up is active before."""
+        sleeping = "AND state = 'active' AND query LIKE 'SELECT pg_sleep%'"
         return pg18.execute(f"SELECT count(*) {of_ours} {sleeping}") == [["1"]]
 
     with Doorman(pg16, b"", 1000) as door:
