@@ -67,6 +67,7 @@ class Plan:
     """In how many rounds memory is taken."""
     names: tuple[str, ...] = ()
     """Of the contenders; without any, all of them."""
+    groups: tuple[Group, ...] = ("asyncpg", "psycopg", "sync")
 
     def entries(self, group: Group) -> list[Entry]:
         """Return a group's contenders."""
@@ -80,7 +81,7 @@ class Plan:
     @property
     def steps(self) -> int:
         """How often `Bench.run` says that it goes on."""
-        entries = sum(len(self.entries(group)) for group in GROUPS)
+        entries = sum(len(self.entries(group)) for group in self.groups)
         cells = len(self.cells) * len(self.trips) + 1
         alone = self.steps_of_pairs + 2 * (4 * self.bursts + 1)
         return entries * (self.rounds * (1 + cells) + 2) + alone
@@ -89,7 +90,6 @@ class Plan:
 Rounds = dict[int, list[dict[str, Any]]]
 """What a contender's turns in a cell have shown, by the round."""
 
-GROUPS: tuple[Group, ...] = ("asyncpg", "psycopg", "sync")
 PAIRED = (BY_HAND, AGAIN, SESSION, READER, BASELINE)
 
 
@@ -123,7 +123,7 @@ class Bench:
         """Measure everything."""
         self._prepare()
         for number in range(self.plan.rounds):
-            for group in GROUPS:
+            for group in self.plan.groups:
                 with self._crew(group, weigh=number < self.plan.weighed) as crew:
                     if number == 0:
                         self._count(crew)
@@ -156,7 +156,7 @@ class Bench:
 
         What all have in common is then compiled, and read from the disk.
         """
-        for group in GROUPS:
+        for group in self.plan.groups:
             for entry in self.plan.entries(group):
                 self.tell(f"the environment of {entry.name}")
                 try:

@@ -79,7 +79,7 @@ TINY = Plan(
     rounds=1,
     turns=1,
     seconds=0.02,
-    warm={"asyncpg": 1, "psycopg": 1, "sync": 1},
+    warm={"asyncpg": 1, "sync": 1},
     trips=(0.005,),
     cells=(("get", 10),),
     pairs=2,
@@ -91,6 +91,7 @@ TINY = Plan(
     connections=10,
     managers=5,
     names=(BASELINE, BY_HAND, SESSION, READER),
+    groups=("asyncpg", "sync"),
 )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from zlib import crc32
 
+import covers
 import pytest
 import unsaid
 from databases import Databases
@@ -39,8 +40,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--sample", type=int, default=1, help="run one test of so many, the same ones")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep a sample, by names: neighbours in the list differ by their parameters, in turn."""
+    """Leave to the long runs what is theirs, and keep a sample of the others where one is wanted.
+
+    By names: neighbours in the list differ by their parameters, in turn.
+    """
+    covers.leave_to_the_long_runs(items)
     every = config.getoption("sample")
     chosen = [item for item in items if crc32(item.nodeid.encode()) % every == 0]
     if len(chosen) < len(items):
