@@ -48,10 +48,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """
     covers.leave_to_the_long_runs(items)
     every = config.getoption("sample")
-    chosen = [item for item in items if crc32(item.nodeid.encode()) % every == 0]
+    chosen = [item for item in items if crc32(unit(item).encode()) % every == 0]
     if len(chosen) < len(items):
         config.hook.pytest_deselected(items=[*{*items} - {*chosen}])
         items[:] = chosen
+
+
+def unit(item: pytest.Item) -> str:
+    """Name what is run or left: a test, or all examples of a page, which go on from each other."""
+    return item.nodeid if isinstance(item, pytest.Function) else item.path.name
 
 
 def pytest_configure(config: pytest.Config) -> None:
