@@ -35,6 +35,7 @@ from .errors import (
     SyncInAsyncWarning,
     WrongWith,
 )
+from .getting import ByKey
 from .hooks import Hooks
 from .ledger import (
     OPENER,
@@ -121,6 +122,10 @@ class Scope(Entry):
         """Be entered again, after it was ended from outside."""
         super().begin_afresh()
         self.is_rollback_only = False
+
+    def by_key(self, entity: Any) -> ByKey | None:
+        """Return how an object of a class is found by its primary key, if that is simple."""
+        return self._room.by_key(entity)
 
     def guard(self, connection: Connection) -> None:
         """Set the server's deadlines for the transaction that has begun."""
