@@ -20,7 +20,7 @@ from sqlalchemy import MetaData, create_engine, event
 from sqlalchemy.engine import URL, Connection, Engine, ExceptionContext
 from sqlalchemy.engine.interfaces import DBAPICursor
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Mapper, Session
 from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.util import await_only, greenlet_spawn
 
@@ -140,7 +140,7 @@ class EngineRoom:
             weakref.WeakKeyDictionary()
         )
         self.given: Sealed[tuple[str | URL | None, Options]] = Sealed((None, {}))  # at `open`
-        self.by_key: Callable[[Any], ByKey | None] = lru_cache(STATEMENTS)(by_key)
+        self.by_key: Callable[[Mapper[Any]], ByKey | None] = lru_cache(STATEMENTS)(by_key)
         self.sandbox: Any = None  # what a test has put around the engines: testing.sandbox
         ROOMS.add(self)
 

@@ -20,6 +20,7 @@ from types import CodeType, FrameType
 from typing import Any, ClassVar, cast
 
 from sqlalchemy.engine import Connection
+from sqlalchemy.orm import Mapper
 from sqlalchemy.pool import PoolProxiedConnection
 
 from .errors import AlreadyEntered, Holder
@@ -96,7 +97,7 @@ class Entry:
         """End the scope from outside: from now on, using what it gave raises."""
         raise NotImplementedError
 
-    def by_key(self, entity: Any) -> ByKey | None:
+    def by_key(self, mapper: Mapper[Any]) -> ByKey | None:
         """Return how an object of a class is found by its primary key, if that is simple."""
         raise NotImplementedError
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 from greenlet import getcurrent
 from sqlalchemy import event, inspect
 from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.orm import Mapper, Session, SessionTransaction
 from sqlalchemy.orm.attributes import set_committed_value
 
 from .errors import SessionInUse, WrongThread
@@ -166,12 +166,12 @@ class Getting(Guarded):
         scope = self._scope
         if (
             scope is not None
-            and isinstance(entity, type)
             and type(ident) in PLAIN
             and not any(options.values())
-            and (found_by := scope.by_key(entity)) is not None
+            and isinstance(mapper := inspect(entity, raiseerr=False), Mapper)
+            and (found_by := scope.by_key(mapper)) is not None
             # What the session knows is returned as it is, or loaded again, or of another class.
-            and found_by.mapper.identity_key_from_primary_key((ident,)) not in self.identity_map
+            and mapper.identity_key_from_primary_key((ident,)) not in self.identity_map
         ):
             found = self.execute(found_by.statement, {found_by.name: ident})
             return found.unique().scalars().one_or_none()

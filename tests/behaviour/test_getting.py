@@ -6,7 +6,7 @@ import uuid
 from typing import Any, ClassVar
 
 import pytest
-from sqlalchemy import ForeignKey, MetaData, String, event, select, text
+from sqlalchemy import Column, ForeignKey, Integer, MetaData, String, Table, event, select, text
 from sqlalchemy.exc import ArgumentError, InvalidRequestError, NoInspectionAvailable, NoResultFound
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import (
@@ -14,6 +14,7 @@ from sqlalchemy.orm import (
     Session,
     lazyload,
     mapped_column,
+    registry,
     relationship,
     with_loader_criteria,
 )
@@ -229,6 +230,24 @@ def test_options_hold(store: Any) -> None:
 def test_nonsense_is_refused_by_sqlalchemy(store: Any, entity: Any, key: Any, error: Any) -> None:
     with store.session() as db, pytest.raises(error):
         db.get(entity, key)
+
+
+def test_a_class_may_be_mapped_anew(store: Any) -> None:
+    """As tests do between `start_mappers()` and `clear_mappers()`."""
+
+    class Plain:
+        pass
+
+    for name in "name", "title":
+        mappers = registry()
+        columns = (
+            Column("shelf_id", Integer, primary_key=True),
+            Column("name", String(20), key=name),
+        )
+        mappers.map_imperatively(Plain, Table("getting_shelf", MetaData(), *columns))
+        with store.session() as db:
+            assert getattr(db.get(Plain, 1), name) == "one"
+        mappers.dispose()
 
 
 class Renaming(Session):
