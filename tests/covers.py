@@ -14,7 +14,7 @@ from zlib import crc32
 
 import pytest
 
-FEW = 4  # cells that are not worth choosing from
+FEW = 3  # cells that are not worth choosing from
 
 
 def leave_to_the_long_runs(items: Iterable[pytest.Item]) -> None:

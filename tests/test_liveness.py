@@ -270,7 +270,8 @@ class Units:
 
     def __init__(self, proxy: WireProxy, url: str, side: str, **options: Any) -> None:
         self.proxy = proxy
-        self.manager = DatabaseSessionManager().init(proxy.url(url), **options)
+        # Beside other workers, a server looks far away, and `auto` would save a trip now and then.
+        self.manager = DatabaseSessionManager().init(proxy.url(url), pipeline="off", **options)
         self.runner = asyncio.Runner()
         self.side = side
         for _ in range(8):  # psycopg prepares at the sixth
