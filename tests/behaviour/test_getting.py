@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from typing import Any, ClassVar
 
@@ -123,7 +124,7 @@ def test_what_is_sent_is_what_sqlalchemy_sends(store: Any, plain: Any) -> None:
         getattr(engine, "sync_engine", engine),
         "before_cursor_execute",
         lambda connection, cursor, statement, parameters, *rest: sent.append(
-            (statement, parameters)
+            (re.sub(r" AS \w+", "", statement), parameters)  # 2.0 gives each column another name
         ),
     )
     with store.session() as db:
