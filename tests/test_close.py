@@ -380,7 +380,7 @@ def test_close_frees_the_lock_of_a_sqlite_file(sqlite_url: str, loop: str, slow:
     run(sqlite_async, sqlite_url, loop, slow)
 
 
-def sqlite_sync(url: str, slow: bool) -> None:
+def sqlite_sync(url: str, how: str) -> None:
     log, manager = Log(), opened(url)
     inside, closed = threading.Event(), threading.Event()
 
@@ -388,10 +388,11 @@ def sqlite_sync(url: str, slow: bool) -> None:
         with pytest.raises((SessionClosed, DBAPIError)), manager.sync_session() as db:
             db.execute(insert(Item).values(id=1))
             inside.set()
-            if slow:
+            if how == "busy":
                 db.execute(slow_statement(url))
-            else:
-                closed.wait()
+            if how == "closed":  # as it is when its own thread was quicker than `close()`
+                db.connection().connection.dbapi_connection.close()
+            closed.wait()
 
     def work(number: int) -> None:
         if number:
@@ -409,9 +410,9 @@ def sqlite_sync(url: str, slow: bool) -> None:
     assert stored(url) == []
 
 
-@pytest.mark.parametrize("slow", [False, True], ids=["idle", "busy"])
-def test_synchronous_close_frees_the_lock_of_a_sqlite_file(sqlite_url: str, slow: bool) -> None:
-    run(sqlite_sync, sqlite_url, slow)
+@pytest.mark.parametrize("how", ["idle", "busy", "closed"])
+def test_synchronous_close_frees_the_lock_of_a_sqlite_file(sqlite_url: str, how: str) -> None:
+    run(sqlite_sync, sqlite_url, how)
 
 
 def locked_out(url: str, loop: str) -> None:

@@ -30,11 +30,12 @@ from sandboxed import (
     sync_add,
 )
 from scenario import fork
-from sqlalchemy import ForeignKey, MetaData, func, select, text
+from sqlalchemy import Engine, ForeignKey, MetaData, func, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from engineroom import Database, DatabaseSessionManager, on_commit
+from engineroom.backends import Role
 from engineroom.errors import (
     NotInitialized,
     NotInSandbox,
@@ -46,6 +47,7 @@ from engineroom.errors import (
 )
 from engineroom.fastapi import lifespan, session_dependency
 from engineroom.testing import PostgresServer, outer, sandbox
+from engineroom.testing.sandbox import Sandbox
 
 pytestmark = pytest.mark.anyio
 
@@ -200,6 +202,28 @@ async def test_parallel_scopes_take_turns(manager: DatabaseSessionManager) -> No
             sync = [loop.run_in_executor(threads, buy_in_a_thread, key) for key in range(50, 60)]
             await asyncio.gather(*(buy(key) for key in range(1, 20)), *sync)
         assert await count(manager) == 2 * (13 + 10)
+
+
+@pytest.mark.parametrize("isolation", ["transaction", "database"])
+async def test_threads_that_meet_an_engine_as_it_is_made_work_inside(
+    manager: DatabaseSessionManager, isolation: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first use makes the synchronous engine: nobody finds one that is still outside."""
+    take_in = Sandbox.take_in
+
+    def slowly(self: Sandbox, engine: Engine, role: Role) -> None:
+        time.sleep(0.2)
+        take_in(self, engine, role)
+
+    async with manager, sandbox(manager, isolation=isolation):
+        monkeypatch.setattr(Sandbox, "take_in", slowly)
+
+        def late(key: int) -> None:
+            time.sleep(key / 50)
+            sync_add(manager, key)
+
+        await asyncio.gather(*(asyncio.to_thread(late, key) for key in range(1, 9)))
+        assert await count(manager) == 8
 
 
 async def test_who_waits_for_an_idle_stranger_goes_on_with_a_warning(

@@ -202,10 +202,10 @@ class EngineRoom:
             if not self.life.allows("use"):
                 raise self.life.refusal("engine") from None
         # Two threads may both come here: one engine is kept, the other has no connection yet.
-        engine = self._engines.setdefault((side, role), self._make_engine(side, role))
-        if self.sandbox is not None:
+        engine = self._make_engine(side, role)
+        if self.sandbox is not None:  # before anybody finds it, or what they do would stay
             self.sandbox.take_in(engine, role)
-        return engine
+        return self._engines.setdefault((side, role), engine)
 
     def bind(
         self, side: Side, role: Role, read_only: bool = False, isolation_level: str | None = None

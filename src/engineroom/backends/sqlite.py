@@ -393,11 +393,12 @@ class SQLite:
         for connection in connections:
             adapted: Any = connection.dbapi_connection
             limit = time.monotonic() + LET_GO_LIMIT
-            adapted.interrupt()
-            while adapted.in_transaction and time.monotonic() < limit:
-                with suppress(_errors()):  # the interrupt may hit this as well
-                    adapted.rollback()
-                time.sleep(PAUSES[0])
+            with suppress(_errors()):  # its thread has closed it
+                adapted.interrupt()
+                while adapted.in_transaction and time.monotonic() < limit:
+                    with suppress(_errors()):  # the interrupt may hit this as well
+                        adapted.rollback()
+                    time.sleep(PAUSES[0])
 
     def interrupt(self, driver: Any) -> None:
         """Interrupt what runs; its thread rolls back."""
