@@ -168,6 +168,7 @@ class Getting(Guarded):
             scope is not None
             and type(ident) in PLAIN
             and not any(options.values())
+            and options.get("with_for_update") in (None, False)  # ({} locks)
             and isinstance(mapper := inspect(entity, raiseerr=False), Mapper)
             and (found_by := scope.by_key(mapper)) is not None
             # What the session knows is returned as it is, or loaded again, or of another class.

@@ -207,8 +207,11 @@ def test_criteria_of_the_session_hold_for_it(store: Any, plain: Any) -> None:
         assert db.get(Shelf, 1).name == "one"
 
 
-def test_options_hold(store: Any) -> None:
+def test_options_hold(store: Any, plain: Any) -> None:
     with store.session() as db:
+        seen = statements(plain, db)
+        db.get(Animal, 1, with_for_update={})
+        assert "FOR UPDATE" in str(seen[0])
         known = db.get(Shelf, 1, options=[lazyload(Shelf.tins)], with_for_update=True)
         assert "tins" not in vars(known)
         known.name = "unsent"
