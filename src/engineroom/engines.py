@@ -13,14 +13,14 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 from sqlalchemy import MetaData, create_engine, event
 from sqlalchemy.engine import URL, Connection, Engine, ExceptionContext
 from sqlalchemy.engine.interfaces import DBAPICursor
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
-from sqlalchemy.orm import Mapper, Session
+from sqlalchemy.orm import Session
 from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.util import await_only, greenlet_spawn
 
@@ -33,7 +33,6 @@ from .deadlines import WATCH
 from .departures import DEPARTURES
 from .errors import Holder, InvalidOption, SelfDeadlock
 from .forks import let_threads_end, make_immortal, part_event_loops
-from .getting import ByKey, by_key
 from .ledger import (
     REQUEST,
     Entry,
@@ -67,7 +66,6 @@ MEANING = {
     "statement_timeout": "the statement ran",
     "lock_timeout": "it waited for a lock",
 }
-STATEMENTS = 500  # that are kept of `get`, as many as SQLAlchemy's engine keeps compiled
 END_LIMIT = 3.0  # seconds to connect, for ending what runs on connections that nobody serves
 
 
@@ -140,7 +138,6 @@ class EngineRoom:
             weakref.WeakKeyDictionary()
         )
         self.given: Sealed[tuple[str | URL | None, Options]] = Sealed((None, {}))  # at `open`
-        self.by_key: Callable[[Mapper[Any]], ByKey | None] = lru_cache(STATEMENTS)(by_key)
         self.sandbox: Any = None  # what a test has put around the engines: testing.sandbox
         ROOMS.add(self)
 

@@ -20,11 +20,9 @@ from types import CodeType, FrameType
 from typing import Any, ClassVar, cast
 
 from sqlalchemy.engine import Connection
-from sqlalchemy.orm import Mapper
 from sqlalchemy.pool import PoolProxiedConnection
 
 from .errors import AlreadyEntered, Holder
-from .getting import ByKey
 
 OPENER = "engineroom_opener"  # in the `info` of a connection: who asked for it
 STATEMENT_LENGTH = 80  # characters of a statement that a report shows
@@ -95,10 +93,6 @@ class Entry:
 
     def retire(self, why: str) -> None:
         """End the scope from outside: from now on, using what it gave raises."""
-        raise NotImplementedError
-
-    def by_key(self, mapper: Mapper[Any]) -> ByKey | None:
-        """Return how an object of a class is found by its primary key, if that is simple."""
         raise NotImplementedError
 
     def begin_afresh(self) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, NoReturn, TypeVar
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import ResourceClosedError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
-from sqlalchemy.orm import Mapper, Session
+from sqlalchemy.orm import Session
 from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.util import greenlet_spawn
 
@@ -35,7 +35,6 @@ from .errors import (
     SyncInAsyncWarning,
     WrongWith,
 )
-from .getting import ByKey
 from .hooks import Hooks
 from .ledger import (
     OPENER,
@@ -122,10 +121,6 @@ class Scope(Entry):
         """Be entered again, after it was ended from outside."""
         super().begin_afresh()
         self.is_rollback_only = False
-
-    def by_key(self, mapper: Mapper[Any]) -> ByKey | None:
-        """Return how an object of a class is found by its primary key, if that is simple."""
-        return self._room.by_key(mapper)
 
     def guard(self, connection: Connection) -> None:
         """Set the server's deadlines for the transaction that has begun."""

@@ -12,11 +12,10 @@ from typing import Any, cast
 from greenlet import getcurrent
 from sqlalchemy import event, inspect
 from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.orm import Mapper, Session, SessionTransaction
+from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.orm.attributes import set_committed_value
 
 from .errors import SessionInUse, WrongThread
-from .getting import PLAIN
 from .ledger import Entry, current_owner, is_inside, name_of
 from .retiring import ENDED, retire
 
@@ -158,27 +157,6 @@ class Guarded(Session):
             self._tell_hooks()
 
 
-class Getting(Guarded):
-    """What it adds to one that has SQLAlchemy's own `get`: the same, for less (see `getting`)."""
-
-    def get(self, entity: Any, ident: Any, **options: Any) -> Any:
-        """Return the object with this primary key, or None."""
-        scope = self._scope
-        if (
-            scope is not None
-            and type(ident) in PLAIN
-            and not any(options.values())
-            and options.get("with_for_update") in (None, False)  # ({} locks)
-            and isinstance(mapper := inspect(entity, raiseerr=False), Mapper)
-            and (found_by := scope.by_key(mapper)) is not None
-            # What the session knows is returned as it is, or loaded again, or of another class.
-            and mapper.identity_key_from_primary_key((ident,)) not in self.identity_map
-        ):
-            found = self.execute(found_by.statement, {found_by.name: ident})
-            return found.unique().scalars().one_or_none()
-        return super().get(entity, ident, **options)
-
-
 def in_use(scope: Entry, other: asyncio.Task[Any] | None) -> SessionInUse:
     """Build the error for a call in the middle of another, of a task that may not be known."""
     whose = "another task" if other is None else name_of(other)
@@ -208,8 +186,7 @@ def is_open(session: Any) -> bool:
 @cache
 def guarded(session_class: Any) -> type[Guarded]:
     """Return the session class with `Guarded` in front."""
-    front = Getting if session_class.get is Session.get else Guarded
-    made = cast(type[Guarded], type(session_class.__name__, (front, session_class), {}))
+    made = cast(type[Guarded], type(session_class.__name__, (Guarded, session_class), {}))
     event.listen(made, "after_begin", _note_connection)
     event.listen(made, "after_rollback", _keep_what_was_loaded)
     event.listen(made, "deleted_to_persistent", _keep_what_was_deleted)
